@@ -1,0 +1,1 @@
+"""Building, running, timing and reporting on engines."""

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints in, transformed checkpoints and network definitions out."""

@@ -1,0 +1,96 @@
+"""The one error type that bad input raises, and its fields.
+
+Anything else that escapes is a bug. Printing and exit codes belong to the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class FuselageError(Exception):
+    """Bad input, a refused request, or an environment that lacks something: never a bug in Fuselage itself.
+
+    Args:
+        problem: what is wrong, one sentence without a full stop.
+        file: the file or folder it was found in.
+        tensor: the tensor's name in that file.
+        block: block index in the graph the tensor belongs to.
+        expected, found: what the rule asks for and what is there.
+        hint: a way out.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        file: object = None,
+        tensor: str | None = None,
+        block: int | None = None,
+        expected: object = None,
+        found: object = None,
+        hint: str | None = None,
+    ) -> None:
+        self.problem = problem
+        self.file = file
+        self.tensor = tensor
+        self.block = block
+        self.expected = expected
+        self.found = found
+        self.hint = hint
+        super().__init__(problem)
+
+    def __str__(self) -> str:
+        where = [str(self.file)] if self.file is not None else []
+        if self.tensor is not None:
+            where.append(self.tensor)
+        head = ": ".join(where)
+        if self.block is not None:
+            head = f"{head} (block {self.block})" if head else f"block {self.block}"
+        text = f"{head}: {self.problem}" if head else self.problem
+        if self.expected is not None:
+            text += f": expected {self.expected}"
+        if self.found is not None:
+            text += f", found {self.found}" if self.expected is not None else f": found {self.found}"
+        if self.hint is not None:
+            text += f". {self.hint[0].upper()}{self.hint[1:]}" if self.hint else ""
+        return text
+
+
+class CheckpointError(FuselageError):
+    """A model folder that cannot be read: config, index, header, tensor or file."""
+
+
+class GraphError(FuselageError):
+    """A model structure that breaks an invariant, or a pass asked for something the structure does not allow."""
+
+
+class PlanError(FuselageError):
+    """A plan or recipe that is malformed or does not fit its model."""
+
+
+class TargetError(FuselageError):
+    """A target (writer, reader or backend) that cannot express or run what was asked."""
+
+
+class OutputError(FuselageError):
+    """An output that cannot be written: it exists, the disk is full, permission is missing."""
+
+
+class EngineError(FuselageError):
+    """An engine folder, result file or runtime that is incomplete, altered or does not fit this machine."""
+
+
+SHOWN_PROBLEMS = 12
+
+
+def raise_all(problems: Sequence[FuselageError]) -> None:
+    """Raise nothing, the only problem, or one error of the first problem's type that lists them all (up to 12)."""
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise problems[0]
+    lines = [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
+    if len(problems) > SHOWN_PROBLEMS:
+        lines.append(f"  ... and {len(problems) - SHOWN_PROBLEMS} more")
+    raise type(problems[0])(f"{len(problems)} problems:\n" + "\n".join(lines))

@@ -1,0 +1,302 @@
+"""Tensors whose shape and dtype are free and whose bytes cost: they are read in row chunks, on demand.
+
+Every node below can produce any range of its rows without producing the others, so whoever reads one needs memory
+for a chunk, not for the tensor. Nodes are immutable, hold no bytes (but for `array`) and may be read from several
+threads at once.
+
+Row: one index of axis 0, i.e. `shape[1:]` elements. A tensor of shape () counts as one row.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from exporter.dtypes import BY_NAME, FLOAT32, FLOAT64, DType
+from exporter.errors import CheckpointError, GraphError
+
+# Small enough for the arithmetic nodes to stay in a core's L2 cache, large enough to hide a system call.
+CHUNK_BYTES = 1 << 20
+
+
+class LazyTensor(ABC):
+    """A tensor of known `shape` and `dtype` that can produce any of its rows."""
+
+    __slots__ = ("dtype", "shape")
+
+    def __init__(self, shape: Sequence[int], dtype: DType) -> None:
+        self.shape = tuple(int(size) for size in shape)
+        self.dtype = dtype
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Read rows [start, stop) as an array of shape `(stop - start, *shape[1:])` and of this dtype.
+
+        The result may share memory with the source: treat it as read-only. A tensor of shape () ignores the range
+        and gives an array of shape ().
+        """
+
+    @property
+    def has_bytes(self) -> bool:
+        """False if any part of this tensor has a shape only (see `shape_only`)."""
+        return True
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    @property
+    def num_rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_nbytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[np.ndarray]:
+        """Yield all rows in order, in C-contiguous pieces of at most `max_bytes`, but at least one row."""
+        step = max(1, max_bytes // max(1, self.row_nbytes))
+        for start in range(0, self.num_rows, step):
+            yield np.ascontiguousarray(self.rows(start, min(start + step, self.num_rows)))
+
+    def numpy(self) -> np.ndarray:
+        """Read the whole tensor into a new array."""
+        out = np.empty(self.shape, self.dtype.numpy)
+        if not self.shape:
+            out[...] = self.rows(0, 1)
+            return out
+        start = 0
+        for piece in self.chunks():
+            out[start : start + len(piece)] = piece
+            start += len(piece)
+        return out
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.dtype.name}{list(self.shape)})"
+
+
+class _ShapeOnly(LazyTensor):
+    __slots__ = ()
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        raise CheckpointError(
+            "this model is a structure without weights, and the command needs weights",
+            hint="give a folder that holds the model's safetensors files",
+        )
+
+    @property
+    def has_bytes(self) -> bool:
+        return False
+
+
+class _Array(LazyTensor):
+    __slots__ = ("_values",)
+
+    def __init__(self, values: np.ndarray, dtype: DType) -> None:
+        super().__init__(values.shape, dtype)
+        self._values = values
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self._values[start:stop] if self.shape else self._values
+
+
+class _Full(LazyTensor):
+    __slots__ = ("_value",)
+
+    def __init__(self, shape: Sequence[int], value: float, dtype: DType) -> None:
+        super().__init__(shape, dtype)
+        self._value = value
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        shape = (stop - start, *self.shape[1:]) if self.shape else ()
+        return np.full(shape, self._value, self.dtype.numpy)
+
+
+class _Derived(LazyTensor):
+    """A node that computes its rows from `sources`."""
+
+    __slots__ = ("sources",)
+
+    def __init__(self, shape: Sequence[int], dtype: DType, *sources: LazyTensor) -> None:
+        super().__init__(shape, dtype)
+        self.sources = sources
+
+    @property
+    def has_bytes(self) -> bool:
+        return all(source.has_bytes for source in self.sources)
+
+
+class _ConcatRows(_Derived):
+    __slots__ = ()
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        pieces = []
+        first = 0  # this source's first row in the result
+        for source in self.sources:
+            lo, hi = max(start, first), min(stop, first + source.shape[0])
+            if lo < hi:
+                pieces.append(source.rows(lo - first, hi - first))
+            first += source.shape[0]
+        if len(pieces) == 1:
+            return pieces[0]
+        if not pieces:
+            return np.empty((0, *self.shape[1:]), self.dtype.numpy)
+        return np.concatenate(pieces)
+
+
+class _ConcatColumns(_Derived):
+    __slots__ = ()
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        out = np.empty((stop - start, self.shape[1]), self.dtype.numpy)
+        first = 0
+        for source in self.sources:
+            out[:, first : first + source.shape[1]] = source.rows(start, stop)
+            first += source.shape[1]
+        return out
+
+
+class _SliceRows(_Derived):
+    __slots__ = ("_start",)
+
+    def __init__(self, source: LazyTensor, start: int, stop: int) -> None:
+        super().__init__((stop - start, *source.shape[1:]), source.dtype, source)
+        self._start = start
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self.sources[0].rows(self._start + start, self._start + stop)
+
+
+class _SliceColumns(_Derived):
+    __slots__ = ("_start",)
+
+    def __init__(self, source: LazyTensor, start: int, stop: int) -> None:
+        super().__init__((source.shape[0], stop - start), source.dtype, source)
+        self._start = start
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self.sources[0].rows(start, stop)[:, self._start : self._start + self.shape[1]]
+
+
+class _Scale(_Derived):
+    """Row or column scaling; `factors` are read once per call, being as small as one row or column."""
+
+    __slots__ = ("_by_column",)
+
+    def __init__(self, source: LazyTensor, factors: LazyTensor, by_column: bool) -> None:
+        super().__init__(source.shape, source.dtype, source, factors)
+        self._by_column = by_column
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        source, factors = self.sources
+        wide = FLOAT64 if FLOAT64 in (source.dtype, factors.dtype) else FLOAT32
+        product = source.rows(start, stop).astype(wide.numpy)
+        if self._by_column:
+            product *= factors.rows(0, factors.num_rows).astype(wide.numpy)
+        else:
+            product *= factors.rows(start, stop).astype(wide.numpy)[:, None]
+        return product.astype(self.dtype.numpy, copy=False)
+
+
+class _Cast(_Derived):
+    __slots__ = ()
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self.sources[0].rows(start, stop).astype(self.dtype.numpy)
+
+
+def shape_only(shape: Sequence[int], dtype: DType) -> LazyTensor:
+    """A tensor of a structure-only graph: reading its rows raises CheckpointError."""
+    return _ShapeOnly(shape, dtype)
+
+
+def array(values: np.ndarray) -> LazyTensor:
+    """Wrap an array in memory; its dtype must be one of `exporter.dtypes.DTYPES`."""
+    dtype = BY_NAME.get(values.dtype.name)
+    if dtype is None:
+        raise GraphError("an array of this dtype cannot be a weight", expected=", ".join(BY_NAME), found=values.dtype)
+    return _Array(values, dtype)
+
+
+def full(shape: Sequence[int], value: float, dtype: DType) -> LazyTensor:
+    """A constant tensor, made when read."""
+    return _Full(shape, value, dtype)
+
+
+def concat(tensors: Sequence[LazyTensor], axis: int) -> LazyTensor:
+    """Join tensors along rows (axis 0, any rank >= 1) or columns (axis 1, matrices only).
+
+    Raises:
+        GraphError: dtypes or the other sizes differ.
+    """
+    if len(tensors) == 1:
+        return tensors[0]
+    first = tensors[0]
+    for tensor in tensors[1:]:
+        other_sizes_equal = (
+            tensor.shape[:axis] + tensor.shape[axis + 1 :] == first.shape[:axis] + first.shape[axis + 1 :]
+        )
+        if tensor.dtype != first.dtype or len(tensor.shape) != len(first.shape) or not other_sizes_equal:
+            raise GraphError(f"tensors cannot be joined along axis {axis}", expected=first, found=tensor)
+    shape = list(first.shape)
+    shape[axis] = sum(tensor.shape[axis] for tensor in tensors)
+    node = _ConcatRows if axis == 0 else _ConcatColumns
+    return node(shape, first.dtype, *tensors)
+
+
+def slice_rows(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
+    """Rows [start, stop) of a tensor."""
+    if not 0 <= start <= stop <= tensor.shape[0]:
+        raise GraphError(
+            "row slice out of range", expected=f"within [0, {tensor.shape[0]}]", found=f"[{start}, {stop})"
+        )
+    return tensor if (start, stop) == (0, tensor.shape[0]) else _SliceRows(tensor, start, stop)
+
+
+def slice_columns(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
+    """Columns [start, stop) of a matrix."""
+    if not 0 <= start <= stop <= tensor.shape[1]:
+        raise GraphError(
+            "column slice out of range", expected=f"within [0, {tensor.shape[1]}]", found=f"[{start}, {stop})"
+        )
+    return tensor if (start, stop) == (0, tensor.shape[1]) else _SliceColumns(tensor, start, stop)
+
+
+def scale_rows(tensor: LazyTensor, factors: LazyTensor) -> LazyTensor:
+    """`tensor * factors[:, None]`, taken in float32 (float64 if either is) and rounded once to `tensor.dtype`."""
+    return _scaled(tensor, factors, by_column=False)
+
+
+def scale_columns(tensor: LazyTensor, factors: LazyTensor) -> LazyTensor:
+    """`tensor * factors[None, :]`, taken in float32 (float64 if either is) and rounded once to `tensor.dtype`."""
+    return _scaled(tensor, factors, by_column=True)
+
+
+def _scaled(tensor: LazyTensor, factors: LazyTensor, *, by_column: bool) -> LazyTensor:
+    if len(tensor.shape) != 2 or factors.shape != (tensor.shape[1 if by_column else 0],):
+        raise GraphError("scale factors do not fit the matrix", expected=tensor.shape, found=factors.shape)
+    return _Scale(tensor, factors, by_column)
+
+
+def pad(tensor: LazyTensor, axis: int, size: int) -> LazyTensor:
+    """Append zeros along rows (axis 0) or columns (axis 1) up to `size`."""
+    missing = size - tensor.shape[axis]
+    if missing < 0:
+        raise GraphError("padding cannot shrink a tensor", expected=f">= {tensor.shape[axis]}", found=size)
+    if missing == 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[axis] = missing
+    return concat([tensor, full(shape, 0.0, tensor.dtype)], axis)
+
+
+def cast(tensor: LazyTensor, dtype: DType) -> LazyTensor:
+    """The same values in another dtype, rounded to nearest even."""
+    return tensor if tensor.dtype == dtype else _Cast(tensor.shape, dtype, tensor)
