@@ -1,0 +1,30 @@
+"""Llama 1 to 3.x, and everything that writes its config as Llama (`LlamaForCausalLM`)."""
+
+from exporter.architectures.base import LLAMA_TENSORS, LLAMA_UNUSED, DecoderConfig, Family
+
+
+class LlamaConfig(DecoderConfig):
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.attention_bias
+
+    @property
+    def o_bias(self) -> bool:
+        return self.attention_bias
+
+    @property
+    def ffn_bias(self) -> bool:
+        return self.mlp_bias
+
+
+FAMILY = Family(
+    name="llama",
+    model_types=("llama",),
+    architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
+    config=LlamaConfig,
+    tensors=LLAMA_TENSORS,
+    unused=LLAMA_UNUSED,
+)

@@ -1,0 +1,31 @@
+"""Qwen 3 (dense): norms on query and key heads, a head_dim of its own, and Qwen 2's window rule."""
+
+from typing import ClassVar
+
+from exporter.architectures.base import LLAMA_TENSORS, LLAMA_UNUSED, Family, Heads
+from exporter.architectures.qwen2 import SlidingUpperLayersConfig
+
+
+class Qwen3Config(SlidingUpperLayersConfig):
+    head_dim: Heads = 128
+    attention_bias: bool = False
+
+    qk_norm: ClassVar[bool] = True
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.attention_bias
+
+    @property
+    def o_bias(self) -> bool:
+        return self.attention_bias
+
+
+FAMILY = Family(
+    name="qwen3",
+    model_types=("qwen3",),
+    architectures=("Qwen3ForCausalLM",),
+    config=Qwen3Config,
+    tensors=LLAMA_TENSORS,
+    unused=LLAMA_UNUSED,
+)

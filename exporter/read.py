@@ -1,0 +1,369 @@
+"""A model folder, a config or a structure file in; a ModelGraph with lazy weights out. No tensor data is read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from exporter.architectures import family_of
+from exporter.architectures.base import (
+    AttentionSpec,
+    Family,
+    FFNSpec,
+    LayerSpec,
+    LinearSpec,
+    ModelSpec,
+)
+from exporter.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32, FLOAT64
+from exporter.errors import CheckpointError, FuselageError, raise_all
+from exporter.graph import (
+    FFN,
+    Attention,
+    Block,
+    Linear,
+    LinearSublayer,
+    ModelGraph,
+    RMSNorm,
+    Segment,
+)
+from exporter.lazy import LazyTensor, shape_only
+from exporter.safetensors_io import SkippedTensor, has_checkpoint, read_checkpoint, read_json
+from exporter.writers.files import check_files, read_manifest
+
+CONFIG = "config.json"
+STRUCTURE_SUFFIX = ".structure.json"
+WEIGHT_DTYPES = (FLOAT32, FLOAT16, BFLOAT16, FLOAT64)
+
+# Files beside the weights that belong to a model and that a writer copies along.
+ASSET_NAMES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A model as found on disk."""
+
+    path: Path  # the folder, config or structure file that was given
+    graph: ModelGraph
+    family: Family
+    config: Mapping[str, Any]  # config.json as parsed; writers take over what the graph has no field for
+    assets: Mapping[str, Path]  # tokenizer files and the like, by name
+
+
+def open_model(path: Path, *, need_weights: bool) -> Checkpoint:
+    """Open a model folder; without `need_weights` also a folder or file that holds only the structure.
+
+    Raises:
+        CheckpointError: anything about the folder, its config or its tensors that is not as it must be.
+    """
+    if path.name.endswith(STRUCTURE_SUFFIX) and path.is_file():
+        folder, config_path, config = path.parent, path, _config_from_structure(path)
+    else:
+        folder = path.parent if path.is_file() else path
+        if not folder.is_dir():
+            raise CheckpointError("no such model folder", file=path)
+        config_path = path if path.is_file() else folder / CONFIG
+        manifest = read_manifest(folder)
+        if manifest is not None:
+            check_files(folder, manifest, hashes=False)
+        if not config_path.is_file():
+            hint = "a network or engine folder is not a model folder" if manifest else None
+            raise CheckpointError("no config.json in the model folder", file=folder, hint=hint)
+        config = read_json(config_path)
+    family, spec = _understand(config, config_path)
+    structure_only = path.is_file() or not has_checkpoint(folder)
+    if structure_only:
+        _refuse_pickles(folder if path.is_dir() else None)
+        if need_weights:
+            raise CheckpointError(
+                "no safetensors weights",
+                file=path,
+                expected="model.safetensors or model.safetensors.index.json in the folder",
+                hint="this command needs weights, a config alone will not do",
+            )
+        tensors: Mapping[str, LazyTensor | SkippedTensor] = _shapes_only(family, spec, config_path)
+    else:
+        tensors = read_checkpoint(folder)
+    graph = _graph_from_tensors(family, spec, tensors, config_path)
+    assets = {name: folder / name for name in ASSET_NAMES if (folder / name).is_file()} if not path.is_file() else {}
+    return Checkpoint(path=path, graph=graph, family=family, config=config, assets=assets)
+
+
+def graph_from_config(config: Mapping[str, Any], source: Path | str = CONFIG) -> ModelGraph:
+    """Build a structure-only graph from a parsed config.json; `source` names it in errors."""
+    family, spec = _understand(config, Path(source))
+    return _graph_from_tensors(family, spec, _shapes_only(family, spec, Path(source)), Path(source))
+
+
+def _understand(config: Any, path: Path) -> tuple[Family, ModelSpec]:
+    if not isinstance(config, dict):
+        raise CheckpointError("config is not a JSON object", file=path)
+    try:
+        family = family_of(config.get("architectures"), config.get("model_type"))
+        # By way of JSON, because pydantic's strict mode knows only there that a list can be a tuple.
+        return family, family.config.model_validate_json(json.dumps(config)).spec()
+    except ValidationError as error:
+        raise_all([_config_error(problem, path) for problem in error.errors(include_url=False)])
+        raise AssertionError("Bug: a ValidationError without errors") from error
+    except CheckpointError as error:
+        error.file = path
+        raise
+
+
+def _config_error(problem: Any, path: Path) -> FuselageError:
+    where = ".".join(str(part) for part in problem["loc"])
+    missing = problem["type"] == "missing"
+    return CheckpointError(
+        f"{where}: {problem['msg']}", file=path, found=None if missing else str(problem["input"])[:60]
+    )
+
+
+def _config_from_structure(path: Path) -> dict[str, Any]:
+    """Expand a structure file: `constants` is a config, `blocks` holds [heads per group, ffn_mult] or "no_op"."""
+    raw = read_json(path)
+    if (
+        not isinstance(raw, dict)
+        or not isinstance(raw.get("constants"), dict)
+        or not isinstance(raw.get("blocks"), list)
+    ):
+        raise CheckpointError("not a structure file", file=path, expected="an object with constants and blocks")
+    blocks = []
+    for index, entry in enumerate(raw["blocks"]):
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise CheckpointError(f"blocks[{index}] is malformed", file=path, expected="[attention, ffn]", found=entry)
+        attention, ffn = entry
+        blocks.append(
+            {
+                "attention": {"no_op": True} if attention == "no_op" else {"n_heads_in_group": attention},
+                "ffn": {"no_op": True} if ffn == "no_op" else {"ffn_mult": ffn},
+            }
+        )
+    return {**raw["constants"], "block_configs": blocks}
+
+
+def _refuse_pickles(folder: Path | None) -> None:
+    if folder is None:
+        return
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            "weights are pickles, which can run code and are never opened",
+            file=folder / pickles[0],
+            hint="save the model as safetensors (transformers: save_pretrained) and give that folder",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """One tensor that the config calls for."""
+
+    name: str
+    shape: tuple[int, ...]
+    block: int | None
+    origin: str  # where in the config the shape comes from
+
+
+def _expected_tensors(family: Family, spec: ModelSpec) -> Iterator[_Expected]:
+    """Every tensor of the model, in the order of the forward pass."""
+    table = family.tensors
+    size = spec.hidden_size
+
+    def linear(role: str, layer: int, shape: tuple[int, int], bias: bool, origin: str) -> Iterator[_Expected]:
+        stem = table[role].format(layer=layer)
+        yield _Expected(f"{stem}.weight", shape, layer, origin)
+        if bias:
+            yield _Expected(f"{stem}.bias", shape[:1], layer, origin)
+
+    yield _Expected(table["embedding"], (spec.vocab_size, size), None, "vocab_size, hidden_size")
+    for layer, entry in enumerate(spec.layers):
+        attention, ffn = entry.attention, entry.ffn
+        if attention is not None:
+            yield _Expected(table["attention.norm"].format(layer=layer), (size,), layer, "hidden_size")
+        if isinstance(attention, LinearSpec):
+            yield from linear("attention.linear", layer, (size, size), False, "replace_with_linear")
+        elif attention is not None:
+            q_size = attention.num_attention_heads * attention.head_dim
+            kv_size = attention.num_key_value_heads * attention.head_dim
+            heads, kv_heads = "num_attention_heads * head_dim", "key-value heads * head_dim"
+            yield from linear("attention.q_proj", layer, (q_size, size), attention.qkv_bias, heads)
+            yield from linear("attention.k_proj", layer, (kv_size, size), attention.qkv_bias, kv_heads)
+            yield from linear("attention.v_proj", layer, (kv_size, size), attention.qkv_bias, kv_heads)
+            yield from linear("attention.o_proj", layer, (size, q_size), attention.o_bias, heads)
+            if attention.qk_norm:
+                for role in ("attention.q_norm", "attention.k_norm"):
+                    yield _Expected(table[role].format(layer=layer), (attention.head_dim,), layer, "head_dim")
+        if ffn is not None:
+            yield _Expected(table["ffn.norm"].format(layer=layer), (size,), layer, "hidden_size")
+        if isinstance(ffn, LinearSpec):
+            yield from linear("ffn.linear", layer, (size, size), False, "replace_with_linear")
+        elif ffn is not None:
+            width, origin = ffn.intermediate_size, f"intermediate_size of layer {layer}"
+            yield from linear("ffn.gate_proj", layer, (width, size), ffn.bias, origin)
+            yield from linear("ffn.up_proj", layer, (width, size), ffn.bias, origin)
+            yield from linear("ffn.down_proj", layer, (size, width), ffn.bias, origin)
+    yield _Expected(table["norm"], (size,), None, "hidden_size")
+    if not spec.tie_word_embeddings:
+        yield _Expected(f"{table['lm_head']}.weight", (spec.vocab_size, size), None, "vocab_size, hidden_size")
+
+
+def _shapes_only(family: Family, spec: ModelSpec, path: Path) -> dict[str, LazyTensor | SkippedTensor]:
+    dtype = BY_NAME.get(spec.dtype)
+    if dtype not in WEIGHT_DTYPES:
+        raise CheckpointError(
+            "unknown dtype", file=path, expected=", ".join(known.name for known in WEIGHT_DTYPES), found=spec.dtype[:40]
+        )
+    return {expected.name: shape_only(expected.shape, dtype) for expected in _expected_tensors(family, spec)}
+
+
+def _check_tensors(
+    family: Family, spec: ModelSpec, tensors: Mapping[str, LazyTensor | SkippedTensor], path: Path
+) -> dict[str, LazyTensor]:
+    """Hold what is there against what the config calls for; raise all differences at once."""
+    problems: list[FuselageError] = []
+    weights: dict[str, LazyTensor] = {}
+    for expected in _expected_tensors(family, spec):
+        found = tensors.get(expected.name)
+        where = getattr(found, "path", path.parent)
+        if found is None:
+            problems.append(
+                CheckpointError("tensor is missing", file=where, tensor=expected.name, block=expected.block)
+            )
+        elif isinstance(found, SkippedTensor) or found.dtype not in WEIGHT_DTYPES:
+            problems.append(
+                CheckpointError(
+                    "wrong dtype for a weight",
+                    file=where,
+                    tensor=expected.name,
+                    block=expected.block,
+                    expected=" or ".join(dtype.name for dtype in WEIGHT_DTYPES),
+                    found=found.dtype,
+                )
+            )
+        elif found.shape != expected.shape:
+            problems.append(
+                CheckpointError(
+                    "wrong shape",
+                    file=where,
+                    tensor=expected.name,
+                    block=expected.block,
+                    expected=f"{list(expected.shape)} from {expected.origin}",
+                    found=list(found.shape),
+                    hint=_shape_hint(expected.shape, found.shape),
+                )
+            )
+        else:
+            weights[expected.name] = found
+    unknown = _unknown_names(
+        set(tensors) - {expected.name for expected in _expected_tensors(family, spec)}, family, spec
+    )
+    for name in unknown:
+        problems.append(
+            CheckpointError(
+                f"tensor is not part of a {family.name} model with this config",
+                file=getattr(tensors[name], "path", path.parent),
+                tensor=name,
+            )
+        )
+    raise_all(problems)
+    return weights
+
+
+def _unknown_names(extra: Iterable[str], family: Family, spec: ModelSpec) -> list[str]:
+    unused = [re.escape(name).replace(re.escape("{layer}"), r"\d+") for name in family.unused]
+    if spec.tie_word_embeddings:  # some files repeat the tied embedding
+        unused.append(re.escape(f"{family.tensors['lm_head']}.weight"))
+    pattern = re.compile("|".join(unused) or "(?!)")
+    return sorted(name for name in extra if not pattern.fullmatch(name))
+
+
+def _shape_hint(expected: tuple[int, ...], found: tuple[int, ...]) -> str | None:
+    if len(expected) == len(found) == 2 and found == expected[::-1]:
+        return "the matrix is transposed"
+    ratios = [want / have for want, have in zip(expected, found, strict=False) if have and want != have]
+    if len(expected) == len(found) and len(ratios) == 1 and ratios[0] in (2, 4, 8, 16):
+        return f"the size is 1/{ratios[0]:g} of what is expected: is this one tensor-parallel shard?"
+    return None
+
+
+def _graph_from_tensors(
+    family: Family, spec: ModelSpec, tensors: Mapping[str, LazyTensor | SkippedTensor], path: Path
+) -> ModelGraph:
+    weights = _check_tensors(family, spec, tensors, path)
+    table = family.tensors
+
+    def tensor(role: str, layer: int = 0) -> LazyTensor:
+        return weights[table[role].format(layer=layer)]
+
+    def norm(role: str, layer: int = 0) -> RMSNorm:
+        return RMSNorm(weight=tensor(role, layer), eps=spec.rms_norm_eps)
+
+    def linear(role: str, layer: int = 0) -> Linear:
+        stem = table[role].format(layer=layer)
+        return Linear(weight=weights[f"{stem}.weight"], bias=weights.get(f"{stem}.bias"))
+
+    def attention(layer: int, entry: AttentionSpec | LinearSpec | None) -> Attention | LinearSublayer | None:
+        if entry is None:
+            return None
+        if isinstance(entry, LinearSpec):
+            return LinearSublayer(norm=norm("attention.norm", layer), linear=linear("attention.linear", layer))
+        return Attention(
+            norm=norm("attention.norm", layer),
+            q_proj=linear("attention.q_proj", layer),
+            k_proj=linear("attention.k_proj", layer),
+            v_proj=linear("attention.v_proj", layer),
+            o_proj=linear("attention.o_proj", layer),
+            num_attention_heads=entry.num_attention_heads,
+            num_key_value_heads=entry.num_key_value_heads,
+            q_norm=norm("attention.q_norm", layer) if entry.qk_norm else None,
+            k_norm=norm("attention.k_norm", layer) if entry.qk_norm else None,
+            sliding_window=entry.sliding_window,
+        )
+
+    def ffn(layer: int, entry: FFNSpec | LinearSpec | None) -> FFN | LinearSublayer | None:
+        if entry is None:
+            return None
+        if isinstance(entry, LinearSpec):
+            return LinearSublayer(norm=norm("ffn.norm", layer), linear=linear("ffn.linear", layer))
+        segments = entry.segments or ((layer, entry.intermediate_size),)
+        return FFN(
+            norm=norm("ffn.norm", layer),
+            gate_proj=linear("ffn.gate_proj", layer),
+            up_proj=linear("ffn.up_proj", layer),
+            down_proj=linear("ffn.down_proj", layer),
+            activation=entry.activation,
+            segments=tuple(Segment(source, width) for source, width in segments),
+        )
+
+    def block(layer: int, entry: LayerSpec) -> Block:
+        return Block(
+            attention=attention(layer, entry.attention),
+            ffn=ffn(layer, entry.ffn),
+            source_layers=entry.source_layers if entry.source_layers is not None else (layer,),
+        )
+
+    try:
+        return ModelGraph(
+            embedding=tensor("embedding"),
+            blocks=tuple(block(layer, entry) for layer, entry in enumerate(spec.layers)),
+            norm=norm("norm"),
+            lm_head=None if spec.tie_word_embeddings else linear("lm_head"),
+            rope=spec.rope,
+            max_position_embeddings=spec.max_position_embeddings,
+        )
+    except FuselageError as error:
+        raise CheckpointError(f"contradictory config ({error})", file=path) from error
