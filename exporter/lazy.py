@@ -205,6 +205,17 @@ class _Scale(_Derived):
         return product.astype(self.dtype.numpy, copy=False)
 
 
+class _Sum(_Derived):
+    __slots__ = ()
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        wide = FLOAT64 if self.dtype == FLOAT64 else FLOAT32
+        total = self.sources[0].rows(start, stop).astype(wide.numpy)
+        for source in self.sources[1:]:
+            total += source.rows(start, stop).astype(wide.numpy)
+        return total.astype(self.dtype.numpy, copy=False)
+
+
 class _Cast(_Derived):
     __slots__ = ()
 
@@ -295,6 +306,15 @@ def pad(tensor: LazyTensor, axis: int, size: int) -> LazyTensor:
     shape = list(tensor.shape)
     shape[axis] = missing
     return concat([tensor, full(shape, 0.0, tensor.dtype)], axis)
+
+
+def add(tensors: Sequence[LazyTensor]) -> LazyTensor:
+    """The sum of tensors of one shape and dtype, taken in float32 (float64 if they are) and rounded once."""
+    first = tensors[0]
+    for tensor in tensors[1:]:
+        if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
+            raise GraphError("tensors cannot be added", expected=first, found=tensor)
+    return first if len(tensors) == 1 else _Sum(first.shape, first.dtype, *tensors)
 
 
 def cast(tensor: LazyTensor, dtype: DType) -> LazyTensor:

@@ -1,0 +1,60 @@
+"""Where source layers are in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+
+from exporter.errors import PlanError
+from exporter.graph import Block, ModelGraph, ParallelBlocks
+
+
+def block_of_layer(graph: ModelGraph, layer: int) -> int:
+    """Index in `graph.blocks` of the block that holds a source layer.
+
+    Raises:
+        PlanError: no block does.
+    """
+    for index, entry in enumerate(graph.blocks):
+        if layer in entry.source_layers:
+            return index
+    layers = [layer for entry in graph.blocks for layer in entry.source_layers]
+    raise PlanError(
+        f"layer {layer} is not in the model", expected=f"a layer from {min(layers)} to {max(layers)}", found=layer
+    )
+
+
+def blocks_of_range(graph: ModelGraph, layers: tuple[int, int]) -> range:
+    """Indices of the blocks that hold the source layers `first` to `last`, both included.
+
+    Raises:
+        PlanError: the range is empty or leaves the model, or cuts through a block that holds several layers.
+    """
+    first, last = layers
+    if first > last:
+        raise PlanError("a range goes from its lower to its higher layer", found=[first, last])
+    indices = range(block_of_layer(graph, first), block_of_layer(graph, last) + 1)
+    held = {layer for index in indices for layer in graph.blocks[index].source_layers}
+    if min(held) < first or max(held) > last:
+        raise PlanError(
+            f"range [{first}, {last}] cuts through a block of several layers",
+            expected=f"[{min(held)}, {max(held)}]",
+            found=[first, last],
+        )
+    return indices
+
+
+def plain_block(graph: ModelGraph, index: int) -> Block:
+    """Entry `index` of a graph, which must not be a parallel group (PlanError)."""
+    entry = graph.blocks[index]
+    if isinstance(entry, ParallelBlocks):
+        raise PlanError("the block is a parallel group already", block=index, found=f"layers {entry.source_layers}")
+    return entry
+
+
+def check_disjoint(ranges: Iterable[tuple[int, int]], what: str) -> None:
+    """Raise PlanError if two of the ranges share a layer."""
+    ordered = sorted(ranges)
+    for (first, last), (next_first, next_last) in pairwise(ordered):
+        if next_first <= last:
+            raise PlanError(f"{what} overlap", found=f"[{first}, {last}] and [{next_first}, {next_last}]")

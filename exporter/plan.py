@@ -1,0 +1,120 @@
+"""Plans: which attentions are dropped, which FFN runs are fused, which blocks run in parallel.
+
+A plan is YAML; layers are the source model's numbers, ranges include both ends, as the paper writes them:
+
+    drop_attention: [9, 10, [11, 14]]
+    fuse: [[9, 13]]
+    parallel: [[2, 5]]
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from exporter.errors import PlanError
+from exporter.graph import ModelGraph
+from exporter.passes.drop_attention import drop_attention
+from exporter.passes.fuse_ffn import NormRule, fuse_ffn
+from exporter.passes.parallelize_blocks import parallelize_blocks
+
+MAX_YAML_BYTES = 1 << 20
+MAX_LAYER = 1 << 16
+
+
+def _pair(value: Any) -> Any:
+    # pydantic's strict tuples do not accept the lists that YAML gives.
+    return tuple(value) if isinstance(value, list) else value
+
+
+Layer = Annotated[int, Field(ge=0, lt=MAX_LAYER)]
+LayerRange = Annotated[tuple[Layer, Layer], BeforeValidator(_pair)]
+
+
+class Plan(BaseModel):
+    """A validated plan. Whether it fits a model is known only with the model: see `apply_plan`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    drop_attention: list[Layer | LayerRange] = []
+    fuse: list[LayerRange] = []
+    parallel: list[LayerRange] = []
+
+    @property
+    def dropped_layers(self) -> list[int]:
+        """`drop_attention` with its ranges spelled out."""
+        layers: list[int] = []
+        for entry in self.drop_attention:
+            if isinstance(entry, int):
+                layers.append(entry)
+            else:
+                first, last = entry
+                if first > last:
+                    raise PlanError("a range goes from its lower to its higher layer", found=[first, last])
+                layers.extend(range(first, last + 1))
+        return layers
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan file.
+
+    Raises:
+        PlanError: the file is missing, too large, not YAML, or does not have the form of a plan.
+    """
+    return plan_from_data(read_yaml(path), path)
+
+
+def plan_from_data(data: Any, file: Path | None = None) -> Plan:
+    """Validate a plan that was parsed already (a recipe holds plans inline)."""
+    if not isinstance(data, dict):
+        raise PlanError("not a plan", file=file, expected=f"keys {', '.join(Plan.model_fields)}", found=str(data)[:60])
+    try:
+        return Plan.model_validate(data)
+    except ValidationError as error:
+        raise validation_error(error, file) from error
+
+
+def apply_plan(graph: ModelGraph, plan: Plan, *, norm: NormRule = "fold") -> ModelGraph:
+    """Drop, fuse and parallelize, in this order; no tensor byte is read.
+
+    Raises:
+        PlanError: the plan does not fit the graph; names the layer or block and the rule.
+    """
+    if plan.dropped_layers:
+        graph = drop_attention(graph, plan.dropped_layers)
+    if plan.fuse:
+        graph = fuse_ffn(graph, plan.fuse, norm=norm)
+    if plan.parallel:
+        graph = parallelize_blocks(graph, plan.parallel)
+    return graph
+
+
+def read_yaml(path: Path) -> Any:
+    """Parse a YAML file: bounded size, plain data only, no aliases (a few of them can stand for gigabytes).
+
+    Raises:
+        PlanError: as described; names the line where the parser does.
+    """
+    try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise PlanError("file is too large for a plan or recipe", file=path, expected=f"<= {MAX_YAML_BYTES} bytes")
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"cannot be read ({error})", file=path) from error
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise PlanError("aliases (*name) are not allowed here", file=path)
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date, say
+        raise PlanError(f"not valid YAML ({' '.join(str(error).split())[:160]})", file=path) from error
+
+
+def validation_error(error: ValidationError, file: Path | None) -> PlanError:
+    """The first of pydantic's complaints as our error."""
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    missing = problem["type"] == "missing"
+    return PlanError(f"{where}: {problem['msg']}", file=file, found=None if missing else str(problem["input"])[:60])

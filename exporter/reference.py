@@ -1,0 +1,314 @@
+"""Running a ModelGraph in PyTorch, one block in memory at a time: the definition that everything else is held against.
+
+Shape letters: B = batch, S = tokens of this call, T = tokens in the cache, D = hidden_size, V = vocab_size,
+Hq / Hkv = attention / key-value heads, d = head_dim. The residual stream is kept in `dtype`; norms and softmax are
+taken in float32 (float64 if `dtype` is) as in transformers' Llama.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from exporter.dtypes import BY_NAME
+from exporter.errors import GraphError
+from exporter.graph import Activation, Attention, Block, LinearSublayer, ModelGraph, ParallelBlocks, members
+from exporter.lazy import LazyTensor
+
+ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    Activation.SILU: F.silu,
+    Activation.GELU: F.gelu,
+    Activation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
+    Activation.RELU: F.relu,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """Keys and values of every KV slot, [B, Hkv, capacity, d] each, and how many tokens each sequence holds."""
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    lengths: torch.Tensor  # int64 [B]
+
+    @property
+    def capacity(self) -> int | None:
+        """None in a model without attention, which needs no cache."""
+        return self.keys[0].shape[2] if self.keys else None
+
+
+class Reference:
+    """Runs `graph` on `device` in `dtype`.
+
+    Blocks are loaded when they are needed and dropped after use, so memory is that of the largest block; with
+    `resident` they are loaded once and kept, for graphs that fit and are run many times.
+    """
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        resident: bool = False,
+    ) -> None:
+        self.graph = graph
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self._kept: dict[int, LoadedBlock] | None = {} if resident else None
+        self._first_slots = _first_slots(graph)
+        self._ends: dict[str, torch.Tensor] = {}
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """Empty caches with room for `capacity` tokens per sequence."""
+        shapes = [(batch, a.num_key_value_heads, capacity, a.head_dim) for _, a in self.graph.attentions]
+        return Cache(
+            keys=tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for shape in shapes),
+            values=tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for shape in shapes),
+            lengths=torch.zeros(batch, dtype=torch.int64, device=self.device),
+        )
+
+    @torch.inference_mode()
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Full causal forward without a cache: int64 [B, S] -> [B, S, V] in `dtype`."""
+        return self.head(self.hidden_states(input_ids, None))
+
+    @torch.inference_mode()
+    def step(self, input_ids: torch.Tensor, cache: Cache, lengths: Sequence[int] | None = None) -> torch.Tensor:
+        """Append right-padded tokens to every sequence of `cache`, which is changed in place.
+
+        Args:
+            input_ids: int64 [B, S].
+            lengths: valid tokens of each row; None: all S.
+
+        Returns:
+            The logits of each row's last valid token, [B, V] in `dtype`.
+
+        Raises:
+            GraphError: the cache has no room.
+        """
+        batch, tokens = input_ids.shape
+        valid = torch.tensor([tokens] * batch if lengths is None else list(lengths), device=self.device)
+        if cache.capacity is not None and int(cache.lengths.max()) + tokens > cache.capacity:
+            raise GraphError("the KV cache is full", expected=f"at most {cache.capacity} tokens")
+        hidden = self.hidden_states(input_ids, cache)
+        cache.lengths.add_(valid)
+        return self.head(hidden[torch.arange(batch, device=self.device), valid - 1])
+
+    def hidden_states(self, input_ids: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+        """The residual stream after the last block, [B, S, D], before the final norm."""
+        *_, last = self.residuals(input_ids, cache)
+        return last
+
+    def residuals(self, input_ids: torch.Tensor, cache: Cache | None) -> Iterator[torch.Tensor]:
+        """Yield the residual stream [B, S, D] before the first block and after every entry of `graph.blocks`."""
+        x = self._embed(input_ids.to(self.device))
+        yield x
+        span = self.span(input_ids.shape, cache)
+        for index in range(len(self.graph.blocks)):
+            x = self.block(index)(x, span)
+            yield x
+
+    def block(self, index: int) -> LoadedBlock:
+        """Entry `index` of `graph.blocks` with its weights in memory."""
+        if self._kept is not None and index in self._kept:
+            return self._kept[index]
+        loaded = LoadedBlock(self.graph.blocks[index], self._first_slots[index], self.device, self.dtype)
+        if self._kept is not None:
+            self._kept[index] = loaded
+        return loaded
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final norm and lm_head: [..., D] -> [..., V]."""
+        norm, head = self.graph.norm, self.graph.lm_head
+        logits = (
+            rms_norm(hidden, self._end("norm", norm.weight), norm.eps)
+            @ self._end("head", self.graph.embedding if head is None else head.weight).T
+        )
+        return logits if head is None or head.bias is None else logits + self._end("bias", head.bias)
+
+    def span(self, shape: Sequence[int], cache: Cache | None) -> Span:
+        """Positions and rotations of a call that appends `shape` = [B, S] tokens to `cache`."""
+        batch, tokens = shape
+        start = cache.lengths if cache is not None else torch.zeros(batch, dtype=torch.int64, device=self.device)
+        positions = start[:, None] + torch.arange(tokens, device=self.device)[None, :]  # [B, S]
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        rope, head_dim = self.graph.rope, self.graph.head_dim
+        if head_dim is None:
+            return Span(positions, None, None, cache)
+        frequencies = torch.from_numpy(rope.inverse_frequencies(head_dim)).to(self.device, wide)
+        angles = positions[:, None, :, None].to(wide) * frequencies  # [B, 1, S, d / 2]
+        cos, sin = (f(angles) * rope.attention_factor for f in (torch.cos, torch.sin))
+        return Span(positions, cos.to(self.dtype), sin.to(self.dtype), cache)
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if self._kept is not None or self.graph.lm_head is None:
+            return F.embedding(
+                input_ids, self._end("head" if self.graph.lm_head is None else "embed", self.graph.embedding)
+            )
+        ids, where = input_ids.unique(return_inverse=True)
+        rows = [torch_from_numpy(self.graph.embedding.rows(i, i + 1), self.device, self.dtype) for i in ids.tolist()]
+        return torch.cat(rows)[where]
+
+    def _end(self, name: str, tensor: LazyTensor) -> torch.Tensor:
+        # What every call needs at both ends of the model is kept: it is one matrix, as large as a block.
+        if name not in self._ends:
+            self._ends[name] = torch_from_lazy(tensor, self.device, self.dtype)
+        return self._ends[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The tokens of one call: where they are and what they can see."""
+
+    positions: torch.Tensor  # int64 [B, S]
+    cos: torch.Tensor | None  # [B, 1, S, d / 2]; None in a model without attention
+    sin: torch.Tensor | None
+    cache: Cache | None
+
+
+class LoadedBlock:
+    """One entry of `graph.blocks` with its weights as torch tensors."""
+
+    def __init__(
+        self, entry: Block | ParallelBlocks, first_slot: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.members: tuple[Block, ...] = tuple(_on_device(block, device, dtype) for block in members(entry))
+        self._slots = _slots_of(self.members, first_slot)
+
+    def __call__(self, x: torch.Tensor, span: Span) -> torch.Tensor:
+        """f(x), for parallel blocks x + sum_j (f_j(x) - x): [B, S, D] -> [B, S, D]."""
+        y = x
+        for block, slot in zip(self.members, self._slots, strict=True):
+            mixed = x
+            if block.attention is not None:
+                contribution = attend(block.attention, x, span, slot)
+                mixed, y = x + contribution, y + contribution
+            if block.ffn is not None:
+                y = y + feed_forward(block.ffn, mixed)
+        return y
+
+
+def attend(sublayer: Any, x: torch.Tensor, span: Span, slot: int | None) -> torch.Tensor:
+    """What an attention (or the linear in its place) adds to the residual: [B, S, D] -> [B, S, D].
+
+    `sublayer` is an Attention or LinearSublayer whose tensors are torch tensors. With a cache, new keys and values
+    go to `slot` at each sequence's length.
+    """
+    normed = rms_norm(x, sublayer.norm.weight, sublayer.norm.eps)
+    if isinstance(sublayer, LinearSublayer):
+        return _linear(sublayer.linear, normed)
+    batch, tokens, _ = x.shape
+
+    def heads(projection: Any, norm: Any, count: int) -> torch.Tensor:
+        y = _linear(projection, normed).view(batch, tokens, count, -1)
+        if norm is not None:
+            y = rms_norm(y, norm.weight, norm.eps)
+        return y.transpose(1, 2)  # [B, count, S, d]
+
+    if span.cos is None or span.sin is None:
+        raise AssertionError("Bug: attention in a graph that says it has none")
+    query = _rotate(heads(sublayer.q_proj, sublayer.q_norm, sublayer.num_attention_heads), span.cos, span.sin)
+    key = _rotate(heads(sublayer.k_proj, sublayer.k_norm, sublayer.num_key_value_heads), span.cos, span.sin)
+    value = heads(sublayer.v_proj, None, sublayer.num_key_value_heads)
+    key_positions = span.positions[:, None, :]  # [B, 1, T]
+    if span.cache is not None:
+        if slot is None:
+            raise AssertionError("Bug: attention without a KV slot")
+        keys, values = span.cache.keys[slot], span.cache.values[slot]
+        rows = torch.arange(batch, device=x.device)[:, None]
+        keys[rows, :, span.positions] = key.transpose(1, 2)
+        values[rows, :, span.positions] = value.transpose(1, 2)
+        used = int(span.positions.max()) + 1
+        key, value = keys[:, :, :used], values[:, :, :used]
+        key_positions = torch.arange(used, device=x.device)[None, None, :]
+    # Right padding needs no mask of its own: what a padded token writes lies behind every valid position.
+    visible = key_positions <= span.positions[:, :, None]  # [B, S, T]
+    if sublayer.sliding_window is not None:
+        visible = visible & (key_positions > span.positions[:, :, None] - sublayer.sliding_window)
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible[:, None], enable_gqa=True)
+    return _linear(sublayer.o_proj, mixed.transpose(1, 2).reshape(batch, tokens, -1))
+
+
+def feed_forward(sublayer: Any, x: torch.Tensor) -> torch.Tensor:
+    """What an FFN (or the linear in its place) adds to the residual: [..., D] -> [..., D]."""
+    normed = rms_norm(x, sublayer.norm.weight, sublayer.norm.eps)
+    if isinstance(sublayer, LinearSublayer):
+        return _linear(sublayer.linear, normed)
+    gate = ACTIVATIONS[sublayer.activation](_linear(sublayer.gate_proj, normed))
+    return _linear(sublayer.down_proj, gate * _linear(sublayer.up_proj, normed))
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """weight * (x / rms(x)), normalized in float32 and rounded to x's dtype before the weight, as Llama does."""
+    wide = x.to(torch.float32) if x.dtype != torch.float64 else x
+    normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normalized.to(x.dtype)
+
+
+def _linear(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, linear.weight, linear.bias)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def torch_from_lazy(tensor: LazyTensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Read a tensor, chunk by chunk, into a new torch tensor of `dtype` on `device`."""
+    out = torch.empty(tensor.shape, dtype=dtype, device=device)
+    start = 0
+    for piece in tensor.chunks():
+        rows = torch_from_numpy(piece, device, dtype)
+        if not tensor.shape:
+            return rows
+        out[start : start + len(rows)] = rows
+        start += len(rows)
+    return out
+
+
+def torch_from_numpy(values: np.ndarray, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Convert an array of one of our dtypes; torch cannot take ml_dtypes arrays, so the bits travel as integers."""
+    source = getattr(torch, BY_NAME[values.dtype.name].torch)
+    bits = np.ascontiguousarray(values)
+    if not bits.flags.writeable:
+        bits = bits.copy()
+    if bits.dtype.kind == "V" or bits.dtype.name in ("bfloat16", "float8_e4m3fn"):
+        bits = bits.view({1: np.int8, 2: np.int16}[bits.dtype.itemsize])
+    return torch.from_numpy(bits).view(source).to(device=device, dtype=dtype)
+
+
+def _on_device(part: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The same dataclasses with torch tensors, which have shapes too, in place of lazy ones."""
+    if isinstance(part, LazyTensor):
+        return torch_from_lazy(part, device, dtype)
+    if is_dataclass(part) and not isinstance(part, type):
+        return type(part)(**{f.name: _on_device(getattr(part, f.name), device, dtype) for f in fields(part)})
+    return part
+
+
+def _slots_of(blocks: Sequence[Block], first_slot: int) -> tuple[int | None, ...]:
+    slots: list[int | None] = []
+    for block in blocks:
+        has_cache = isinstance(block.attention, Attention)
+        slots.append(first_slot if has_cache else None)
+        first_slot += has_cache
+    return tuple(slots)
+
+
+def _first_slots(graph: ModelGraph) -> list[int]:
+    """For every entry of `graph.blocks`, the KV slot that its first attention has or would have."""
+    first, slots = 0, []
+    for entry in graph.blocks:
+        slots.append(first)
+        first += sum(isinstance(block.attention, Attention) for block in members(entry))
+    return slots
+
+
+__all__ = ["ACTIVATIONS", "Cache", "LoadedBlock", "Reference", "Span", "attend", "feed_forward", "rms_norm"]
