@@ -16,10 +16,6 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from exporter.errors import PlanError
-from exporter.graph import ModelGraph
-from exporter.passes.drop_attention import drop_attention
-from exporter.passes.fuse_ffn import NormRule, fuse_ffn
-from exporter.passes.parallelize_blocks import parallelize_blocks
 
 MAX_YAML_BYTES = 1 << 20
 MAX_LAYER = 1 << 16
@@ -35,7 +31,7 @@ LayerRange = Annotated[tuple[Layer, Layer], BeforeValidator(_pair)]
 
 
 class Plan(BaseModel):
-    """A validated plan. Whether it fits a model is known only with the model: see `apply_plan`."""
+    """A validated plan. Whether it fits a model is known only with the model: see `exporter.pipeline.apply_plan`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -75,21 +71,6 @@ def plan_from_data(data: Any, file: Path | None = None) -> Plan:
         return Plan.model_validate(data)
     except ValidationError as error:
         raise validation_error(error, file) from error
-
-
-def apply_plan(graph: ModelGraph, plan: Plan, *, norm: NormRule = "fold") -> ModelGraph:
-    """Drop, fuse and parallelize, in this order; no tensor byte is read.
-
-    Raises:
-        PlanError: the plan does not fit the graph; names the layer or block and the rule.
-    """
-    if plan.dropped_layers:
-        graph = drop_attention(graph, plan.dropped_layers)
-    if plan.fuse:
-        graph = fuse_ffn(graph, plan.fuse, norm=norm)
-    if plan.parallel:
-        graph = parallelize_blocks(graph, plan.parallel)
-    return graph
 
 
 def read_yaml(path: Path) -> Any:

@@ -1,0 +1,114 @@
+"""Recipes: a YAML file that names a model and everything to do to it, for `build.py run`.
+
+model: demo/model                 # paths are relative to the recipe
+network: {dtype: float32, max_positions: 1024}
+variants:
+  - name: baseline
+  - name: fused
+    plan: {drop_attention: [[9, 12]], fuse: [[9, 12]]}
+bench: {batch: [1, 4], input_len: [64], output_len: [32]}
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from exporter.errors import PlanError
+from exporter.plan import Plan, plan_from_data, read_plan, read_yaml, validation_error
+
+Count = Annotated[int, Field(gt=0, le=1 << 20)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]  # also a folder name
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class NetworkRecipe(_Table):
+    """The network definition that every variant is exported to."""
+
+    to: Literal["onnx"] = "onnx"
+    target: Literal["onnxruntime"] = "onnxruntime"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    max_positions: Count | None = None  # None: the model's max_position_embeddings
+
+
+class VariantRecipe(_Table):
+    """One model to compare: the source itself, or what a plan makes of it."""
+
+    name: Name
+    plan: Plan = Plan()
+    norm: Literal["fold", "last"] = "fold"
+    checkpoint: bool = True  # also write a Hugging Face folder; it cannot hold parallel blocks
+
+
+class BenchRecipe(_Table):
+    """The grid of workloads; every combination of the three lists is measured."""
+
+    batch: list[Count] = [1]
+    input_len: list[Count] = [64]
+    output_len: list[Count] = [32]
+    rounds: Count = 5
+    warmup: Annotated[int, Field(ge=0, le=1000)] = 1
+    threads: Count | None = None  # None: one per core
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Recipe(_Table):
+    """A validated recipe with all paths resolved and all plans read."""
+
+    title: str = "Fuselage comparison"
+    model: Annotated[Path, BeforeValidator(lambda value: Path(value) if isinstance(value, str) else value)]
+    network: NetworkRecipe = NetworkRecipe()
+    variants: Annotated[list[VariantRecipe], Field(min_length=1, max_length=64)]
+    bench: BenchRecipe | None = BenchRecipe()
+    baseline: Name | None = None  # of the report; None: the first variant
+
+    @property
+    def baseline_name(self) -> str:
+        return self.baseline or self.variants[0].name
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe file; a variant's plan may be inline or the path of a plan file.
+
+    Raises:
+        PlanError: the file or a plan it names is malformed, two variants share a name, or a variant asks for a
+            checkpoint that the format cannot hold.
+    """
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise PlanError(
+            "not a recipe", file=path, expected=f"keys {', '.join(Recipe.model_fields)}", found=str(data)[:60]
+        )
+    folder = path.absolute().parent
+    if isinstance(data.get("model"), str):
+        data["model"] = str(folder / data["model"])
+    variants = data.get("variants")
+    for variant in variants if isinstance(variants, list) else []:
+        if isinstance(variant, dict) and "plan" in variant:
+            variant["plan"] = _plan(variant["plan"], folder, path)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise validation_error(error, path) from error
+    names = [variant.name for variant in recipe.variants]
+    if len(set(names)) != len(names):
+        raise PlanError("two variants have the same name", file=path, found=", ".join(names))
+    if recipe.baseline_name not in names:
+        raise PlanError("the baseline is one of the variants", file=path, expected=names, found=recipe.baseline_name)
+    for variant in recipe.variants:
+        if variant.plan.parallel and variant.checkpoint:
+            raise PlanError(
+                f"variant {variant.name!r}: a Hugging Face folder cannot hold parallel blocks",
+                file=path,
+                hint="add `checkpoint: false` to the variant; its network is then exported without one",
+            )
+    return recipe
+
+
+def _plan(value: Any, folder: Path, recipe: Path) -> Plan:
+    return read_plan(folder / value) if isinstance(value, str) else plan_from_data(value, recipe)

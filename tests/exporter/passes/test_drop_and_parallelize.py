@@ -1,0 +1,81 @@
+"""Dropping attention and running blocks side by side, against transformers-free brute force and their rules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from exporter.errors import PlanError
+from exporter.graph import Attention, ModelGraph
+from exporter.lazy import full
+from exporter.passes.drop_attention import drop_attention
+from exporter.passes.fuse_ffn import fuse_ffn
+from exporter.passes.parallelize_blocks import parallelize_blocks
+from exporter.reference import Reference
+from tests.tiny import tiny_graph
+
+TOKENS = torch.arange(11)[None]
+
+
+def logits(graph: ModelGraph) -> torch.Tensor:
+    return Reference(graph, dtype=torch.float64).logits(TOKENS)
+
+
+def test_a_dropped_attention_is_one_whose_output_is_zero() -> None:
+    graph = tiny_graph("AF AF LF AF")
+    silenced = list(graph.blocks)
+    for index in (1, 2):
+        attention = silenced[index].attention
+        last = "o_proj" if isinstance(attention, Attention) else "linear"
+        linear = getattr(attention, last)
+        zero = replace(linear, weight=full(linear.weight.shape, 0.0, linear.weight.dtype))
+        silenced[index] = replace(silenced[index], attention=replace(attention, **{last: zero}))
+    dropped = drop_attention(graph, [1, 2])
+    assert torch.equal(logits(dropped), logits(replace(graph, blocks=tuple(silenced))))
+    assert not torch.allclose(logits(dropped), logits(graph))
+    assert dropped.kv_slots == {0: 0, 3: 1}
+    assert dropped.sequential_sublayers == 6
+
+
+def test_a_group_sums_what_its_blocks_add_to_the_same_input() -> None:
+    graph = tiny_graph("AF AF F AF")
+    grouped = parallelize_blocks(graph, [(1, 2)])
+    reference = Reference(graph, dtype=torch.float64)
+    span = reference.span(TOKENS.shape, None)
+    x = reference.block(0)(next(iter(reference.residuals(TOKENS, None))), span)
+    y = x + sum(reference.block(index)(x, span) - x for index in (1, 2))
+    expected = reference.head(reference.block(3)(y, span))
+    torch.testing.assert_close(logits(grouped), expected, atol=1e-12, rtol=0)
+    assert grouped.sequential_sublayers == 6
+    assert grouped.kv_slots == {0: 0, 1: 1, 3: 2}
+
+
+@pytest.mark.parametrize(
+    ("graph", "layers", "message"),
+    [
+        pytest.param(tiny_graph("AF F"), [1], "layer 1 has no attention", id="none_to_drop"),
+        pytest.param(tiny_graph("AF AF"), [2], "layer 2 is not in the model: expected a layer from 0 to 1", id="range"),
+        pytest.param(tiny_graph("AF AF"), [1, 1], "listed twice", id="twice"),
+        pytest.param(tiny_graph("(AF AF) AF"), [1], "parallel group already", id="parallel"),
+        pytest.param(fuse_ffn(tiny_graph("AF F F"), [(1, 2)]), [1], "has no attention", id="fused"),
+    ],
+)
+def test_a_drop_that_breaks_a_rule_is_refused(graph: ModelGraph, layers: list[int], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        drop_attention(graph, layers)
+
+
+@pytest.mark.parametrize(
+    ("graph", "groups", "message"),
+    [
+        pytest.param(tiny_graph("AF AF AF"), [(0, 1), (1, 2)], "parallel groups overlap", id="overlap"),
+        pytest.param(tiny_graph("AF - AF"), [(0, 1)], "at least two blocks that do something", id="empty"),
+        pytest.param(tiny_graph("(AF AF) AF"), [(0, 2)], "parallel group already", id="nested"),
+        pytest.param(tiny_graph("AF AF"), [(0, 2)], "layer 2 is not in the model", id="range"),
+    ],
+)
+def test_a_group_that_breaks_a_rule_is_refused(graph: ModelGraph, groups: list, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        parallelize_blocks(graph, groups)

@@ -1,0 +1,81 @@
+"""Invariants of the graph types, and what they derive."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from exporter.dtypes import BFLOAT16, FLOAT32
+from exporter.errors import GraphError
+from exporter.graph import FFN, Attention, Block, Linear, ModelGraph, ParallelBlocks, Segment, structure
+from exporter.lazy import LazyTensor, shape_only
+from tests.tiny import tiny_graph
+
+
+def matrix(*shape: int) -> LazyTensor:
+    return shape_only(shape, FLOAT32)
+
+
+def attention(**changes: object) -> Attention:
+    block = tiny_graph("AF").flat_blocks[0]
+    assert isinstance(block.attention, Attention)
+    return replace(block.attention, **changes)
+
+
+def ffn(**changes: object) -> FFN:
+    block = tiny_graph("AF").flat_blocks[0]
+    assert isinstance(block.ffn, FFN)
+    return replace(block.ffn, **changes)
+
+
+def graph(**changes: object) -> ModelGraph:
+    return replace(tiny_graph("AF AF"), **changes)
+
+
+BROKEN = {
+    "linear_rank": (lambda: Linear(weight=matrix(3)), "a linear weight is a matrix"),
+    "bias": (lambda: Linear(weight=matrix(3, 2), bias=matrix(2)), r"bias fits its weight: expected \[3\], found \[2\]"),
+    "kv_heads": (lambda: attention(num_key_value_heads=3), "divide the attention heads"),
+    "no_heads": (lambda: attention(num_attention_heads=0), "divide the attention heads"),
+    "head_dim": (lambda: attention(num_attention_heads=5, num_key_value_heads=5), "head_dim"),
+    "k_proj": (
+        lambda: attention(k_proj=Linear(weight=matrix(16, 64))),
+        r"k_proj .*expected \[32, 64\], found \[16, 64\]",
+    ),
+    "window": (lambda: attention(sliding_window=0), "sliding window"),
+    "down": (lambda: ffn(down_proj=Linear(weight=matrix(64, 255))), r"down_proj .*expected \[64, 256\]"),
+    "segments": (lambda: ffn(segments=(Segment(0, 257),)), "segments fit the FFN"),
+    "no_segment": (lambda: ffn(segments=()), "segments fit the FFN"),
+    "source_layers": (lambda: Block(attention=None, ffn=ffn(), source_layers=(1,)), "segments come from"),
+    "no_source": (lambda: Block(attention=None, ffn=None, source_layers=()), "ascending and not empty"),
+    "group_of_one": (lambda: ParallelBlocks(blocks=tiny_graph("AF").flat_blocks), "at least two blocks"),
+    "repeated_layer": (lambda: graph(blocks=tiny_graph("AF").blocks * 2), "belongs to one block"),
+    "hidden_size": (lambda: graph(blocks=tiny_graph("AF", hidden_size=32).blocks), r"block 0: .*expected 64, found 32"),
+    "lm_head": (lambda: graph(lm_head=Linear(weight=matrix(319, 64))), "lm_head has the wrong shape"),
+    "head_dims": (
+        lambda: graph(blocks=(tiny_graph("AF").blocks[0], tiny_graph("- AF", head_dim=32).blocks[1])),
+        "one head_dim",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_invariant_is_refused_at_construction(case: str) -> None:
+    make, message = BROKEN[case]
+    with pytest.raises(GraphError, match=message):
+        make()
+
+
+def test_numbers_of_a_mixed_graph() -> None:
+    mixed = tiny_graph("AF F - (AF A) LF", num_key_value_heads=[2, 4, 1], intermediate_size=[256, 128], tied=True)
+    assert mixed.sequential_sublayers == 2 + 1 + 0 + 2 + 2
+    assert mixed.kv_slots == {0: 0, 3: 1, 4: 2}
+    assert mixed.kv_bytes_per_token(BFLOAT16) == 2 * (2 + 4 + 1) * 16 * 2
+    attention_parameters = sum(64 + 2 * 64 * 64 + 2 * 64 * kv * 16 for kv in (2, 4, 1))
+    ffn_parameters = sum(64 + 3 * 64 * width for width in (256, 128, 256, 128))
+    assert mixed.num_parameters == 320 * 64 + 64 + attention_parameters + ffn_parameters + (64 + 64 * 64)
+    described = structure(mixed)
+    assert described["blocks"][2] == {"source_layers": [2], "attention": None, "ffn": None}
+    assert described["blocks"][3]["parallel"][1]["attention"]["num_key_value_heads"] == 1
+    assert described["blocks"][4]["attention"] == {"kind": "linear"}
