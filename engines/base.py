@@ -5,24 +5,20 @@ Shape letters: B = batch (sequences side by side), S = tokens of one call, V = v
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from exporter.errors import EngineError
+from exporter.network import CacheSlot, Count, FileName, Positive
+from exporter.safetensors_io import read_json
+
+ENGINE_KIND = "engine"  # of the folder's manifest
+ENGINE_FILE = "engine.json"
 ENGINE_SCHEMA = 1
-
-
-class CacheSlot(BaseModel):
-    """The KV cache of one attention: two buffers [B, num_key_value_heads, capacity, head_dim] of the engine's dtype."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    key: str  # name of the network's key-cache input
-    value: str
-    num_key_value_heads: int
-    head_dim: int
 
 
 class EngineManifest(BaseModel):
@@ -31,21 +27,48 @@ class EngineManifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     engine_schema: int = ENGINE_SCHEMA
-    backend: str  # a key of `engines.BACKENDS`
+    backend: str  # a key of `engines.backends.BACKENDS`
     runtime: dict[str, str]  # versions of what built it, e.g. {"onnxruntime": "1.32.0"}
     machine: dict[str, str]  # what it was built on, e.g. {"cpu": "...", "arch": "x86_64"}
     label: str  # how reports call it
-    network_file: str  # path inside the folder
-    network_sha256: str  # of the network definition it was built from
-    dtype: str  # of activations, weights and KV cache
-    vocab_size: int
-    max_positions: int  # tokens a sequence may reach
-    capacity: int | None  # fixed KV-cache capacity; None: chosen at run time
+    network_file: FileName  # in the folder
+    network_sha256: str  # fingerprint of the network folder it was built from (`Manifest.fingerprint`)
+    dtype: str  # of activations and KV cache
+    vocab_size: Positive
+    max_positions: Positive  # tokens a sequence may reach
+    batch: Positive | None = None  # fixed number of sequences; None: chosen at run time
+    capacity: Positive | None  # fixed KV-cache capacity; None: chosen at run time
     cache: tuple[CacheSlot, ...]
-    kv_bytes_per_token: int  # in the engine's own cache dtype
-    weight_bytes: int  # as stored in the engine folder
+    kv_bytes_per_token: Count  # in the engine's own cache dtype
+    weight_bytes: Count  # as stored in the engine folder
     structure: dict[str, Any]  # see exporter.graph.structure
     options: dict[str, Any]  # of the backend, e.g. session options
+
+
+def read_engine_manifest(engine: Path) -> EngineManifest:
+    """Read `engine.json` of an engine folder; the files' hashes are the backend's to check when it opens them.
+
+    Raises:
+        CheckpointError: no such file, or not JSON.
+        EngineError: fields are missing, unknown or of the wrong kind, or the schema is another version's.
+    """
+    path = engine / ENGINE_FILE
+    document = read_json(path)
+    found = document.get("engine_schema") if isinstance(document, dict) else None
+    if found != ENGINE_SCHEMA:
+        raise EngineError(
+            "not an engine manifest of this version",
+            file=path,
+            expected=f"engine_schema {ENGINE_SCHEMA}",
+            found=str(found)[:40],
+            hint="build the engine again",
+        )
+    try:
+        return EngineManifest.model_validate(document)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise EngineError(f"malformed engine manifest ({where}: {problem['msg']})", file=path) from error
 
 
 class Runner(Protocol):
@@ -60,7 +83,7 @@ class Runner(Protocol):
         """Append right-padded `input_ids` int64 [B, S], of which `lengths` int64 [B] are valid in each row.
 
         Returns the logits of each row's last valid token, float32 [B, V], valid until the next call. May be called
-        again on a filled cache (chunked prefill).
+        again on a filled cache (chunked prefill); a row of length 0 then stays as it is, and its logits mean nothing.
         """
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
@@ -78,8 +101,19 @@ class Backend(Protocol):
     def missing(self) -> list[str]:
         """Say what this machine lacks to build and run, one actionable sentence each; empty if nothing."""
 
-    def build(self, network: Path, output: Path, *, label: str | None, force: bool) -> Path:
-        """Build an engine folder at `output` from a network-definition folder; returns `output`."""
+    def build(
+        self,
+        network: Path,
+        output: Path,
+        *,
+        label: str | None,
+        force: bool,
+        details: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Build an engine folder at `output` from a network-definition folder; returns `output`.
+
+        `details` goes into the folder's manifest; None: what the backend has to say itself.
+        """
 
     def open(self, engine: Path, *, threads: int | None) -> Runner:
         """Open an engine folder after checking its manifest and the hash of every file."""

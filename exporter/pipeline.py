@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import CheckpointError, GraphError, PlanError
+from exporter.errors import CheckpointError, GraphError, OutputError, PlanError, raise_all
 from exporter.graph import ModelGraph
 from exporter.passes.drop_attention import drop_attention
 from exporter.passes.fuse_ffn import NormRule, fuse_ffn
 from exporter.passes.parallelize_blocks import parallelize_blocks
 from exporter.plan import Plan
-from exporter.writers.files import Manifest, check_folder, read_manifest
+from exporter.read import Checkpoint
+from exporter.writers import hf, onnx
+from exporter.writers.files import (
+    Content,
+    Manifest,
+    Progress,
+    check_folder,
+    read_manifest,
+    refuse_existing,
+    save_folder,
+)
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
 
 Pass = Callable[[ModelGraph], ModelGraph]
 
@@ -51,6 +63,93 @@ def _run_pass(name: str, run: Pass, graph: ModelGraph) -> ModelGraph:
             found=error.found,
             hint=error.hint,
         ) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writing:
+    """A folder about to be written: everything cheap was checked, no byte was produced."""
+
+    output: Path
+    kind: str
+    files: Mapping[str, Content | bytes]
+    details: Mapping[str, Any]
+    force: bool
+
+    @property
+    def plan(self) -> dict[str, int]:
+        """File name -> bytes."""
+        return {name: len(f) if isinstance(f, bytes) else f.nbytes for name, f in self.files.items()}
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.plan.values())
+
+
+def save(writing: Writing, progress: Progress | None = None) -> Manifest:
+    """Carry out a writing; see `exporter.writers.files.save_folder`."""
+    return save_folder(
+        writing.output,
+        writing.files.items(),
+        kind=writing.kind,
+        details=writing.details,
+        force=writing.force,
+        progress=progress,
+    )
+
+
+def checkpoint_writing(
+    checkpoint: Checkpoint,
+    graph: ModelGraph,
+    output: Path,
+    *,
+    readers: Sequence[str] = (),
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    details: Mapping[str, Any],
+    force: bool = False,
+) -> Writing:
+    """Prepare to write `graph`, made from `checkpoint`, as a Hugging Face folder.
+
+    Raises:
+        OutputError, TargetError: the output is in the way, or the format cannot express the graph; with `readers`,
+            also what each of them would reject or get wrong.
+    """
+    _refuse_output(checkpoint, output, force)
+    options = hf.Options(
+        shard_bytes=shard_bytes, assets=checkpoint.assets, config=checkpoint.config, family=checkpoint.family.name
+    )
+    raise_all([*hf.check(graph, options), *(hf_readers.check_for(graph, options, readers) if readers else [])])
+    return Writing(output=output, kind="checkpoint", files=dict(hf.emit(graph, options)), details=details, force=force)
+
+
+def network_writing(
+    checkpoint: Checkpoint,
+    graph: ModelGraph,
+    output: Path,
+    *,
+    options: onnx.Options,
+    details: Mapping[str, Any],
+    force: bool = False,
+) -> Writing:
+    """Prepare to write `graph`, made from `checkpoint`, as a folder of ONNX networks over one set of weights.
+
+    Raises:
+        OutputError, TargetError: as for `checkpoint_writing`.
+    """
+    _refuse_output(checkpoint, output, force)
+    raise_all(onnx.check(graph, options))
+    return Writing(output=output, kind="network", files=dict(onnx.emit(graph, options)), details=details, force=force)
+
+
+def _refuse_output(checkpoint: Checkpoint, output: Path, force: bool) -> None:
+    refuse_overlap(checkpoint.path, output)
+    refuse_existing(output, force=force)
+
+
+def refuse_overlap(source: Path, output: Path) -> None:
+    """Raise OutputError if writing `output` would replace or mix with the folder that is read."""
+    read, written = source.resolve(), output.resolve()
+    if read == written or read.is_relative_to(written) or written.is_relative_to(read):
+        raise OutputError("output and input are the same folder or inside each other", file=output, found=source)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

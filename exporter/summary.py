@@ -1,0 +1,120 @@
+"""A model's structure for a terminal: totals, and the blocks as a table and a strip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from exporter.graph import FFN, Attention, Block, ModelGraph, ParallelBlocks
+
+
+def summary(graph: ModelGraph) -> RenderableType:
+    """Render totals, the strip (one character per block) and one table row per stretch of equal blocks."""
+    legend = Text.assemble(
+        ("█ attention + FFN  ▄ FFN only  ▀ attention only  · empty  ", "dim"),
+        ("▄ fused  ", "magenta"),
+        ("█ parallel", "cyan"),
+    )
+    return Group(_totals(graph), Text(), _strip(graph), legend, Text(), _blocks(graph))
+
+
+def _totals(graph: ModelGraph) -> Table:
+    table = Table.grid(padding=(0, 2))
+    attentions = len(graph.attentions)
+    ffns = sum(block.ffn is not None for block in graph.flat_blocks)
+    for name, value in (
+        ("parameters", _count(graph.num_parameters)),
+        ("weights", f"{_size(graph.weight_bytes)} in {graph.dtype}"),
+        ("KV cache", f"{graph.kv_bytes_per_token(graph.dtype):,} bytes per token in {graph.dtype}"),
+        ("sequential sublayers", f"{graph.sequential_sublayers} ({attentions} attention, {ffns} FFN)"),
+        ("hidden size", f"{graph.hidden_size:,}"),
+        ("vocabulary", f"{graph.vocab_size:,}" + (", embedding tied to lm_head" if graph.lm_head is None else "")),
+        ("positions", f"{graph.max_position_embeddings:,}"),
+    ):  # fmt: skip
+        table.add_row(Text(name, style="dim"), value)
+    return table
+
+
+# Filled above: attention; filled below: FFN.
+_MARKS = {(True, True): "█", (False, True): "▄", (True, False): "▀", (False, False): "·"}
+
+
+def _strip(graph: ModelGraph) -> Text:
+    text = Text(no_wrap=False, overflow="fold")
+    for entry in graph.blocks:
+        style = "cyan" if isinstance(entry, ParallelBlocks) else "magenta" if _is_fused(entry) else ""
+        for block in entry.blocks if isinstance(entry, ParallelBlocks) else (entry,):
+            text.append(_MARKS[block.attention is not None, block.ffn is not None], style)
+    return text
+
+
+def _blocks(graph: ModelGraph) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("blocks")
+    table.add_column("source layers")
+    table.add_column("attention")
+    table.add_column("FFN")
+    for first, last, entries in _stretches(graph.blocks):
+        layers = [layer for entry in entries for layer in entry.source_layers]
+        for number, (attention, ffn) in enumerate(_described(entries[0])):
+            table.add_row(
+                "" if number else _range(first, last),
+                "" if number else _range(min(layers), max(layers)),
+                attention,
+                ffn,
+            )
+    return table
+
+
+def _stretches(
+    entries: Sequence[Block | ParallelBlocks],
+) -> Iterator[tuple[int, int, list[Block | ParallelBlocks]]]:
+    """Yield (first index, last index, entries) for every stretch of entries that are described alike."""
+    for _, group in groupby(enumerate(entries), key=lambda pair: _described(pair[1])):
+        pairs = list(group)
+        yield pairs[0][0], pairs[-1][0], [entry for _, entry in pairs]
+
+
+def _described(entry: Block | ParallelBlocks) -> list[tuple[str, str]]:
+    if isinstance(entry, ParallelBlocks):
+        rows = [(_attention(block), _ffn(block)) for block in entry.blocks]
+        return [(f"parallel: {attention}", ffn) for attention, ffn in rows]
+    return [(_attention(entry), _ffn(entry))]
+
+
+def _attention(block: Block) -> str:
+    if isinstance(block.attention, Attention):
+        window = f", window {block.attention.sliding_window}" if block.attention.sliding_window else ""
+        return f"{block.attention.num_attention_heads} heads, {block.attention.num_key_value_heads} KV{window}"
+    return "–" if block.attention is None else "linear"
+
+
+def _ffn(block: Block) -> str:
+    if not isinstance(block.ffn, FFN):
+        return "–" if block.ffn is None else "linear"
+    if not _is_fused(block):
+        return f"{block.ffn.intermediate_size:,}"
+    padding = f" + {block.ffn.padding} padding" if block.ffn.padding else ""
+    parts = ", ".join(f"{segment.width:,}" for segment in block.ffn.segments[:8])
+    more = f", ... {len(block.ffn.segments)} in all" if len(block.ffn.segments) > 8 else ""
+    return f"{block.ffn.intermediate_size:,} fused from {parts}{more}{padding}"
+
+
+def _is_fused(entry: Block | ParallelBlocks) -> bool:
+    return isinstance(entry, Block) and isinstance(entry.ffn, FFN) and len(entry.ffn.segments) > 1
+
+
+def _range(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.4g} billion" if number >= 1e8 else f"{number:,}"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.2f} MiB"

@@ -1,0 +1,1 @@
+"""Kernels that runtimes load: one folder per custom op."""

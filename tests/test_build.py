@@ -1,0 +1,202 @@
+"""The command line as a user meets it: what it writes, what it prints, exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner, Result
+
+import build
+from exporter.read import open_model
+from exporter.reference import Reference
+
+ROOT = Path(__file__).parent.parent
+PLAN = "drop_attention: [2, 3, 4]\nfuse: [[2, 3]]\n"
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(build.main, [str(argument) for argument in arguments])
+
+
+def done(*arguments: object) -> Result:
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama of six layers with a plan beside it."""
+    folder = tmp_path_factory.mktemp("source") / "llama"
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=307,
+        max_position_embeddings=128,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    (folder.parent / "plan.yaml").write_text(PLAN)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plan(model: Path) -> Path:
+    return model.parent / "plan.yaml"
+
+
+def test_every_command_prints_help_without_any_heavy_import() -> None:
+    script = (
+        "import sys, build\n"
+        "from click.testing import CliRunner\n"
+        "for name in ['', *build.main.commands]:\n"
+        "    result = CliRunner().invoke(build.main, [*([name] if name else []), '--help'])\n"
+        "    assert result.exit_code == 0, result.output\n"
+        "heavy = {'torch', 'numpy', 'onnx', 'onnxruntime', 'matplotlib', 'pydantic', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def test_inspect(model: Path) -> None:
+    text = done("inspect", model).output
+    assert "12 (6 attention, 6 FFN)" in text
+    described = json.loads(done("inspect", model, "--json").output)
+    assert described["num_parameters"] == sum(
+        parameter.numel() for parameter in transformers.LlamaForCausalLM.from_pretrained(model).parameters()
+    )
+
+
+def test_inspect_needs_no_weights() -> None:
+    text = done("inspect", ROOT / "tests" / "data" / "nemotron-ultra-253b.structure.json").output
+    assert "253.4 billion" in text
+    assert "145 (64 attention, 81 FFN)" in text
+
+
+def test_the_main_job_step_by_step(model: Path, plan: Path, tmp_path: Path) -> None:
+    done("transform", model, "--plan", plan, "-o", tmp_path / "fused")
+    fused = open_model(tmp_path / "fused", need_weights=True).graph
+    assert fused.sequential_sublayers == 8
+    assert (
+        done("transform", model, "--plan", plan, "-o", tmp_path / "again", "--dry-run").output.count("safetensors") == 1
+    )
+    assert not (tmp_path / "again").exists()
+    for name, source in (("baseline", model), ("fused", tmp_path / "fused")):
+        done("export", source, "--to", "onnx", "-o", tmp_path / f"{name}-network")
+        done("engine", tmp_path / f"{name}-network", "--label", name, "-o", tmp_path / name / "engine")
+    engines = [tmp_path / "baseline" / "engine", tmp_path / "fused" / "engine"]
+    grid = ["--batch", "1,2", "--input-len", "8", "--output-len", "4", "--rounds", "2"]
+    done("bench", *engines, *grid, "-o", tmp_path / "results.json")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [engine["label"] for engine in results["engines"]] == ["baseline", "fused"]
+    done("report", tmp_path / "results.json", "-o", tmp_path / "report")
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert "baseline" in html
+    assert "fused" in html
+    assert "http://" not in html.replace("http://www.w3.org", "")
+    assert "https://" not in html
+
+
+def test_an_engine_of_a_fused_model_generates_what_the_reference_does(model: Path, plan: Path, tmp_path: Path) -> None:
+    from engines.backends import backend_named
+    from engines.generate import greedy_generate
+
+    done("transform", model, "--plan", plan, "-o", tmp_path / "fused")
+    done("export", tmp_path / "fused", "--to", "onnx", "-o", tmp_path / "network")
+    done("engine", tmp_path / "network", "-o", tmp_path / "engine")
+    runner = backend_named("onnxruntime").open(tmp_path / "engine", threads=1)
+    prompt = [5, 7, 11, 13]
+    (generated,) = greedy_generate(runner, [prompt], max_new_tokens=12, stop_ids=())
+    runner.close()
+    reference = Reference(open_model(tmp_path / "fused", need_weights=True).graph)
+    tokens = list(prompt)
+    for _ in range(12):
+        tokens.append(int(reference.logits(torch.tensor([tokens]))[0, -1].argmax()))
+    assert generated == tokens[len(prompt) :]
+
+
+RECIPE = """
+model: {model}
+network: {{max_positions: 64}}
+variants:
+  - name: baseline
+  - name: fused
+    plan: {plan}
+  - name: parallel
+    checkpoint: false
+    plan: {{parallel: [[1, 2]]}}
+bench: {{input_len: [8], output_len: [4], rounds: 1, warmup: 0, threads: 1}}
+"""
+
+
+@pytest.fixture
+def recipe(model: Path, plan: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(model=model, plan=plan))
+    return path
+
+
+def test_run_makes_every_step_once_and_resumes(recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    first = done("run", recipe, "-o", output).output
+    assert first.count("made  ") == 9
+    assert (output / "report" / "report.html").is_file()
+    second = done("run", recipe, "-o", output).output
+    assert (second.count("made  "), second.count("kept  ")) == (0, 9)
+    shutil.rmtree(output / "fused" / "engine")  # as after a killed run: the steps before it are whole
+    third = done("run", recipe, "-o", output).output
+    assert "kept  fused: network" in third
+    assert "made  fused: engine" in third
+    assert "kept  parallel: engine" in third
+
+
+def test_run_repeats_what_a_changed_recipe_changes(recipe: Path, tmp_path: Path) -> None:
+    done("run", recipe, "-o", tmp_path / "out")
+    recipe.write_text(recipe.read_text().replace("[[1, 2]]", "[[0, 1]]"))
+    again = done("run", recipe, "-o", tmp_path / "out").output
+    assert "kept  fused: engine" in again
+    for step in ("parallel: network", "parallel: engine", "benchmark", "report"):
+        assert f"made  {step}" in again
+
+
+REFUSED = {
+    "no_model": (["inspect", "{tmp}/nothing"], "no such model folder"),
+    "output_exists": (["transform", "{model}", "--plan", "{plan}", "-o", "{tmp}"], "output exists"),
+    "output_is_input": (["transform", "{model}", "-o", "{model}", "--force"], "same folder"),
+    "not_ours": (["transform", "{model}", "-o", "{tmp}", "--force"], "did not write"),
+    "no_plan": (["transform", "{model}", "--plan", "{tmp}/none.yaml", "-o", "{tmp}/out"], "cannot be read"),
+    "reader": (["transform", "{model}", "--plan", "{plan}", "--check-for", "nobody", "-o", "{tmp}/out"], "nobody"),
+    "parallel_hf": (["transform", "{model}", "--plan", "{tmp}/parallel.yaml", "-o", "{tmp}/out"], "parallel"),
+    "no_network": (["engine", "{model}", "-o", "{tmp}/out"], "network"),
+    "backend": (["engine", "{model}", "--backend", "nobody", "-o", "{tmp}/out"], "onnxruntime"),
+    "no_engine": (["bench", "{model}", "-o", "{tmp}/out.json"], "engine"),
+    "grid": (["bench", "{model}", "--batch", "1,x", "-o", "{tmp}/out.json"], "list of whole numbers"),
+    "results": (["report", "{plan}", "-o", "{tmp}/out"], "plan.yaml"),
+    "recipe": (["run", "{plan}", "-o", "{tmp}/out"], "plan.yaml"),
+    "target": (["export", "{model}", "--to", "onnx", "--target", "abacus", "-o", "{tmp}/out"], "abacus"),
+    "shard_size": (["transform", "{model}", "--shard-size", "many", "-o", "{tmp}/out"], "not a size"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_ends_with_code_2_one_message_and_no_output(
+    case: str, model: Path, plan: Path, tmp_path: Path
+) -> None:
+    arguments, message = REFUSED[case]
+    (tmp_path / "parallel.yaml").write_text("parallel: [[0, 1]]\n")
+    before = sorted(tmp_path.rglob("*"))
+    result = call(*(argument.format(model=model, plan=plan, tmp=tmp_path) for argument in arguments))
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert sorted(tmp_path.rglob("*")) == before
