@@ -191,7 +191,7 @@ def engine(network: Path, backend: str, label: str | None, output: Path, force: 
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Kept requests per combination.")
 @click.option("--warmup", default=1, show_default=True, type=click.IntRange(0), help="Requests before those.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of each runtime.")
-@click.option("--cpus", help="CPUs that each runtime is pinned to, e.g. 0,1.")
+@click.option("--cpus", help="CPUs that each runtime is pinned to, e.g. 0,1; as many as threads if not given.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the input tokens.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Results file (JSON).")
 @force_option
@@ -212,6 +212,7 @@ def bench(
 ) -> None:
     """Time engines against each other; the first is the baseline. Rounds are interleaved."""
     from engines.bench import bench_engines, request_grid
+    from engines.machine import cpus_for
     from engines.results import json_from_results
     from exporter.writers.files import refuse_existing_file, save_file
 
@@ -226,7 +227,7 @@ def bench(
             rounds=rounds,
             warmup=warmup,
             threads=threads,
-            cpus=None if cpus is None else _numbers(cpus, "--cpus", least=0),
+            cpus=cpus_for(threads) if cpus is None else _numbers(cpus, "--cpus", least=0),
             seed=seed,
             progress=progress,
         )

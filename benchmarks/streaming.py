@@ -5,16 +5,19 @@
 The checkpoint is bfloat16 with hidden_size 4096 and intermediate_size 14336: one full layer, then `runs` times four
 layers without attention, each four of which the plan fuses into one FFN of 57,344; 5 runs are 8.2 GB, 1 run is 2.5 GB.
 Measured as whole processes from outside, in turn, with the source in the page cache: wall time, and the largest
-resident set (`ru_maxrss`). What we write is flushed to the disk (fsync) and hashed, what `cp` writes is neither;
+resident set (`VmHWM`, read every 10 ms). What we write is flushed to the disk (fsync) and hashed, what `cp`
+writes is neither;
 `cp -r` followed by `sync` is given too.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -101,12 +104,17 @@ def timed(command: list[str]) -> tuple[float, float]:
     """Run a command to its end: (wall seconds, peak resident GiB)."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    peak_kib = 0
+    while process.poll() is None:
+        # Not wait4's ru_maxrss: that starts from what this process held when it forked.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peak_kib = max([peak_kib, *(int(kib) for kib in re.findall(r"VmHWM:\s+(\d+) kB", status))])
+        time.sleep(0.01)
     seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return seconds, usage.ru_maxrss / 2**20
+    return seconds, peak_kib / 2**20
 
 
 def warm(folder: Path) -> int:

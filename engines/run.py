@@ -16,6 +16,7 @@ from typing import Any
 from engines.backends import backend_named
 from engines.bench import Progress as BenchProgress
 from engines.bench import bench_engines, request_grid
+from engines.machine import cpus_for
 from engines.report import report_from_results
 from engines.results import json_from_results
 from exporter.dtypes import BY_NAME
@@ -121,6 +122,7 @@ def _bench_step(
             rounds=bench.rounds,
             warmup=bench.warmup,
             threads=bench.threads,
+            cpus=cpus_for(bench.threads),
             seed=bench.seed,
             progress=progress,
         )

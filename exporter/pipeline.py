@@ -16,7 +16,7 @@ from exporter.passes.fuse_ffn import NormRule, fuse_ffn
 from exporter.passes.parallelize_blocks import parallelize_blocks
 from exporter.plan import Plan
 from exporter.read import Checkpoint
-from exporter.writers import hf, onnx
+from exporter.writers import hf, hf_readers, onnx
 from exporter.writers.files import (
     Content,
     Manifest,
@@ -117,7 +117,8 @@ def checkpoint_writing(
     options = hf.Options(
         shard_bytes=shard_bytes, assets=checkpoint.assets, config=checkpoint.config, family=checkpoint.family.name
     )
-    raise_all([*hf.check(graph, options), *(hf_readers.check_for(graph, options, readers) if readers else [])])
+    raise_all(hf.check(graph, options))
+    raise_all(hf_readers.check_for(graph, options, readers))
     return Writing(output=output, kind="checkpoint", files=dict(hf.emit(graph, options)), details=details, force=force)
 
 

@@ -2,13 +2,16 @@
 
 A folder is written under a hidden temporary name beside its destination, with a marker file inside; the manifest
 (sizes and SHA-256 of every file) is written last, everything is flushed to the disk, the marker goes, and one
-rename makes the folder appear. A killed run leaves a folder that has the marker or no manifest; `check_folder` and
-`refuse_incomplete` turn it down, and the next run for the same destination removes it.
+rename makes the folder appear (with --force, one exchange of names). Its writer holds a lock on it all the while.
+
+A killed run leaves a folder that nobody has locked and that has the marker, or is empty, or is complete.
+`check_folder` and `refuse_incomplete` turn down the first two, and the next run for the same destination removes any.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -31,6 +34,8 @@ MANIFEST = "fuselage.manifest.json"
 MARKER = ".fuselage-incomplete"
 MANIFEST_SCHEMA = 1
 COPY_CHUNK = 4 << 20
+NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # NFS and others on a folder
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 class Content(Protocol):
@@ -113,24 +118,55 @@ def save_folder(
         entries = _write_all(partial, files, progress, workers)
         manifest = Manifest(kind=kind, details=dict(details), files=entries)
         _write_file(partial / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode(), None, None)
-        _publish(partial, output)
+        _publish(partial, output, force=force)
     return manifest
+
+
+def save_file(output: Path, content: bytes, *, force: bool = False) -> None:
+    """Write one file so that it appears whole or not at all.
+
+    Raises:
+        OutputError: it exists (and not `force`), or cannot be written.
+    """
+    refuse_existing_file(output, force=force)
+    temporary = output.absolute().parent / f".{output.name}.partial-{os.getpid()}"
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(output)
+        _fsync_folder(output.absolute().parent)
+    except OSError as error:
+        raise _output_error(error, output) from error
+    finally:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            temporary.unlink()
+
+
+def refuse_existing_file(output: Path, *, force: bool) -> None:
+    """Raise OutputError if the file is there already; cheap, for use before long work."""
+    if os.path.isdir(output) or (os.path.lexists(output) and not force):
+        raise OutputError("output exists", file=output, hint="give another path, or --force to replace the file")
 
 
 def refuse_existing(output: Path, *, force: bool) -> None:
     """Raise OutputError if `output` is there already, or cannot come to be; cheap, for use before long work."""
-    if output.is_symlink() or (output.exists() and not force):
+    if os.path.islink(output) or (os.path.lexists(output) and not force):
         raise OutputError("output exists", file=output, hint="give another path, or --force to replace the folder")
-    if output.exists() and not (output / MANIFEST).is_file():
+    if os.path.lexists(output) and not os.path.isfile(output / MANIFEST):
         raise OutputError("refusing to replace a folder that Fuselage did not write", file=output)
-    parent = next(path for path in output.absolute().parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    parent = next(path for path in output.absolute().parents if os.path.lexists(path))
+    if not os.path.isdir(parent):
+        raise OutputError("output cannot be created: not a folder", file=parent)
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError("output cannot be created: no write permission", file=parent)
 
 
 def refuse_incomplete(folder: Path) -> None:
     """Raise CheckpointError for a folder that a killed run left behind."""
-    if (folder / MARKER).exists():
+    if os.path.lexists(folder / MARKER):
         raise CheckpointError(
             "folder is incomplete: the run that wrote it was interrupted", file=folder, hint="remove it and run again"
         )
@@ -144,7 +180,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     refuse_incomplete(folder)
     path = folder / MANIFEST
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
         manifest = Manifest.model_validate(read_json(path))
@@ -167,9 +203,9 @@ def check_folder(folder: Path, kind: str, *, hashes: bool) -> Manifest:
     """Return the manifest of a complete folder of the given kind; sizes are always checked, contents if `hashes`.
 
     Raises:
-        CheckpointError: no manifest, another kind, or a file that is missing or differs; names the file.
+        CheckpointError: no manifest, another kind, or a file that is missing, differs or was added; names the file.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise CheckpointError("no such folder", file=folder)
     manifest = read_manifest(folder)
     if manifest is None:
@@ -177,6 +213,11 @@ def check_folder(folder: Path, kind: str, *, hashes: bool) -> Manifest:
     if manifest.kind != kind:
         raise CheckpointError("folder of another kind", file=folder, expected=kind, found=manifest.kind)
     check_files(folder, manifest, hashes=hashes)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        # Hidden files are what file systems and desktops leave (.nfs0001, .DS_Store); nobody reads them.
+        if name not in manifest.files and name != MANIFEST and not path.is_dir() and not path.name.startswith("."):
+            raise CheckpointError("file is not in the manifest", file=path, hint="remove it or build the folder again")
     return manifest
 
 
@@ -184,25 +225,30 @@ def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
     """Hold a folder's files against its manifest; see `check_folder`."""
     for name, entry in manifest.files.items():
         path = folder / name
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise CheckpointError("file is missing", file=path)
-        if path.stat().st_size != entry.bytes:
+        size = os.path.getsize(path)
+        if size != entry.bytes:
+            raise CheckpointError("file was altered", file=path, expected=f"{entry.bytes} bytes", found=size)
+    if not hashes:
+        return
+
+    def check_hash(name: str, entry: FileEntry) -> None:
+        try:
+            found = sha256_of(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"cannot be read ({error.strerror or error})", file=folder / name) from error
+        if found != entry.sha256:
             raise CheckpointError(
-                "file was altered", file=path, expected=f"{entry.bytes} bytes", found=path.stat().st_size
+                "file was altered",
+                file=folder / name,
+                expected=f"SHA-256 {entry.sha256}",
+                found=found,
+                hint="build the folder again",
             )
-    if hashes:
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            for (name, entry), found in zip(
-                manifest.files.items(), pool.map(lambda name: sha256_of(folder / name), manifest.files), strict=True
-            ):
-                if found != entry.sha256:
-                    raise CheckpointError(
-                        "file was altered",
-                        file=folder / name,
-                        expected=f"SHA-256 {entry.sha256}",
-                        found=found,
-                        hint="build the folder again",
-                    )
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        list(pool.map(check_hash, manifest.files.keys(), manifest.files.values()))
 
 
 def sha256_of(path: Path) -> str:
@@ -219,39 +265,85 @@ def json_bytes(value: Any) -> bytes:
 
 @contextlib.contextmanager
 def _partial_folder(output: Path, needed: int) -> Iterator[Path]:
-    """Give a marked temporary folder beside `output`; remove it unless it was published."""
+    """Give a marked and locked temporary folder beside `output`; remove it unless it was published."""
     parent = output.absolute().parent
+    made = [path for path in (parent, *parent.parents) if not os.path.lexists(path)]
     prefix = f".{output.name}.partial-"
     partial: Path | None = None
-    marker = -1
+    lock = -1
+    published = False
     try:
         parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(parent, prefix)
         free = shutil.disk_usage(parent).free
         if needed > free:
             raise OutputError("not enough disk space", file=parent, expected=f"{needed} bytes free", found=free)
-        partial = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        marker = os.open(partial / MARKER, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-        fcntl.flock(marker, fcntl.LOCK_EX)  # held while this process lives: tells a stale folder from one in use
+        partial, lock = _make_locked(parent, prefix)
+        (partial / MARKER).touch()
         yield partial
+        published = True
     except OSError as error:
         raise _output_error(error, output) from error
     finally:
-        if marker >= 0:
-            os.close(marker)
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None and os.path.isdir(partial):  # a failed write, or the folder that --force replaced
+            _remove_folder(partial)
+        if lock >= 0:
+            os.close(lock)
+        if not published:
+            for folder in made:
+                with contextlib.suppress(OSError):  # somebody else may use it by now
+                    folder.rmdir()
+
+
+def _make_locked(parent: Path, prefix: str) -> tuple[Path, int]:
+    """Make a folder and lock it for as long as the returned descriptor is open, which is at most as long as we live."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        with contextlib.suppress(FileNotFoundError):  # another run took the folder for a stale one before we locked it
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            if _try_lock(lock) and os.path.isdir(folder):
+                return folder, lock
+            os.close(lock)
+
+
+def _try_lock(fd: int) -> bool:
+    """False if another process holds the lock. Where a file system has no locks, nobody is locked out."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return True
 
 
 def _remove_stale(parent: Path, prefix: str) -> None:
-    for stale in parent.glob(f"{prefix}*"):
-        with contextlib.suppress(FileNotFoundError, BlockingIOError):
-            marker = os.open(stale / MARKER, os.O_RDWR | os.O_CLOEXEC)
+    """Remove the partial folders of runs that are dead."""
+    for entry in list(os.scandir(parent)):
+        if not entry.name.startswith(prefix) or not entry.is_dir(follow_symlinks=False):
+            continue
+        # Left alone: a folder in use, another user's, and any where the file system has no locks to tell by.
+        with contextlib.suppress(OSError):
+            lock = os.open(entry.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(stale, ignore_errors=True)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove_folder(Path(entry.path))
             finally:
-                os.close(marker)
+                os.close(lock)
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove a folder so that it is refused as incomplete until it is gone, even if we are killed halfway."""
+    with contextlib.suppress(OSError):
+        (folder / MARKER).touch()
+    for entry in list(os.scandir(folder)):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path, ignore_errors=True)
+        elif entry.name != MARKER:
+            with contextlib.suppress(OSError):
+                os.unlink(entry.path)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_all(
@@ -287,12 +379,16 @@ def _write_file(
             if stop is not None and stop.is_set():
                 break
             view = memoryview(piece)
+            if not view.nbytes:
+                continue
+            view = view.cast("B")  # whatever its items are, lengths below are bytes
+            size = len(view)
             digest.update(view)
             while len(view):
                 view = view[file.write(view) :]
-            written += memoryview(piece).nbytes
+            written += size
             if progress is not None:
-                progress(memoryview(piece).nbytes)
+                progress(size)
         else:
             expected = len(content) if isinstance(content, bytes) else content.nbytes
             if written != expected:
@@ -301,20 +397,37 @@ def _write_file(
     return FileEntry(bytes=written, sha256=digest.hexdigest())
 
 
-def _publish(partial: Path, output: Path) -> None:
+def _publish(partial: Path, output: Path, *, force: bool) -> None:
     for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
         folder.chmod(0o755)
         _fsync_folder(folder)
     (partial / MARKER).unlink()
     _fsync_folder(partial)
-    if output.exists():  # --force: the old folder stays whole until the new one is
-        old = output.absolute().parent / f".{output.name}.replaced-{os.getpid()}"
-        output.rename(old)
-        partial.rename(output)
-        shutil.rmtree(old)
+    if force and os.path.lexists(output):
+        _exchange(partial, output)  # now `partial` is the old folder, which the caller removes
     else:
         partial.rename(output)
     _fsync_folder(output.absolute().parent)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap the names of two folders: in one step on Linux, so that no moment is without one of them at `old`."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        paths = [os.fsencode(path.absolute()) for path in (new, old)]
+        if renameat2(AT_FDCWD, ctypes.c_char_p(paths[0]), AT_FDCWD, ctypes.c_char_p(paths[1]), RENAME_EXCHANGE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS):  # a file system or kernel that cannot
+            raise OSError(code, os.strerror(code), str(old))
+    aside = new.with_name(f"{new.name}-replaced")
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except OSError:
+        aside.rename(old)
+        raise
+    aside.rename(new)
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -327,7 +440,8 @@ def _fsync_folder(folder: Path) -> None:
 
 def _check_name(name: str) -> None:
     pure = PurePosixPath(name)
-    if not name or pure.is_absolute() or ".." in pure.parts or pure.as_posix() != name or name in (MANIFEST, MARKER):
+    is_plain = pure.as_posix() == name and not pure.is_absolute() and ".." not in pure.parts and "\0" not in name
+    if not name or name == "." or not is_plain or name in (MANIFEST, MARKER):
         raise OutputError("not a file name inside the output", file=name)
 
 

@@ -1,0 +1,408 @@
+"""Timing engines against each other: one worker process per engine, rounds interleaved.
+
+Why processes: load time and peak memory are then one engine's own. Why interleaved: a machine that slows down, or a
+neighbour that comes and goes, hurts every engine alike; the order rotates so that no engine always runs after the same
+one. What a worker is does not matter here, only the lines it speaks (`engines.worker`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from engines.base import EngineManifest, read_engine_manifest
+from engines.machine import cpu_name
+from engines.results import (
+    Cell,
+    EngineResult,
+    Environment,
+    RequestShape,
+    Results,
+    Structure,
+    check_same_model,
+    validation_problems,
+)
+from engines.worker import Close, Closed, Failure, Ready, Reply, Run, Sample
+from exporter.errors import EngineError, FuselageError, raise_all
+
+PACKAGE_ROOT = Path(__file__).resolve().parents[1]
+MAX_REPLY_BYTES = 64 * 2**20
+STDERR_TAIL_BYTES = 2000
+GOODBYE_S = 10.0  # a worker that said it is done gets this long to exit
+
+Message = TypeVar("Message", bound=BaseModel)
+Progress = Callable[[int, int, str], None]  # (steps done, steps in all, what comes next)
+WorkerCommand = Callable[[Path, EngineManifest, int | None, Sequence[int] | None], Sequence[str]]
+
+
+def request_grid(
+    batches: Sequence[int], input_lens: Sequence[int], output_lens: Sequence[int]
+) -> tuple[RequestShape, ...]:
+    """Return every combination, in the order given, repetitions dropped."""
+    return tuple(dict.fromkeys(RequestShape(*values) for values in itertools.product(batches, input_lens, output_lens)))
+
+
+def python_worker(
+    engine: Path, manifest: EngineManifest, threads: int | None, cpus: Sequence[int] | None
+) -> Sequence[str]:
+    """Return the command of the worker that drives a backend of ours from Python."""
+    command = [sys.executable, "-m", "engines.worker", str(engine), "--backend", manifest.backend]
+    if threads is not None:
+        command += ["--threads", str(threads)]
+    if cpus is not None:
+        command += ["--cpus", ",".join(str(cpu) for cpu in cpus)]
+    return command
+
+
+def bench_engines(
+    engines: Sequence[Path],
+    grid: Sequence[RequestShape],
+    *,
+    rounds: int = 5,
+    warmup: int = 1,
+    threads: int | None = None,
+    cpus: Sequence[int] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    worker: WorkerCommand = python_worker,
+) -> Results:
+    """Time every engine at every request shape and keep all samples.
+
+    Args:
+        engines: engine folders; the first is what reports take as the baseline.
+        grid: request shapes, see `request_grid`.
+        rounds: requests per engine and shape that are kept.
+        warmup: requests per engine and shape before those, thrown away.
+        threads: threads of each runtime; None leaves the choice to it.
+        cpus: CPUs that every worker is pinned to; None does not pin.
+        seed: of the input tokens, the same for all engines and rounds.
+        progress: called before each step.
+        worker: the command that serves one engine.
+
+    Raises:
+        FuselageError: a folder, a label, a shape or a setting is wrong (all problems at once, before anything starts).
+        EngineError: a worker failed or died.
+    """
+    began = datetime.now(timezone.utc)
+    raise_all(_setting_problems(grid, rounds=rounds, warmup=warmup, threads=threads, cpus=cpus, seed=seed))
+    manifests, described = _checked_engines(engines, grid)
+    report = progress if progress is not None else lambda done, total, text: None
+    total = len(engines) * (1 + len(grid) * (warmup + rounds))
+    steps = itertools.count()
+    samples: dict[tuple[str, RequestShape], list[Sample]] = defaultdict(list)
+
+    with ExitStack() as stack:
+        workers = []
+        for engine, manifest in zip(engines, manifests, strict=True):  # one after the other: loading is timed
+            report(next(steps), total, f"loading {manifest.label}")
+            command = worker(engine.resolve(), manifest, threads, cpus)
+            workers.append(stack.enter_context(_Worker(manifest.label, command)))
+        for shape in grid:
+            run = Run(batch=shape.batch, input_len=shape.input_len, output_len=shape.output_len, seed=seed)
+            for round_index in range(warmup + rounds):
+                first = round_index % len(workers)
+                for turn in (*workers[first:], *workers[:first]):
+                    report(next(steps), total, f"{turn.label}, {shape}")
+                    sample = turn.time(run)
+                    if round_index >= warmup:
+                        samples[turn.label, shape].append(sample)
+        farewells = [turn.ask(Close(), Closed) for turn in workers]
+    report(total, total, "done")
+
+    return Results(
+        environment=_environment(
+            clock=", ".join(sorted({turn.ready.clock for turn in workers})),
+            threads=threads,
+            pinned_cpus=None if cpus is None else tuple(cpus),
+            warmup_rounds=warmup,
+            seed=seed,
+            utc=began,
+        ),
+        engines=tuple(
+            engine.model_copy(
+                update={
+                    "device": turn.ready.device,
+                    "runtime": turn.ready.runtime,
+                    "load_time_s": turn.ready.load_time_s,
+                    "peak_memory_gib": farewell.peak_memory_gib,
+                }
+            )
+            for engine, turn, farewell in zip(described, workers, farewells, strict=True)
+        ),
+        cells=tuple(_cell(turn.label, shape, samples[turn.label, shape]) for shape in grid for turn in workers),
+    )
+
+
+class _Worker:
+    """A worker process whose engine is open once the `with` block begins, and which is gone after the block."""
+
+    def __init__(self, label: str, command: Sequence[str]) -> None:
+        self.label = label
+        self.command = command
+        self.ready: Ready
+
+    def __enter__(self) -> _Worker:
+        # A file, not a pipe: a chatty library cannot fill it up and stall the worker.
+        self._stderr = tempfile.TemporaryFile()
+        try:
+            self._process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                # `-m engines.worker` searches the working directory first, which must be ours and not the user's.
+                cwd=PACKAGE_ROOT,
+                start_new_session=True,  # Ctrl-C comes to the parent alone, which then ends the workers
+            )
+        except OSError as error:
+            self._stderr.close()
+            raise EngineError(
+                f"the worker of {self.label!r} does not start: {error.strerror}", file=self.command[0]
+            ) from error
+        try:
+            self.ready = self._reply(Ready)
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._end(patience_s=GOODBYE_S if error is None else 0)
+
+    def ask(self, order: BaseModel, reply: type[Message]) -> Message:
+        """Send one order and wait for its reply."""
+        assert self._process.stdin is not None
+        # A worker that is dead or dying does not read; what it said before that is read next, and explains why.
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(order.model_dump_json().encode() + b"\n")
+            self._process.stdin.flush()
+        return self._reply(reply)
+
+    def time(self, run: Run) -> Sample:
+        """Have one request timed."""
+        sample = self.ask(run, Sample)
+        if len(sample.step_ms) != run.output_len - 1:
+            raise EngineError(
+                f"the worker of {self.label!r} timed another request than asked",
+                expected=f"{run.output_len - 1} decode steps",
+                found=len(sample.step_ms),
+            )
+        return sample
+
+    def _reply(self, expected: type[Message]) -> Message:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline(MAX_REPLY_BYTES)
+        if not line:
+            raise EngineError(f"the worker of {self.label!r} {self._end_in_words()}{self._stderr_tail()}")
+        try:
+            message = Reply.validate_json(line)
+        except ValidationError as error:
+            raise EngineError(
+                f"the worker of {self.label!r} does not speak the protocol: {validation_problems(error)}",
+                expected="JSON lines as in engines/worker.py",
+                found=repr(line[:100]),
+            ) from error
+        if isinstance(message, Failure):
+            raise EngineError(f"the worker of {self.label!r} failed: {message.problem}")
+        if not isinstance(message, expected):
+            raise EngineError(
+                f"the worker of {self.label!r} answered out of turn",
+                expected=expected.model_fields["event"].default,
+                found=message.event,
+            )
+        return message
+
+    def _end_in_words(self) -> str:
+        try:
+            status = self._process.wait(timeout=GOODBYE_S)
+        except subprocess.TimeoutExpired:
+            return "closed its output without a word"
+        if status >= 0:
+            return f"ended early with status {status}"
+        cause = ", out of memory?" if -status == signal.SIGKILL else ""
+        return f"was ended by signal {-status} ({signal.strsignal(-status)}{cause})"
+
+    def _stderr_tail(self) -> str:
+        size = self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(0, size - STDERR_TAIL_BYTES))
+        tail = self._stderr.read().decode(errors="replace").strip()
+        return f"; the end of what it printed:\n{tail}" if tail else "; it printed nothing"
+
+    def _end(self, *, patience_s: float = 0) -> None:
+        if patience_s:
+            with suppress(subprocess.TimeoutExpired):  # then it is killed like any other
+                self._process.wait(timeout=patience_s)
+        self._process.kill()  # does nothing to a process that has already been waited for
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._stderr):
+            assert stream is not None
+            with suppress(BrokenPipeError):  # bytes that a dead worker never read
+                stream.close()
+
+
+def _setting_problems(
+    grid: Sequence[RequestShape],
+    *,
+    rounds: int,
+    warmup: int,
+    threads: int | None,
+    cpus: Sequence[int] | None,
+    seed: int,
+) -> list[EngineError]:
+    problems = [
+        EngineError(f"{name} is a whole number of at least {least}", found=value)
+        for name, value, least in (
+            ("the number of rounds", rounds, 1),
+            ("the number of warm-up rounds", warmup, 0),
+            ("the number of threads", 1 if threads is None else threads, 1),
+            ("the seed", seed, 0),
+        )
+        if value < least
+    ]
+    if seed >= 2**64:
+        problems.append(EngineError("the seed fits 64 bits", found=seed))
+    if not grid:
+        problems.append(EngineError("the grid is empty, there is nothing to time"))
+    problems += [
+        EngineError("batch, input length and output length are positive", found=str(shape))
+        for shape in grid
+        if min(shape) < 1
+    ]
+    if len(set(grid)) != len(grid):
+        problems.append(EngineError("the grid names a request shape twice"))
+    if cpus is not None:
+        if not hasattr(os, "sched_getaffinity"):
+            problems.append(EngineError("this system cannot pin a process to CPUs", hint="leave the CPUs out"))
+        elif not cpus or not set(cpus) <= os.sched_getaffinity(0):
+            problems.append(
+                EngineError(
+                    "not all CPUs to pin to can be used",
+                    expected=f"some of {sorted(os.sched_getaffinity(0))}",
+                    found=list(cpus),
+                )
+            )
+    return problems
+
+
+def _checked_engines(
+    engines: Sequence[Path], grid: Sequence[RequestShape]
+) -> tuple[list[EngineManifest], list[EngineResult]]:
+    """Return each engine's manifest and what of its result is known before it runs; raises all problems at once."""
+    if not engines:
+        raise EngineError("there is no engine to time")
+    manifests: list[EngineManifest] = []
+    described: list[EngineResult] = []
+    problems: list[FuselageError] = []
+    for engine in engines:
+        try:
+            manifest = read_engine_manifest(engine)
+            described.append(_described(engine, manifest))
+            manifests.append(manifest)
+        except FuselageError as error:
+            problems.append(error)
+            continue
+        problems += _room_problems(engine, manifest, grid)
+        if manifest.label in [other.label for other in manifests[:-1]]:
+            problems.append(
+                EngineError(
+                    "two engines have the same label",
+                    file=engine,
+                    found=manifest.label,
+                    hint="build one of them with another label",
+                )
+            )
+    raise_all(problems)
+    check_same_model([(manifest.label, manifest.structure) for manifest in manifests])
+    return manifests, described
+
+
+def _described(engine: Path, manifest: EngineManifest) -> EngineResult:
+    try:
+        return EngineResult(
+            label=manifest.label,
+            # An engine that imitates a number format which its hardware lacks says so in its backend's options.
+            kind="emulated" if manifest.options.get("emulated") else "measured",
+            backend=manifest.backend,
+            device="cpu",
+            runtime=manifest.runtime,
+            dtype=manifest.dtype,
+            network_sha256=manifest.network_sha256,
+            engine_bytes=sum(path.stat().st_size for path in engine.rglob("*") if path.is_file()),
+            weight_bytes=manifest.weight_bytes,
+            kv_bytes_per_token=manifest.kv_bytes_per_token,
+            structure=Structure.model_validate(manifest.structure),
+        )
+    except ValidationError as error:
+        raise EngineError(f"the manifest is malformed: {validation_problems(error)}", file=engine) from error
+
+
+def _room_problems(engine: Path, manifest: EngineManifest, grid: Sequence[RequestShape]) -> list[EngineError]:
+    limits = [("positions the model knows", manifest.max_positions)]
+    if manifest.capacity is not None:
+        limits.append(("tokens the KV cache holds", manifest.capacity))
+    longest = max(shape.input_len + shape.output_len for shape in grid)
+    problems = [
+        EngineError(f"input and output are longer than the {name}", file=engine, expected=limit, found=longest)
+        for name, limit in limits
+        if longest > limit
+    ]
+    if manifest.batch is not None:
+        problems += [
+            EngineError("the engine has a fixed batch", file=engine, expected=manifest.batch, found=shape.batch)
+            for shape in grid
+            if shape.batch != manifest.batch
+        ]
+    return problems
+
+
+def _cell(label: str, shape: RequestShape, samples: Sequence[Sample]) -> Cell:
+    return Cell(
+        engine=label,
+        batch=shape.batch,
+        input_len=shape.input_len,
+        output_len=shape.output_len,
+        ttft_ms=tuple(sample.ttft_ms for sample in samples),
+        step_ms=tuple(sample.step_ms for sample in samples),
+        request_ms=tuple(sample.request_ms for sample in samples),
+    )
+
+
+def _environment(
+    *,
+    clock: str,
+    threads: int | None,
+    pinned_cpus: tuple[int, ...] | None,
+    warmup_rounds: int,
+    seed: int,
+    utc: datetime,
+) -> Environment:
+    import psutil
+
+    return Environment(
+        cpu=cpu_name(),
+        cores=os.cpu_count() or 1,
+        memory_gib=psutil.virtual_memory().total / 2**30,
+        os=platform.platform(),
+        python=platform.python_version(),
+        clock=clock,
+        threads=threads,
+        pinned_cpus=pinned_cpus,
+        warmup_rounds=warmup_rounds,
+        seed=seed,
+        utc=utc,
+        command=tuple(sys.orig_argv),
+    )

@@ -1,0 +1,251 @@
+"""Grouped bars and structure strips: laid out for SVG, drawn by matplotlib for PNG."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from engines.report_words import depth_text, digits, named
+from engines.results import EngineResult, Spread
+from engines.structure_strip import Strip, roles_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PNG_DPI = 144
+
+SERIES_COLORS = {
+    "light": ("#8792a0", "#1f6fb2", "#d2691e", "#128069", "#7d55c7", "#b83b72", "#8a7416", "#4d7f2a"),
+    "dark": ("#8b96a5", "#5aa9e6", "#f0964b", "#3fc1a2", "#ab8cf0", "#ee7fae", "#d4b94a", "#8fc266"),
+}
+STRIP_COLORS = {
+    "light": {
+        "ffn": "#aab4c0",
+        "segment-0": "#0f7a63",
+        "segment-1": "#6fc2ab",
+        "segment-2": "#2f9c83",
+        "segment-3": "#a9dccd",
+        "padding": "#dfe3e8",
+        "attention": "#a9c4e4",
+        "key-value": "#2f5f9a",
+        "linear": "#c9a6dd",
+        "outline": "#97a1ad",
+    },
+    "dark": {
+        "ffn": "#5c6876",
+        "segment-0": "#1c8f76",
+        "segment-1": "#8adcc5",
+        "segment-2": "#3db398",
+        "segment-3": "#c3eee2",
+        "padding": "#333c47",
+        "attention": "#3d5f88",
+        "key-value": "#8fc0f5",
+        "linear": "#a57cc0",
+        "outline": "#6d7987",
+    },
+}
+
+LineStyle = Literal["-", "--", ":"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Grouped bars: one group per x, one bar per engine; None where an engine has no cell."""
+
+    file: str
+    title: str
+    subtitle: str
+    x_label: str
+    y_label: str
+    x: tuple[int, ...]
+    bars: tuple[tuple[Spread | None, ...], ...]  # [engines][x]
+
+
+def axis_ticks(largest: float) -> list[float]:
+    """Return round numbers from 0 to at least `largest`, about four steps."""
+    if largest <= 0:
+        return [0.0, 1.0]
+    rough = largest / 4
+    magnitude = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= rough * (1 - 1e-9))
+    return [step * index for index in range(math.ceil(largest / step - 1e-9) + 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One bar in pixels, y downwards; the whisker spans the rounds."""
+
+    series: int
+    x: float
+    y: float
+    width: float
+    height: float
+    whisker: tuple[float, float] | None
+    text: str  # on top, empty where bars are too narrow
+    tooltip: str
+
+
+CHART_WIDTH, CHART_HEIGHT = 360.0, 230.0
+CHART_LEFT, CHART_RIGHT, CHART_TOP, CHART_BOTTOM = 46.0, 6.0, 16.0, 36.0
+TEXT_FROM = 23.0  # bars at least this wide carry their value
+
+
+def bar_layout(chart: Chart, engines: Sequence[EngineResult]) -> dict[str, Any]:
+    """Lay out a chart in a box of CHART_WIDTH x CHART_HEIGHT."""
+    plot_width = CHART_WIDTH - CHART_LEFT - CHART_RIGHT
+    plot_height = CHART_HEIGHT - CHART_TOP - CHART_BOTTOM
+    ticks = axis_ticks(max(bar.high for row in chart.bars for bar in row if bar is not None))
+
+    def y_of(value: float) -> float:
+        return CHART_TOP + plot_height * (1 - value / ticks[-1])
+
+    group = plot_width / len(chart.x)
+    width = min(0.8 * group / len(engines), 46.0)
+    bars = []
+    for series, (engine, row) in enumerate(zip(engines, chart.bars, strict=True)):
+        for index, bar in enumerate(row):
+            if bar is None:
+                continue
+            x = CHART_LEFT + group * (index + 0.5) + width * (series - len(engines) / 2)
+            whisker = (y_of(bar.high), y_of(bar.low)) if bar.high > bar.low else None
+            bars.append(
+                Bar(
+                    series=series % len(SERIES_COLORS["light"]),
+                    x=x,
+                    y=y_of(bar.median),
+                    width=0.9 * width,
+                    height=y_of(0) - y_of(bar.median),
+                    whisker=whisker,
+                    text=digits(bar.median) if width >= TEXT_FROM else "",
+                    tooltip=f"{engine.label}, {chart.x_label} {chart.x[index]}: {digits(bar.median)} {chart.y_label}"
+                    f" ({digits(bar.low)} to {digits(bar.high)} over the rounds)",
+                )
+            )
+    return {
+        "chart": chart,
+        "bars": bars,
+        "y_ticks": [(y_of(tick), f"{tick:,g}") for tick in ticks],
+        "x_ticks": [(CHART_LEFT + group * (i + 0.5), f"{x:,}") for i, x in enumerate(chart.x)],
+        "left": CHART_LEFT,
+        "right": CHART_WIDTH - CHART_RIGHT,
+        "middle": CHART_LEFT + plot_width / 2,
+        "bottom": CHART_HEIGHT - CHART_BOTTOM,
+        "width": CHART_WIDTH,
+        "height": CHART_HEIGHT,
+    }
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # without pyplot, which keeps figures in global state
+    return figure
+
+
+def _png(draw: Callable[[], Figure]) -> bytes:
+    import matplotlib
+
+    # Labels are anybody's text: a dollar sign in one must not start a formula.
+    with matplotlib.rc_context({"text.parse_math": False, "font.size": 9, "hatch.linewidth": 0.6}):
+        stream = io.BytesIO()
+        draw().savefig(stream, format="png", dpi=PNG_DPI, metadata={"Software": None})
+    return stream.getvalue()
+
+
+def chart_png(chart: Chart, engines: Sequence[EngineResult]) -> bytes:
+    def draw() -> Figure:
+        figure = _figure(6, 3.6)
+        axes = figure.subplots()
+        colors = SERIES_COLORS["light"]
+        width = 0.8 / len(engines)
+        for series, row in enumerate(chart.bars):
+            drawn = [(index, bar) for index, bar in enumerate(row) if bar is not None]
+            axes.bar(
+                [index + width * (series - (len(engines) - 1) / 2) for index, _ in drawn],
+                [bar.median for _, bar in drawn],
+                width=0.9 * width,
+                color=colors[series % len(colors)],
+                yerr=[[bar.median - bar.low for _, bar in drawn], [bar.high - bar.median for _, bar in drawn]],
+                error_kw={"elinewidth": 0.9, "ecolor": "#333333"},
+            )
+        axes.set_xticks(range(len(chart.x)), [f"{x:,}" for x in chart.x])
+        axes.set_xlabel(chart.x_label)
+        axes.set_ylabel(chart.y_label)
+        axes.set_title(f"{chart.title} ({chart.subtitle})", loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", linewidth=0.5, color="#dddddd")
+        axes.set_axisbelow(True)
+        _legend(figure, [(named(e), colors[i % len(colors)], None, "-") for i, e in enumerate(engines)])
+        return figure
+
+    return _png(draw)
+
+
+def structure_png(engines: Sequence[EngineResult], strips: Sequence[Strip]) -> bytes:
+    def draw() -> Figure:
+        from matplotlib.patches import Rectangle
+
+        inches = 9 / strips[0].width
+        figure = _figure(9, sum(strip.height * inches + 0.3 for strip in strips) + 0.5)
+        heights = [strip.height for strip in strips]
+        rows = figure.subplots(len(strips), squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+        for engine, strip, axes in zip(engines, strips, rows, strict=True):
+            axes.set_xlim(0, strip.width)
+            axes.set_ylim(strip.bottom, strip.top)
+            axes.set_axis_off()
+            axes.set_title(f"{engine.label}: {depth_text(engine)}", loc="left", fontsize=9)
+            for mark in strip.marks:
+                face, hatch, style = _png_look(mark.role)
+                axes.add_patch(
+                    Rectangle(
+                        (mark.x, mark.y),
+                        mark.width,
+                        mark.height,
+                        facecolor=face,
+                        hatch=hatch,
+                        edgecolor=STRIP_COLORS["light"]["outline"] if face == "none" else face,
+                        linestyle=style,
+                        linewidth=0.8 if face == "none" else 0,
+                    )
+                )
+            for x, y, text in strip.texts:
+                axes.text(x, y, text, ha="center", va="baseline", fontsize=6.5, color="#555555")
+        _legend(figure, [(text, *_png_look(role)) for role, text in roles_of(strips).items()])
+        return figure
+
+    return _png(draw)
+
+
+def _png_look(role: str) -> tuple[str, str | None, LineStyle]:
+    """Return face color, hatch and line style of a mark."""
+    outlined: dict[str, tuple[str | None, LineStyle]] = {
+        "dropped": ("////", "-"),
+        "no-ffn": ("////", "-"),
+        "empty": (None, ":"),
+        "parallel": (None, "--"),
+    }
+    if role in outlined:
+        hatch, style = outlined[role]
+        return "none", hatch, style
+    return STRIP_COLORS["light"][role], None, "-"
+
+
+def _legend(figure: Figure, entries: Sequence[tuple[str, str, str | None, LineStyle]]) -> None:
+    """Put (text, face color, hatch, line style) entries below the figure."""
+    from matplotlib.patches import Patch
+
+    outline = STRIP_COLORS["light"]["outline"]
+    handles = [
+        Patch(facecolor=color, hatch=hatch, linestyle=style, edgecolor=outline if color == "none" else color)
+        for _, color, hatch, style in entries
+    ]
+    # Created with plain names first: matplotlib leaves out entries whose label starts with an underscore.
+    names = [str(index) for index in range(len(entries))]
+    legend = figure.legend(handles, names, loc="outside lower center", ncols=min(len(entries), 4), frameon=False)
+    for shown, (text, *_) in zip(legend.get_texts(), entries, strict=True):
+        shown.set_text(text)

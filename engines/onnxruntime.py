@@ -1,0 +1,396 @@
+"""ONNX Runtime on CPU: engines from ONNX networks, and a runner whose KV cache is updated in place.
+
+Building copies the network and its weight files and proves that they run; ONNX Runtime optimizes when the engine is
+opened. The cache of a network with symbolic capacity starts small and grows by `CACHE_STEP` positions, because on CPU
+an attention costs what its capacity is, not what it holds.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+
+from engines.base import ENGINE_FILE, ENGINE_KIND, EngineManifest, read_engine_manifest
+from exporter.dtypes import BY_NAME
+from exporter.errors import EngineError, FuselageError, raise_all
+from exporter.network import (
+    CACHE_WRITE,
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_INDEX,
+    NETWORK_FILE,
+    NETWORK_KIND,
+    POSITION_IDS,
+    NetworkManifest,
+    NetworkVariant,
+    network_manifest_from_json,
+)
+from exporter.safetensors_io import read_json
+from exporter.writers.files import Content, FileCopy, Manifest, check_folder, json_bytes, refuse_existing, save_folder
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+NAME = "onnxruntime"
+MIN_VERSION = (1, 24)
+DTYPES = ("float32", "float16")  # networks that the CPU kernels run
+
+CACHE_STEP = 128  # positions
+BUFFER_ALIGNMENT = 64  # bytes: a cache line, and a register of AVX-512
+
+# Worker threads that spin after a run take the CPU from whoever runs next: by default for about 40 ms.
+SPIN_US = 200
+
+
+class OnnxRuntime:
+    """The backend; see `engines.base.Backend`."""
+
+    name = NAME
+
+    def missing(self) -> list[str]:
+        try:
+            import onnxruntime
+        except ImportError:
+            return ["onnxruntime is not installed: pip install onnxruntime"]
+        version = onnxruntime.__version__
+        if _version(version) < MIN_VERSION:
+            wanted = ".".join(map(str, MIN_VERSION))
+            return [f"onnxruntime {version} lacks operators of opset 24: pip install 'onnxruntime>={wanted}'"]
+        return []
+
+    def build(
+        self,
+        network: Path,
+        output: Path,
+        *,
+        label: str | None,
+        force: bool,
+        details: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Copy a network into an engine folder, after a prefill and a decode step that give finite logits.
+
+        Raises:
+            CheckpointError: the network folder is incomplete, altered or malformed.
+            EngineError: ONNX Runtime is missing or too old, or cannot run the network.
+            OutputError: the output is in the way or cannot be written.
+        """
+        raise_all([EngineError(problem) for problem in self.missing()])
+        refuse_existing(output, force=force)
+        folder = check_folder(network, NETWORK_KIND, hashes=True)
+        contract = network_manifest_from_json(read_json(network / NETWORK_FILE), network / NETWORK_FILE)
+        variant = _runnable(contract, folder, network)
+        manifest = _engine_manifest(contract, variant, folder, label or output.name)
+        _prove(manifest, network)
+        contents: list[tuple[str, Content | bytes]] = [(ENGINE_FILE, json_bytes(manifest.model_dump(mode="json")))]
+        contents += [(name, FileCopy(network / name)) for name in (variant.file, *variant.weight_files)]
+        if details is None:
+            details = {"backend": NAME, "label": manifest.label, "network_sha256": manifest.network_sha256}
+        save_folder(output, contents, kind=ENGINE_KIND, details=details, force=force)
+        return output
+
+    def open(self, engine: Path, *, threads: int | None) -> OnnxRuntimeRunner:
+        raise_all([EngineError(problem) for problem in self.missing()])
+        folder = check_folder(engine, ENGINE_KIND, hashes=True)
+        manifest = read_engine_manifest(engine)
+        if manifest.backend != NAME:
+            raise EngineError("engine of another backend", file=engine, expected=NAME, found=manifest.backend)
+        if manifest.network_file not in folder.files:
+            raise EngineError("the network is not in the engine folder", file=engine, found=manifest.network_file)
+        return OnnxRuntimeRunner(manifest, _session(manifest, engine, threads))
+
+
+class OnnxRuntimeRunner:
+    """An opened engine; see `engines.base.Runner`. Every buffer is bound once and changed in place."""
+
+    def __init__(self, manifest: EngineManifest, session: onnxruntime.InferenceSession) -> None:
+        self.manifest = manifest
+        self._session: onnxruntime.InferenceSession | None = session
+        self._dtype = BY_NAME[manifest.dtype].numpy
+        self._filled = np.zeros(0, dtype=np.int64)  # [B] tokens that each row holds
+        self._capacity = 0
+        self._caches: dict[str, np.ndarray] = {}  # by input name, [B, Hkv, capacity, d]
+        self._cache_values: dict[str, onnxruntime.OrtValue] = {}
+        self._calls: dict[int, _Call] = {}  # by S: that of decode, and the last prefill's
+
+    def start(self, batch: int, capacity: int) -> None:
+        manifest = self.manifest
+        if batch < 1 or (manifest.batch is not None and batch != manifest.batch):
+            raise EngineError("the engine cannot run this batch", expected=manifest.batch or ">= 1", found=batch)
+        if capacity > manifest.max_positions:
+            raise self._too_long(capacity)
+        self._filled = np.zeros(batch, dtype=np.int64)
+        self._capacity = 0
+        self._caches, self._cache_values, self._calls = {}, {}, {}
+        if manifest.capacity is not None:
+            self._make_room(manifest.capacity)
+
+    def prefill(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        batch, tokens = input_ids.shape
+        if batch != len(self._filled) or lengths.shape != (batch,):
+            raise EngineError(
+                "input does not fit the batch that was started", expected=len(self._filled), found=input_ids.shape
+            )
+        if lengths.min() < 0 or lengths.max() > tokens:
+            raise EngineError("lengths are beyond the input", expected=f"0 to {tokens}", found=lengths.tolist())
+        return self._step(input_ids, lengths)
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        return self._step(tokens[:, None], np.ones(len(self._filled), dtype=np.int64))
+
+    def close(self) -> None:
+        self._session = None
+        self._caches, self._cache_values, self._calls = {}, {}, {}
+
+    def _step(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        if self._session is None:
+            raise AssertionError("Bug: a closed runner is used")
+        limit, vocab_size = self.manifest.max_positions, self.manifest.vocab_size
+        batch, tokens = input_ids.shape
+        after = self._filled + lengths
+        if after.max() > limit:
+            raise self._too_long(int(after.max()))
+        if input_ids.min() < 0 or input_ids.max() >= vocab_size:
+            raise EngineError(
+                "a token is not in the vocabulary", expected=f"0 to {vocab_size - 1}", found=int(input_ids.max())
+            )
+        self._make_room(int(self._filled.max()) + tokens)
+        call = self._calls.get(tokens)
+        if call is None:
+            # One call of decode and one of prefill are kept; prefills of many lengths would keep many buffers.
+            self._calls = {length: kept for length, kept in self._calls.items() if length == 1}
+            call = self._calls[tokens] = self._bind(batch, tokens)
+        call.input_ids[:] = input_ids
+        # Padding may lie beyond the last position; nothing looks at it, but it must not leave the rotation tables.
+        np.minimum(self._filled[:, None] + np.arange(tokens), limit - 1, out=call.position_ids)
+        call.cache_write[:] = self._filled
+        call.logits_index[:] = np.maximum(lengths - 1, 0)
+        self._session.run_with_iobinding(call.binding)
+        self._filled = after
+        return call.logits
+
+    def _make_room(self, needed: int) -> None:
+        """Grow the caches to hold `needed` positions, zero-filled: a NaN there would spread through the mask."""
+        import onnxruntime
+
+        if needed <= self._capacity:
+            return
+        fixed = self.manifest.capacity
+        if fixed is not None and needed > fixed:
+            raise EngineError(
+                "padding runs past the cache",
+                expected=f"at most {fixed} positions",
+                found=needed,
+                hint="prefill rows of such different lengths one by one",
+            )
+        capacity = fixed or -(-needed // CACHE_STEP) * CACHE_STEP
+        for slot in self.manifest.cache:
+            for name in (slot.key, slot.value):
+                shape = (len(self._filled), slot.num_key_value_heads, capacity, slot.head_dim)
+                grown = _zeros(shape, self._dtype)
+                if self._capacity:
+                    grown[:, :, : self._capacity] = self._caches[name]
+                self._caches[name] = grown
+                self._cache_values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(grown)
+        self._capacity = capacity
+        self._calls = {}
+
+    def _bind(self, batch: int, tokens: int) -> _Call:
+        """Make the buffers of a call with S = `tokens` and bind them, and each cache as both its past and present."""
+        import onnxruntime
+
+        if self._session is None:
+            raise AssertionError("Bug: a closed runner is used")
+        call = _Call(
+            binding=self._session.io_binding(),
+            input_ids=np.zeros((batch, tokens), np.int64),
+            position_ids=np.zeros((batch, tokens), np.int64),
+            cache_write=np.zeros(batch, np.int64),
+            logits_index=np.zeros(batch, np.int64),
+            logits=np.zeros((batch, self.manifest.vocab_size), np.float32),
+        )
+        for name, buffer in (
+            (INPUT_IDS, call.input_ids),
+            (POSITION_IDS, call.position_ids),
+            (CACHE_WRITE, call.cache_write),
+            (LOGITS_INDEX, call.logits_index),
+        ):
+            call.binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(buffer))
+        call.binding.bind_ortvalue_output(LOGITS, onnxruntime.OrtValue.ortvalue_from_numpy(call.logits))
+        for slot in self.manifest.cache:
+            for past, present in ((slot.key, slot.present_key), (slot.value, slot.present_value)):
+                call.binding.bind_ortvalue_input(past, self._cache_values[past])
+                call.binding.bind_ortvalue_output(present, self._cache_values[past])
+        return call
+
+    def _too_long(self, found: int) -> EngineError:
+        return EngineError(
+            "a sequence would be longer than the engine allows",
+            expected=f"at most {self.manifest.max_positions} tokens, prompt included",
+            found=found,
+            hint="generate fewer tokens, or export the network with more max_positions",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Everything bound for calls of one S. ONNX Runtime reads and writes these arrays where they are."""
+
+    binding: Any  # onnxruntime.IOBinding
+    input_ids: np.ndarray  # int64 [B, S]
+    position_ids: np.ndarray  # int64 [B, S]
+    cache_write: np.ndarray  # int64 [B]
+    logits_index: np.ndarray  # int64 [B]
+    logits: np.ndarray  # float32 [B, V]
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A zero-filled array that begins at a multiple of BUFFER_ALIGNMENT."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.zeros(size + BUFFER_ALIGNMENT, dtype=np.uint8)
+    start = -raw.ctypes.data % BUFFER_ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _runnable(contract: NetworkManifest, folder: Manifest, path: Path) -> NetworkVariant:
+    """Choose the network for this runtime: its own preset's first, else any that the CPU kernels run."""
+    candidates = [variant for variant in contract.networks if variant.dtype in DTYPES]
+    if not candidates:
+        raise EngineError(
+            "ONNX Runtime on CPU cannot run the networks of this folder",
+            file=path,
+            expected=" or ".join(DTYPES),
+            found=", ".join(f"{variant.file}: {variant.dtype}" for variant in contract.networks),
+            hint="export a float32 network beside them; it can share their weights",
+        )
+    variant = min(candidates, key=lambda variant: variant.target != NAME)
+    for name in (variant.file, *variant.weight_files):
+        if name not in folder.files:
+            raise EngineError("the network names a file that is not in its folder", file=path, found=name)
+    return variant
+
+
+def _engine_manifest(
+    contract: NetworkManifest, variant: NetworkVariant, folder: Manifest, label: str
+) -> EngineManifest:
+    import onnxruntime
+
+    itemsize = BY_NAME[variant.dtype].itemsize
+    weight_bytes = sum(folder.files[name].bytes for name in variant.weight_files)
+    return EngineManifest(
+        backend=NAME,
+        runtime={"onnxruntime": onnxruntime.__version__},
+        machine=_machine(),
+        label=label,
+        network_file=variant.file,
+        network_sha256=folder.fingerprint,
+        dtype=variant.dtype,
+        vocab_size=contract.vocab_size,
+        max_positions=variant.max_positions,
+        batch=variant.batch,
+        capacity=variant.capacity,
+        cache=contract.cache,
+        kv_bytes_per_token=sum(slot.elements_per_position() * itemsize for slot in contract.cache),
+        weight_bytes=weight_bytes,
+        structure=contract.structure,
+        options={"device": "cpu", "session": _session_config(contract.structure), "network": variant.options},
+    )
+
+
+def _session_config(structure: Mapping[str, Any]) -> dict[str, str]:
+    """Session configuration that goes into engine.json, so that every run of an engine has the same."""
+    # Packed weights are private memory beside the mapped file: worth it as long as they fit with room to spare.
+    packed_bytes = 4 * int(structure["num_parameters"])
+    prepack = 2 * packed_bytes <= psutil.virtual_memory().total
+    return {
+        "session.intra_op.spin_duration_us": str(SPIN_US),
+        "session.disable_prepacking": "0" if prepack else "1",
+    }
+
+
+def _session(manifest: EngineManifest, folder: Path, threads: int | None) -> onnxruntime.InferenceSession:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0  # 0: one per physical core
+    for key, value in manifest.options["session"].items():
+        options.add_session_config_entry(key, value)
+    path = folder / manifest.network_file
+    with _runtime_errors("ONNX Runtime does not load the network", path):
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _prove(manifest: EngineManifest, folder: Path) -> None:
+    """Run a prefill of two tokens and one decode step of a network that is not yet an engine."""
+    runner = OnnxRuntimeRunner(manifest, _session(manifest, folder, None))
+    path = folder / manifest.network_file
+    batch = manifest.batch or 1
+    tokens = min(2, manifest.max_positions)
+    try:
+        with _runtime_errors("ONNX Runtime does not run the network", path):
+            runner.start(batch, tokens)
+            steps = [runner.prefill(np.zeros((batch, tokens), np.int64), np.full(batch, tokens)).copy()]
+            if manifest.max_positions > tokens:
+                steps.append(runner.decode(np.zeros(batch, np.int64)).copy())
+    finally:
+        runner.close()
+    if not all(np.isfinite(logits).all() for logits in steps):
+        raise EngineError(
+            "the network gives logits that are not finite",
+            file=path,
+            hint="weights with NaN or infinity, or values beyond float16: check the checkpoint, or export float32",
+        )
+
+
+@contextmanager
+def _runtime_errors(problem: str, path: Path) -> Iterator[None]:
+    """Turn what ONNX Runtime raises into our error; our own errors pass."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    kinds = (
+        state.Fail,
+        state.InvalidArgument,
+        state.InvalidGraph,
+        state.InvalidProtobuf,
+        state.NoSuchFile,
+        state.NotImplemented,
+        state.RuntimeException,
+    )
+    try:
+        yield
+    except FuselageError:
+        raise
+    except kinds as error:
+        raise EngineError(f"{problem} ({str(error)[:300]})", file=path) from error
+
+
+def _machine() -> dict[str, str]:
+    return {"cpu": _cpu_name(), "arch": platform.machine(), "cores": str(psutil.cpu_count(logical=False) or 1)}
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """ "1.32.0" -> (1, 32, 0); a suffix such as "rc1" or "+cpu" ends the number it is on."""
+    numbers = []
+    for part in text.split(".")[:3]:
+        digits = ""
+        for character in part:
+            if not character.isdigit():
+                break
+            digits += character
+        numbers.append(int(digits or 0))
+    return tuple(numbers)

@@ -1,0 +1,62 @@
+"""Numbers and names as reports write them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from engines.results import EngineResult, Spread
+from engines.structure_strip import flat_blocks
+
+NOTHING = "–"
+Unit = Literal["ms", "s", "tokens/s", "bytes", "gib", "count", "parameters", "number"]
+
+
+def formatted(values: Sequence[float | None], unit: Unit) -> tuple[str, list[str]]:
+    """Write one row's values with the same unit and the same number of decimals; returns (unit, texts)."""
+    present = [value for value in values if value is not None]
+    largest = max(present, default=0)
+    if unit == "count":
+        return "", [NOTHING if value is None else f"{value:,.0f}" for value in values]
+    divisor, name = 1.0, {"number": ""}.get(unit, unit)
+    if unit == "gib":
+        divisor, name = (1.0, "GiB") if largest >= 1 else (2.0**-10, "MiB")
+    elif unit == "bytes":
+        power = 0 if largest < 1 else min(int(math.log2(largest)) // 10, 3)
+        divisor, name = 2.0 ** (10 * power), ("bytes", "KiB", "MiB", "GiB")[power]
+    elif unit == "parameters":
+        divisor, name = (1e9, "billion") if largest >= 1e9 else (1e6, "million") if largest >= 1e6 else (1.0, "")
+    scaled = [None if value is None else value / divisor for value in values]
+    decimals = (
+        0 if unit in ("bytes", "parameters") and divisor == 1 else decimals_for([v for v in scaled if v is not None])
+    )
+    return name, [NOTHING if value is None else f"{value:,.{decimals}f}" for value in scaled]
+
+
+def decimals_for(values: Sequence[float]) -> int:
+    """Enough for three significant digits of the smallest value, but not more than four of the largest."""
+    exponents = [math.floor(math.log10(value)) for value in values if value > 0]
+    return max(0, min(2 - min(exponents), 3 - max(exponents), 6)) if exponents else 0
+
+
+def digits(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:,.{decimals_for([value])}f}"
+
+
+def spread_text(spread: Spread | None) -> tuple[str, str]:
+    """Return the median and, where there is one, the range over the rounds."""
+    if spread is None:
+        return NOTHING, ""
+    decimals = decimals_for([spread.median])
+    low, high = f"{spread.low:,.{decimals}f}", f"{spread.high:,.{decimals}f}"
+    return f"{spread.median:,.{decimals}f}", "" if low == high else f"{low}–{high}"
+
+
+def named(engine: EngineResult) -> str:
+    return engine.label if engine.kind == "measured" else f"{engine.label} ({engine.kind})"
+
+
+def depth_text(engine: EngineResult) -> str:
+    blocks = len(flat_blocks(engine.structure))
+    return f"{blocks} blocks, {engine.structure.sequential_sublayers} sequential sublayers"

@@ -1,0 +1,417 @@
+"""Results files: which engines were timed, on what, and every raw sample; the statistics are derived, never stored.
+
+Units are in the keys: `_ms`, `_s`, `_bytes`, `_gib` (2**30 bytes). One *cell* is one engine at one request shape
+(batch x input_len x output_len), one *round* one request of that shape. Of a request's `output_len` tokens prefill
+gives the first, so a round has one `ttft_ms` and `output_len - 1` entries of `step_ms`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final, Literal, NamedTuple
+
+import numpy as np
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import from_json
+
+from exporter.errors import EngineError
+
+RESULTS_SCHEMA: Final = 1
+MAX_RESULTS_BYTES = 64 * 2**20  # a million samples take about 20 MB
+SHOWN_PROBLEMS = 5
+SHOWN_CHARACTERS = 200
+
+Kind = Literal["measured", "emulated", "predicted"]
+# A label ends up in tables, file comments and terminals: one line, no control characters.
+Label = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
+Text = Annotated[str, StringConstraints(max_length=10_000)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[int, Field(ge=1, lt=2**63)]
+Duration = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Open(BaseModel):
+    """Part of `exporter.graph.structure`, which may gain keys: those we do not know are kept."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class AttentionShape(_Open):
+    kind: Literal["attention"]
+    num_attention_heads: Positive
+    num_key_value_heads: Positive
+    head_dim: Positive
+    sliding_window: Positive | None = None
+
+
+class LinearShape(_Open):
+    """One matrix in place of an attention or an FFN."""
+
+    kind: Literal["linear"]
+
+
+class SegmentShape(_Open):
+    source_layer: Count
+    width: Positive
+
+
+class FFNShape(_Open):
+    """A gated FFN; its segments lie in order from channel 0, `padding` channels of zeros follow."""
+
+    kind: Literal["gated"]
+    intermediate_size: Positive
+    segments: tuple[SegmentShape, ...] = Field(min_length=1, max_length=1024)
+    padding: Count
+
+    @model_validator(mode="after")
+    def _widths_add_up(self) -> FFNShape:
+        covered = sum(segment.width for segment in self.segments) + self.padding
+        if covered != self.intermediate_size:
+            raise ValueError(f"segments and padding cover {covered} of {self.intermediate_size} channels")
+        return self
+
+
+class BlockShape(_Open):
+    source_layers: tuple[Count, ...] = Field(min_length=1, max_length=1024)
+    attention: Annotated[AttentionShape | LinearShape, Field(discriminator="kind")] | None
+    ffn: Annotated[FFNShape | LinearShape, Field(discriminator="kind")] | None
+
+
+class ParallelShape(_Open):
+    parallel: tuple[BlockShape, ...] = Field(min_length=2, max_length=64)
+
+
+class Structure(_Open):
+    """What `exporter.graph.structure` says about a model, as a type."""
+
+    hidden_size: Positive
+    vocab_size: Positive
+    max_position_embeddings: Positive
+    tie_word_embeddings: bool
+    dtype: Text
+    num_parameters: Count
+    weight_bytes: Count
+    kv_bytes_per_token: Count
+    sequential_sublayers: Count
+    blocks: tuple[ParallelShape | BlockShape, ...] = Field(max_length=4096)
+
+
+class Environment(_Strict):
+    """Machine, software and settings of one benchmark."""
+
+    cpu: Text
+    cores: Positive  # logical
+    memory_gib: Duration
+    os: Text
+    python: Text
+    clock: Text  # what took the samples
+    threads: Positive | None  # asked of every runtime; None: the runtime's own choice
+    pinned_cpus: tuple[Count, ...] | None  # None: not pinned
+    warmup_rounds: Count  # before the rounds that were kept, per cell
+    seed: Count  # of the input tokens
+    utc: AwareDatetime  # when the benchmark began
+    command: tuple[Text, ...]  # the exact command line, word by word
+
+
+class Accuracy(_Strict):
+    """Quality of an engine's model on held-out text; None is what was not measured."""
+
+    perplexity: Duration | None = None
+    kl_divergence: Amount | None = None  # from the reference model, nats per token
+    top1_agreement: Annotated[float, Field(ge=0, le=1)] | None = None  # with the reference model
+
+
+class EngineResult(_Strict):
+    """One engine, and what does not depend on the request; None is what does not apply (predicted figures)."""
+
+    label: Label
+    kind: Kind  # of its figures
+    backend: Text
+    device: Text  # "cpu", or the accelerator's name
+    runtime: dict[str, Text]  # versions of what ran it
+    dtype: Text
+    network_sha256: Text | None = None
+    engine_bytes: Count | None = None  # the whole folder
+    weight_bytes: Count
+    kv_bytes_per_token: Count  # in the engine's own cache dtype
+    load_time_s: Duration | None = None  # a fresh process opens the engine, hashes checked
+    peak_memory_gib: Duration | None = None  # resident memory of that process, interpreter included
+    structure: Structure
+    accuracy: Accuracy | None = None
+
+
+class RequestShape(NamedTuple):
+    """`batch` sequences of `input_len` tokens side by side, `output_len` new tokens each."""
+
+    batch: int
+    input_len: int
+    output_len: int
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, input {self.input_len}, output {self.output_len}"
+
+
+class Cell(_Strict):
+    """Raw samples of one engine at one request shape, rounds in the order they were taken."""
+
+    engine: Label
+    batch: Positive
+    input_len: Positive
+    output_len: Positive
+    ttft_ms: tuple[Duration, ...] = Field(min_length=1)  # [rounds] prefill and the choice of the first token
+    step_ms: tuple[tuple[Amount, ...], ...]  # [rounds][output_len - 1] decode and the choice of the next token
+    request_ms: tuple[Duration, ...]  # [rounds] from the start of prefill to the last token
+
+    @model_validator(mode="after")
+    def _samples_fit(self) -> Cell:
+        rounds = len(self.ttft_ms)
+        if len(self.step_ms) != rounds or len(self.request_ms) != rounds:
+            raise ValueError(
+                f"{rounds} rounds in ttft_ms, {len(self.step_ms)} in step_ms, {len(self.request_ms)} in request_ms"
+            )
+        for index, steps in enumerate(self.step_ms):
+            if len(steps) != self.output_len - 1:
+                raise ValueError(f"round {index} has {len(steps)} steps instead of output_len - 1")
+            # Timestamps only grow, so nothing but rounding can bring the whole below the first part.
+            if self.request_ms[index] < self.ttft_ms[index] * (1 - 1e-9):
+                raise ValueError(f"round {index} has a request shorter than its time to first token")
+        return self
+
+    @property
+    def shape(self) -> RequestShape:
+        return RequestShape(self.batch, self.input_len, self.output_len)
+
+    @property
+    def inter_token_ms(self) -> tuple[float, ...]:
+        """(request latency - TTFT) / (output tokens - 1), one per round; empty where output_len is 1."""
+        if self.output_len == 1:
+            return ()
+        return tuple(
+            max(0.0, request - ttft) / (self.output_len - 1)
+            for request, ttft in zip(self.request_ms, self.ttft_ms, strict=True)
+        )
+
+
+class Results(_Strict):
+    """A results file."""
+
+    results_schema: Literal[1] = RESULTS_SCHEMA
+    environment: Environment
+    engines: tuple[EngineResult, ...] = Field(min_length=1, max_length=1000)
+    cells: tuple[Cell, ...]
+
+    @model_validator(mode="after")
+    def _cells_fit_engines(self) -> Results:
+        labels = {engine.label for engine in self.engines}
+        if len(labels) != len(self.engines):
+            raise ValueError("two engines have the same label")
+        seen = set()
+        for cell in self.cells:
+            if cell.engine not in labels:
+                raise ValueError(f"a cell names engine {cell.engine!r}, which is not among the engines")
+            if (cell.engine, cell.shape) in seen:
+                raise ValueError(f"engine {cell.engine!r} has two cells for {cell.shape}")
+            seen.add((cell.engine, cell.shape))
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """Median, smallest and largest of one figure over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """What one cell's samples say. None where output_len is 1: there is no second token to wait for."""
+
+    rounds: int
+    ttft_ms: Spread
+    request_ms: Spread
+    inter_token_ms: Spread | None
+    step_p50_ms: float | None  # percentiles over the decode steps of all rounds
+    step_p90_ms: float | None
+    step_p99_ms: float | None
+    output_tokens_per_s_per_user: float | None  # decode rate: 1000 / median inter-token latency
+    output_tokens_per_s_total: Spread  # batch * output_len / request latency
+
+
+def statistics(cell: Cell) -> Statistics:
+    """Summarize a cell; percentiles interpolate linearly between samples (numpy's default)."""
+    request = _spread(cell.request_ms)
+    inter_token = _spread(cell.inter_token_ms) if cell.output_len > 1 else None
+    steps = np.array(cell.step_ms, dtype=np.float64).ravel()
+    p50, p90, p99 = (float(p) for p in np.percentile(steps, (50, 90, 99))) if steps.size else (None, None, None)
+    tokens = cell.batch * cell.output_len
+    return Statistics(
+        rounds=len(cell.ttft_ms),
+        ttft_ms=_spread(cell.ttft_ms),
+        request_ms=request,
+        inter_token_ms=inter_token,
+        step_p50_ms=p50,
+        step_p90_ms=p90,
+        step_p99_ms=p99,
+        output_tokens_per_s_per_user=1000 / inter_token.median if inter_token and inter_token.median else None,
+        output_tokens_per_s_total=Spread(
+            median=1000 * tokens / request.median, low=1000 * tokens / request.high, high=1000 * tokens / request.low
+        ),
+    )
+
+
+def ratio(value: float | None, baseline: float | None) -> float | None:
+    """Return value / baseline, None where it says nothing: one of them is missing, or the baseline is 0."""
+    if value is None or not baseline:
+        return None
+    quotient = value / baseline
+    return quotient if math.isfinite(quotient) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Engines of one or more results files side by side, the baseline first."""
+
+    sources: tuple[tuple[str, Results], ...]  # (file name, its content)
+    engines: tuple[EngineResult, ...]
+    cells: dict[tuple[str, RequestShape], Cell]  # by engine label and request shape
+
+    @property
+    def baseline(self) -> EngineResult:
+        return self.engines[0]
+
+    @property
+    def shapes(self) -> tuple[RequestShape, ...]:
+        """Every request shape that occurs, in ascending order."""
+        return tuple(sorted({shape for _, shape in self.cells}))
+
+
+def comparison_from_results(sources: Sequence[tuple[str, Results]], *, baseline: str | None) -> Comparison:
+    """Put the engines of results files side by side.
+
+    Args:
+        sources: (file name, content) pairs.
+        baseline: label that ratios refer to; None takes the first engine of the first file.
+
+    Raises:
+        EngineError: nothing to compare, one label in two files, an unknown baseline, or engines of different models.
+    """
+    engines: dict[str, EngineResult] = {}
+    origin: dict[str, str] = {}
+    for name, results in sources:
+        for engine in results.engines:
+            if engine.label in engines:
+                raise EngineError(
+                    f"two results files have an engine labelled {engine.label!r}",
+                    file=name,
+                    found=f"the same label in {origin[engine.label]}",
+                    hint="build one of the engines with another label, or report the files separately",
+                )
+            engines[engine.label], origin[engine.label] = engine, name
+    cells = {(cell.engine, cell.shape): cell for _, results in sources for cell in results.cells}
+    if not cells:
+        raise EngineError("there is nothing to report", file=", ".join(origin.values()) or None, found="no cells")
+    first = next(iter(engines)) if baseline is None else baseline
+    if first not in engines:
+        raise EngineError("no engine has the baseline's label", expected=f"one of {sorted(engines)}", found=first)
+    ordered = (engines[first], *(engine for label, engine in engines.items() if label != first))
+    check_same_model([(engine.label, engine.structure.model_dump()) for engine in ordered])
+    return Comparison(sources=tuple(sources), engines=ordered, cells=cells)
+
+
+def check_same_model(structures: Sequence[tuple[str, dict]]) -> None:
+    """Refuse to compare engines whose models differ in what no pass of ours changes.
+
+    Args:
+        structures: (label, `exporter.graph.structure` dict) pairs.
+
+    Raises:
+        EngineError: names the label, expected and found.
+    """
+    reference_label, reference = structures[0]
+    for label, structure in structures[1:]:
+        for key in ("vocab_size", "hidden_size"):
+            if structure.get(key) != reference.get(key):
+                raise EngineError(
+                    f"engines {reference_label!r} and {label!r} are of different models, a ratio would mean nothing",
+                    expected=f"{key} {reference.get(key)}",
+                    found=structure.get(key),
+                    hint="compare variants of one model",
+                )
+
+
+def read_results(path: Path) -> Results:
+    """Read and check a results file.
+
+    Raises:
+        EngineError: unreadable, too large, not JSON, of another schema version, or fields that break a rule.
+    """
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(MAX_RESULTS_BYTES + 1)
+    except OSError as error:
+        raise EngineError(f"the results file cannot be read: {error.strerror}", file=path) from error
+    if len(content) > MAX_RESULTS_BYTES:
+        raise EngineError("the results file is too large", file=path, expected=f"at most {MAX_RESULTS_BYTES} bytes")
+    return results_from_json(content, file=path)
+
+
+def results_from_json(content: bytes, *, file: object = None) -> Results:
+    """Parse a results file's bytes; `file` is only for error messages."""
+    try:
+        document = from_json(content, allow_inf_nan=False)
+    except ValueError as error:
+        raise EngineError(f"the results file is not JSON: {_clipped(error)}", file=file) from error
+    if not isinstance(document, dict) or "results_schema" not in document:
+        raise EngineError("this is not a results file", file=file, expected='an object with the key "results_schema"')
+    if document["results_schema"] != RESULTS_SCHEMA:
+        raise EngineError(
+            "the results file has another schema version",
+            file=file,
+            expected=RESULTS_SCHEMA,
+            found=_clipped(document["results_schema"]),
+            hint="write it again with this version's bench command",
+        )
+    try:
+        return Results.model_validate_json(content, strict=True)
+    except ValidationError as error:
+        raise EngineError(f"the results file is malformed: {validation_problems(error)}", file=file) from error
+
+
+def json_from_results(results: Results) -> bytes:
+    """Serialize to UTF-8 JSON, one line per engine and per cell so that a diff stays readable."""
+    document = results.model_dump(mode="json")
+    parts = [f'"results_schema": {document["results_schema"]}', f'"environment": {json.dumps(document["environment"])}']
+    for key in ("engines", "cells"):
+        lines = ",\n".join(f"  {json.dumps(entry, allow_nan=False)}" for entry in document[key])
+        parts.append(f'"{key}": [\n{lines}\n]')
+    return ("{\n" + ",\n".join(parts) + "\n}\n").encode()
+
+
+def validation_problems(error: ValidationError) -> str:
+    """List where and why pydantic refused something, the first few problems on one line."""
+    problems = [
+        f"{'.'.join(str(part) for part in problem['loc']) or 'document'}: {problem['msg']}"
+        for problem in error.errors(include_url=False, include_context=False, include_input=False)
+    ]
+    shown = "; ".join(_clipped(problem) for problem in problems[:SHOWN_PROBLEMS])
+    return shown if len(problems) <= SHOWN_PROBLEMS else f"{shown}; and {len(problems) - SHOWN_PROBLEMS} more"
+
+
+def _clipped(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
+
+
+def _spread(samples: Sequence[float]) -> Spread:
+    return Spread(median=float(np.median(samples)), low=min(samples), high=max(samples))

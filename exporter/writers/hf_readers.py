@@ -1,0 +1,395 @@
+"""What the readers of a Nemotron-NAS folder would reject or, worse, silently get wrong: rules as data.
+
+A folder in a plain family (Llama, Mistral, Qwen) is what every reader was made for, and no rule concerns it. The rules
+were established for the versions in `READERS`, by running the reader where `evidence` says so, else by reading its
+model file (`nemotron_nas.py`, `nemotron-nas.py`, `modeling_nemotron_nas.py`, `conversion/deci.py`).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from exporter.errors import TargetError
+from exporter.graph import FFN, Activation, Attention, Block, LinearSublayer, ModelGraph, weights
+from exporter.rope import Llama3Scaling, YarnScaling
+from exporter.safetensors_io import read_json
+from exporter.writers.hf import NEMOTRON_NAS, Options, as_written, layout_of
+
+
+class Severity(enum.Enum):
+    REJECTS = "rejects it"
+    WRONG_RESULTS = "gives wrong results"
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    name: str
+    version: str
+    evidence: str  # how the rules were established
+
+
+READERS: dict[str, Reader] = {
+    reader.name: reader
+    for reader in (
+        Reader("transformers", "4.57.6 and 5.23.0", "run"),
+        Reader("vllm", "0.33.0", "run on a CPU up to loaded weights; no forward pass"),
+        Reader("sglang", "0.5.23", "read"),
+        Reader("tensorrt-llm", "PyTorch backend, main branch of 2025 and 2026", "read"),
+        Reader("llama.cpp", "as in llama-cpp-python 0.3.36", "run: converter and libllama"),
+        Reader("mlx-lm", "0.32.2", "run"),
+    )
+}
+
+
+class ReaderProblem(TargetError):
+    """One rule that a folder breaks for one reader."""
+
+    def __init__(self, rule: Rule, reader: Reader, found: str) -> None:
+        self.reader = reader
+        self.severity, effect = rule.effects[reader.name]
+        super().__init__(
+            f"{reader.name} ({reader.version}) {self.severity.value}: {rule.problem}: {effect}",
+            found=found,
+            hint=rule.hint,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """What a rule looks at: the graph as written, and which block of the caller's graph each layer was."""
+
+    graph: ModelGraph
+    blocks: tuple[int, ...]  # index in the caller's `graph.blocks`, of every layer
+    options: Options
+
+    @property
+    def layers(self) -> tuple[Block, ...]:
+        return self.graph.flat_blocks
+
+    @property
+    def attentions(self) -> list[Attention]:
+        return [attention for _, attention in self.graph.attentions]
+
+    @property
+    def ffns(self) -> list[FFN]:
+        return [block.ffn for block in self.layers if isinstance(block.ffn, FFN)]
+
+    def where(self, matches: Callable[[Block], object]) -> str | None:
+        """Name the blocks that match, None if none does."""
+        return _blocks_text([index for index, block in zip(self.blocks, self.layers, strict=True) if matches(block)])
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`find` returns what it found, None if the folder is clean; `effects`: reader -> what it then does."""
+
+    problem: str
+    find: Callable[[Folder], str | None]
+    effects: Mapping[str, tuple[Severity, str]]
+    hint: str
+
+
+def check_for(graph: ModelGraph, options: Options, readers: Iterable[str]) -> list[ReaderProblem]:
+    """Return what each of `readers` would make of the folder that `hf.emit` writes, reader by reader.
+
+    Args:
+        graph: `hf.check` accepts it. Only shapes are read, and tokenizer.json for llama.cpp.
+        readers: keys of `READERS`.
+
+    Raises:
+        TargetError: an unknown reader; the message lists the known ones.
+    """
+    names = list(dict.fromkeys(readers))
+    for name in names:
+        if name not in READERS:
+            raise TargetError("unknown reader", expected=", ".join(READERS), found=name)
+    if layout_of(graph, options) != NEMOTRON_NAS:
+        return []
+    kept = tuple(index for index, entry in enumerate(graph.blocks) if not entry.is_empty)
+    folder = Folder(as_written(graph), kept, options)
+    found = [(rule, rule.find(folder)) for rule in RULES]
+    return [
+        ReaderProblem(rule, READERS[name], what)
+        for name in names
+        for rule, what in found
+        if what is not None and name in rule.effects
+    ]
+
+
+# --- conditions
+
+
+def _first_has_no_attention(folder: Folder) -> str | None:
+    if not folder.attentions or isinstance(folder.layers[0].attention, Attention):
+        return None
+    return f"block {folder.blocks[0]}"
+
+
+def _no_attention(folder: Folder) -> str | None:
+    return None if folder.attentions else "no block with attention"
+
+
+def _attention_only_before_the_last(folder: Folder) -> str | None:
+    last = folder.layers[-1]
+    return folder.where(lambda block: block.ffn is None and block is not last)
+
+
+def _attention_only_last(folder: Folder) -> str | None:
+    return f"block {folder.blocks[-1]}" if folder.layers[-1].ffn is None else None
+
+
+def _linear_attention(folder: Folder) -> str | None:
+    return folder.where(lambda block: isinstance(block.attention, LinearSublayer))
+
+
+def _linear_ffn(folder: Folder) -> str | None:
+    return folder.where(lambda block: isinstance(block.ffn, LinearSublayer))
+
+
+def _scaled_other_than_llama3(folder: Folder) -> str | None:
+    scaling = folder.graph.rope.scaling
+    return None if scaling is None or isinstance(scaling, Llama3Scaling) else type(scaling).__name__
+
+
+def _unusual_yarn(folder: Folder) -> str | None:
+    scaling = folder.graph.rope.scaling
+    if not isinstance(scaling, YarnScaling) or (scaling.attention_factor is None and scaling.truncate):
+        return None
+    return f"attention_factor {scaling.attention_factor}, truncate {scaling.truncate}"
+
+
+def _own_head_dim(folder: Folder) -> str | None:
+    if not folder.attentions:
+        return None
+    attention, hidden_size = folder.attentions[0], folder.graph.hidden_size
+    if attention.head_dim * attention.num_attention_heads == hidden_size:
+        return None
+    return f"head_dim {attention.head_dim}, hidden_size {hidden_size}, {attention.num_attention_heads} heads"
+
+
+def _qk_norm(folder: Folder) -> str | None:
+    return folder.where(lambda block: isinstance(block.attention, Attention) and block.attention.q_norm)
+
+
+def _different_kv_heads(folder: Folder) -> str | None:
+    counts = sorted({attention.num_key_value_heads for attention in folder.attentions})
+    return None if len(counts) < 2 else f"num_key_value_heads {counts}"
+
+
+def _attention_bias(folder: Folder) -> str | None:
+    return folder.where(lambda block: isinstance(block.attention, Attention) and block.attention.q_proj.bias)
+
+
+def _ffn_bias(folder: Folder) -> str | None:
+    return folder.where(lambda block: isinstance(block.ffn, FFN) and block.ffn.gate_proj.bias)
+
+
+def _window(folder: Folder) -> str | None:
+    limit = folder.graph.max_position_embeddings
+
+    def matches(block: Block) -> bool:
+        window = block.attention.sliding_window if isinstance(block.attention, Attention) else None
+        return window is not None and window < limit
+
+    return folder.where(matches)
+
+
+def _not_silu(folder: Folder) -> str | None:
+    names = {ffn.activation.value for ffn in folder.ffns} - {Activation.SILU.value}
+    return f"hidden_act {names.pop()}" if names else None
+
+
+def _gelu_tanh(folder: Folder) -> str | None:
+    found = any(ffn.activation is Activation.GELU_TANH for ffn in folder.ffns)
+    return f"hidden_act {Activation.GELU_TANH.value}" if found else None
+
+
+def _several_dtypes(folder: Folder) -> str | None:
+    names = sorted({tensor.dtype.name for tensor in weights(folder.graph)} - {folder.graph.dtype.name})
+    return f"{', '.join(names)} beside {folder.graph.dtype.name}" if names else None
+
+
+LLAMA3_VOCAB_SIZE = 128256
+
+
+def _byte_level_tokenizer(folder: Folder) -> str | None:
+    """llama.cpp takes a GPT-2-style tokenizer at Llama 3's vocabulary size only; elsewhere it wants Llama 2's kind."""
+    assets = folder.options.assets
+    if folder.graph.vocab_size == LLAMA3_VOCAB_SIZE or "tokenizer.json" not in assets or "tokenizer.model" in assets:
+        return None
+    tokenizer: Any = read_json(assets["tokenizer.json"])
+    decoder = tokenizer.get("decoder") if isinstance(tokenizer, dict) else None
+    kind = decoder.get("type") if isinstance(decoder, dict) else None
+    return None if kind == "Sequence" else f"vocab_size {folder.graph.vocab_size}, decoder {kind}"
+
+
+def _blocks_text(indices: Sequence[int]) -> str | None:
+    """`blocks 3, 5-9`; None for no block."""
+    spans: list[list[int]] = []
+    for index in indices:
+        if spans and index == spans[-1][1] + 1:
+            spans[-1][1] = index
+        else:
+            spans.append([index, index])
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+    if not spans:
+        return None
+    return f"block {text}" if len(indices) == 1 else f"blocks {text}"
+
+
+# --- the rules
+
+REJECTS, WRONG_RESULTS = Severity.REJECTS, Severity.WRONG_RESULTS
+_IGNORES_WINDOW = (WRONG_RESULTS, "it attends to all positions")
+_NULL_SIZE = (REJECTS, "it computes with n_heads_in_group or ffn_mult, which are null here")
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "the first layer has no attention",
+        _first_has_no_attention,
+        {
+            "vllm": (
+                REJECTS,
+                "its norm returns one tensor where two are unpacked (two tokens would be split silently)",
+            ),
+            "llama.cpp": (REJECTS, "it takes head counts from layer 0, and they come out 0"),
+        },
+        "keep the attention of the first block",
+    ),
+    Rule(
+        "no layer has attention",
+        _no_attention,
+        {
+            "vllm": (REJECTS, "the number of key-value heads is unknown to it"),
+            "sglang": (REJECTS, "the number of key-value heads is unknown to it"),
+            "llama.cpp": (REJECTS, "it takes head counts from layer 0, and they come out 0"),
+            "mlx-lm": (REJECTS, "it asks the first entry of an empty cache"),
+        },
+        "keep the attention of the first block",
+    ),
+    Rule(
+        "a layer before the last has attention and no FFN",
+        _attention_only_before_the_last,
+        {"llama.cpp": (WRONG_RESULTS, "it skips the layer, attention and all")},
+        "keep an FFN in every block that has attention",
+    ),
+    Rule(
+        "the last layer has no FFN",
+        _attention_only_last,
+        {"llama.cpp": (REJECTS, "it aborts while it builds its graph")},
+        "keep the FFN of the last block",
+    ),
+    Rule(
+        "a linear layer in place of an attention",
+        _linear_attention,
+        {
+            "vllm": _NULL_SIZE,
+            "sglang": _NULL_SIZE,
+            "mlx-lm": (REJECTS, "it names the tensor self_attn.linear, not self_attn.linear_attn as the format does"),
+        },
+        "use TensorRT-LLM, transformers or ONNX for this model",
+    ),
+    Rule(
+        "a linear layer in place of an FFN",
+        _linear_ffn,
+        {
+            "vllm": _NULL_SIZE,
+            "sglang": _NULL_SIZE,
+            "mlx-lm": (REJECTS, "it names the tensor mlp.linear, not mlp.linear_mlp as the format does"),
+            "llama.cpp": (REJECTS, "its converter has no name for the tensor"),
+        },
+        "use TensorRT-LLM, transformers or ONNX for this model",
+    ),
+    Rule(
+        "RoPE is scaled otherwise than in Llama 3",
+        _scaled_other_than_llama3,
+        {"llama.cpp": (WRONG_RESULTS, "it ignores the scaling")},
+        "use another reader, or a model with default or llama3 RoPE",
+    ),
+    Rule(
+        "YaRN with an attention factor or without truncation",
+        _unusual_yarn,
+        {"mlx-lm": (WRONG_RESULTS, "it reads neither key")},
+        "use another reader",
+    ),
+    Rule(
+        "head_dim is not hidden_size / num_attention_heads",
+        _own_head_dim,
+        {
+            "mlx-lm": (REJECTS, "it ignores head_dim, and shapes do not fit"),
+            "llama.cpp": (REJECTS, "it mixes both sizes and trips over an assertion"),
+        },
+        "use another reader",
+    ),
+    Rule(
+        "norms on queries and keys",
+        _qk_norm,
+        {
+            "vllm": (REJECTS, "it does not know the tensors"),
+            "llama.cpp": (REJECTS, "its converter does not know the tensors"),
+            "mlx-lm": (REJECTS, "it does not know the tensors"),
+            "sglang": (WRONG_RESULTS, "it skips the tensors with a warning"),
+            "tensorrt-llm": (WRONG_RESULTS, "it does not load the tensors"),
+        },
+        "use transformers or ONNX for a Qwen3 model that is no longer plain",
+    ),
+    Rule(
+        "layers differ in their number of key-value heads",
+        _different_kv_heads,
+        {"sglang": (REJECTS, 'it says "Variable GQA ... not yet supported"')},
+        "use another reader",
+    ),
+    Rule(
+        "attentions have biases",
+        _attention_bias,
+        {"tensorrt-llm": (WRONG_RESULTS, "it leaves them out")},
+        "use another reader",
+    ),
+    Rule(
+        "FFNs have biases",
+        _ffn_bias,
+        {
+            "tensorrt-llm": (WRONG_RESULTS, "it leaves them out"),
+            "sglang": (WRONG_RESULTS, "it skips the tensors silently"),
+        },
+        "use another reader",
+    ),
+    Rule(
+        "sliding windows",
+        _window,
+        dict.fromkeys(("vllm", "sglang", "tensorrt-llm", "llama.cpp", "mlx-lm"), _IGNORES_WINDOW),
+        "keep sequences within the window, or use transformers or ONNX",
+    ),
+    Rule(
+        "the activation is not silu",
+        _not_silu,
+        {
+            "vllm": (REJECTS, "it knows no other"),
+            "sglang": (REJECTS, "it knows no other"),
+            "tensorrt-llm": (WRONG_RESULTS, "it computes silu"),
+            "llama.cpp": (WRONG_RESULTS, "it computes silu"),
+        },
+        "use another reader",
+    ),
+    Rule(
+        "the activation is the tanh form of gelu",
+        _gelu_tanh,
+        {"mlx-lm": (REJECTS, "it does not know the name")},
+        "use another reader",
+    ),
+    Rule(
+        "a byte-level tokenizer with another vocabulary than Llama 3's",
+        _byte_level_tokenizer,
+        {"llama.cpp": (REJECTS, f"its converter takes one at vocab_size {LLAMA3_VOCAB_SIZE} only")},
+        "use another reader",
+    ),
+    Rule(
+        "weights of several dtypes",
+        _several_dtypes,
+        {"transformers": (WRONG_RESULTS, "it rounds all of them to the embedding's unless dtype says otherwise")},
+        "cast the model to one dtype",
+    ),
+)

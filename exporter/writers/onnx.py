@@ -1,0 +1,227 @@
+"""ONNX: one opset-24 network for prefill and decode over weights in safetensors files.
+
+The folder: `network.json` (`exporter.network.NetworkManifest`), one .onnx file per network, which holds the nodes and
+small constants only, and `weights*.safetensors`, which all networks of the folder refer to.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from exporter.dtypes import BFLOAT16, FLOAT64, DType
+from exporter.errors import FuselageError, TargetError, raise_all
+from exporter.graph import Block, ModelGraph, structure, weights
+from exporter.network import (
+    CACHE_WRITE,
+    FILE_NAME,
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_INDEX,
+    NETWORK_FILE,
+    NETWORK_KIND,
+    POSITION_IDS,
+    NetworkManifest,
+    NetworkVariant,
+)
+from exporter.safetensors_io import Shards
+from exporter.writers.files import Content, json_bytes
+from exporter.writers.onnx_graph import Form, NetworkBuilder, cache_slots
+from exporter.writers.onnx_options import (
+    NETWORK_DTYPES,
+    PRESETS,
+    Network,
+    Options,
+    network_dtype,
+    options_for,
+    stored_dtype,
+)
+from exporter.writers.onnx_weights import STEM, WeightStore
+
+KIND = NETWORK_KIND
+INDEX_FILE = f"{STEM}.safetensors.index.json"
+MAX_POSITIONS = 1 << 24  # beyond that a config is a mistake: cos and sin alone would take gigabytes
+MAX_BATCH = 1 << 16
+WEIGHT_DTYPES = (*NETWORK_DTYPES, FLOAT64)
+
+
+def check(graph: ModelGraph, options: Options) -> list[FuselageError]:
+    """Return all reasons why the network cannot be written as asked; no tensor is read."""
+    problems: list[FuselageError] = []
+    if not graph.has_bytes:
+        problems.append(
+            TargetError(
+                "a network needs weights, and this model is a structure without weights",
+                hint="give a folder that holds the model's safetensors files",
+            )
+        )
+    problems += _dtype_problems(graph, options)
+    problems += _size_problems(graph, options)
+    if not options.networks:
+        problems.append(TargetError("nothing to write", expected="at least one network"))
+    files = [network.file for network in options.networks]
+    for file in files:
+        if not re.fullmatch(FILE_NAME, file):
+            problems.append(TargetError("a network's name is not a file name", found=file))
+    for file in sorted({file for file in files if files.count(file) > 1}):
+        problems.append(TargetError("two networks have one name", found=file, hint="give each network its own name"))
+    return problems
+
+
+def plan(graph: ModelGraph, options: Options) -> dict[str, int]:
+    """Return the files that `emit` would write and their sizes in bytes; no tensor is read."""
+    return {
+        name: len(content) if isinstance(content, bytes) else content.nbytes for name, content in emit(graph, options)
+    }
+
+
+def emit(graph: ModelGraph, options: Options) -> Iterator[tuple[str, Content | bytes]]:
+    """Yield the folder's files for `files.save_folder(kind=KIND)`; weights stream in chunks.
+
+    Raises:
+        TargetError: what `check` returns.
+    """
+    raise_all(check(graph, options))
+    laid_out = _lay_out(graph, options)
+    yield NETWORK_FILE, json_bytes(laid_out.manifest.model_dump(mode="json"))
+    yield from laid_out.networks.items()
+    yield from laid_out.shards.files.items()
+    if laid_out.shards.index is not None:
+        yield INDEX_FILE, json_bytes(laid_out.shards.index)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """All networks of a folder, and the weight files they refer to."""
+
+    manifest: NetworkManifest
+    networks: dict[str, bytes]  # by file name
+    shards: Shards
+
+
+def _lay_out(graph: ModelGraph, options: Options) -> _Layout:
+    store = WeightStore(lambda dtype: stored_dtype(options, dtype, graph.dtype))
+    positions = _max_positions(graph, options)
+    forms = [_form(graph, network, positions) for network in options.networks]
+    builders = [NetworkBuilder(graph, form, store, positions) for form in forms]
+    shards = store.shards(options.shard_bytes)
+    variants = [
+        NetworkVariant(
+            file=network.file,
+            target=network.target,
+            dtype=form.dtype.name,
+            batch=form.batch,
+            capacity=form.capacity,
+            max_positions=form.max_positions,
+            weight_files=builder.weight_files(shards),
+            options={"pack_qkv": form.pack_qkv, "pack_gate_up": form.pack_gate_up},
+        )
+        for network, form, builder in zip(options.networks, forms, builders, strict=True)
+    ]
+    slots = cache_slots(graph)
+    manifest = NetworkManifest(
+        vocab_size=graph.vocab_size,
+        inputs=(INPUT_IDS, POSITION_IDS, CACHE_WRITE, LOGITS_INDEX),
+        outputs=(LOGITS,),
+        cache=slots,
+        weight_bytes=store.nbytes,
+        structure=structure(graph),
+        networks=tuple(variants),
+    )
+    files = {
+        network.file: builder.model_bytes(shards) for network, builder in zip(options.networks, builders, strict=True)
+    }
+    return _Layout(manifest, files, shards)
+
+
+def _form(graph: ModelGraph, network: Network, max_positions: int) -> Form:
+    capacity = max_positions if network.capacity == "max_positions" else network.capacity
+    return Form(
+        dtype=network_dtype(network, graph.dtype),
+        batch=network.batch,
+        capacity=capacity,
+        max_positions=min(max_positions, capacity or max_positions),
+        pack_qkv=network.pack_qkv,
+        pack_gate_up=network.pack_gate_up,
+    )
+
+
+def _max_positions(graph: ModelGraph, options: Options) -> int:
+    return graph.max_position_embeddings if options.max_positions is None else options.max_positions
+
+
+def _dtype_problems(graph: ModelGraph, options: Options) -> Iterator[TargetError]:
+    names = ", ".join(dtype.name for dtype in NETWORK_DTYPES)
+    for network in options.networks:
+        dtype = network_dtype(network, graph.dtype)
+        if dtype not in NETWORK_DTYPES:
+            yield TargetError(f"{network.file} cannot have this dtype", expected=names, found=dtype)
+        elif network.target == "onnxruntime" and dtype == BFLOAT16:
+            yield TargetError(
+                "ONNX Runtime has no bfloat16 kernels for a decoder on CPU",
+                expected="float32 or float16",
+                found=dtype,
+                hint="a float32 network can keep bfloat16 weights in its files",
+            )
+    if options.weight_dtype is not None and options.weight_dtype not in NETWORK_DTYPES:
+        yield TargetError("weights cannot be stored like this", expected=names, found=options.weight_dtype)
+    for index, part in _parts(graph):
+        found = {tensor.dtype for tensor in weights(part)} - set(WEIGHT_DTYPES)
+        if found:
+            yield TargetError(
+                "weights of this dtype cannot go into the network",
+                block=index,
+                expected=", ".join(dtype.name for dtype in WEIGHT_DTYPES),
+                found=", ".join(sorted(dtype.name for dtype in found)),
+            )
+
+
+def _parts(graph: ModelGraph) -> Iterator[tuple[int | None, tuple | Block]]:
+    yield None, (graph.embedding, graph.norm, graph.lm_head)
+    yield from enumerate(graph.flat_blocks)
+
+
+def _size_problems(graph: ModelGraph, options: Options) -> Iterator[TargetError]:
+    limit = min(graph.max_position_embeddings, MAX_POSITIONS)
+    positions = _max_positions(graph, options)
+    if not 1 <= positions <= limit:
+        yield TargetError(
+            "max_positions does not fit the model",
+            expected=f"1 to {limit}",
+            found=positions,
+            hint="the model's max_position_embeddings is the limit",
+        )
+    if options.shard_bytes < 1:
+        yield TargetError("shard_bytes is positive", found=options.shard_bytes)
+    for network in options.networks:
+        if network.batch is not None and not 1 <= network.batch <= MAX_BATCH:
+            yield TargetError(
+                f"{network.file}: batch is out of range", expected=f"1 to {MAX_BATCH}", found=network.batch
+            )
+        if isinstance(network.capacity, int) and not 1 <= network.capacity <= positions:
+            yield TargetError(
+                f"{network.file}: the cache holds at most max_positions tokens",
+                expected=f"a capacity of 1 to {positions}",
+                found=network.capacity,
+            )
+        if network.target == "tensorrt" and network.capacity is None:
+            yield TargetError(
+                f"{network.file}: TensorRT needs a cache of fixed capacity",
+                expected='a number or "max_positions"',
+                found="a symbolic capacity",
+            )
+
+
+__all__ = [
+    "INDEX_FILE",
+    "KIND",
+    "PRESETS",
+    "DType",
+    "Network",
+    "Options",
+    "check",
+    "emit",
+    "options_for",
+    "plan",
+]

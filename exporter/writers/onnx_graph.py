@@ -1,0 +1,420 @@
+"""A ModelGraph as one ONNX network for prefill, chunked prefill and decode.
+
+Letters: B = sequences, S = tokens of one call, D = hidden_size, n = heads, d = head_dim, C = cache capacity, T = the
+dtype of the network. Inputs and outputs are those of `exporter.network`.
+
+    once      mask = kv_pos <= position_ids                    bool [B, 1, S, C], And kv_pos > position - window
+              x = Gather(embedding, input_ids)                 T [B*S, D], as every x below
+    attention q, k, v = Gemm(RMSNormalization(x))              [B*S, n*d] -> [B, S, n, d] -> [B, n, S, d]
+              q, k = RotaryEmbedding(q | k, cos, sin, position_ids);  q = q * d^-0.5
+              k, v = TensorScatter(past, k | v, cache_write)   in place, [B, n_kv, C, d]
+              x = x + Gemm(Attention(q, k, v, mask, scale=1))
+    ffn       x = x + Gemm(act(Gemm(n)) * Gemm(n)),  n = RMSNormalization(x)
+    once      logits = Gemm(RMSNormalization(x[logits_index])) float32 [B, V]
+
+Why these ops, in TensorRT's words where it has some (importers of 10.15, 10.16 and 11.0):
+  - Gemm(transB=1) on [B*S, D] takes weights as Hugging Face stores them, [out, in], without a transpose.
+  - A boolean mask instead of `is_causal`: with a static cache TensorRT aligns causality to the upper left corner, and
+    it drops `nonpad_kv_seqlen` without a word.
+  - q is scaled here and `scale` is 1, because TensorRT multiplies q and k by sqrt(scale), rounded to T.
+  - SiLU is x * Sigmoid(x): Swish is not importable before TensorRT 11, and ONNX Runtime has no kernel for it.
+  - RMSNormalization with input and weight of one dtype: ONNX takes the output's type from the weight, TensorRT from
+    the input. stash_type 1 computes in float32.
+  - Only the wanted row of hidden states goes through the last norm and the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from exporter.dtypes import DType
+from exporter.graph import (
+    FFN,
+    Activation,
+    Attention,
+    Block,
+    Linear,
+    LinearSublayer,
+    ModelGraph,
+    ParallelBlocks,
+    RMSNorm,
+    members,
+)
+from exporter.lazy import LazyTensor
+from exporter.network import CACHE_WRITE, INPUT_IDS, LOGITS, LOGITS_INDEX, POSITION_IDS, CacheSlot
+from exporter.safetensors_io import Shards
+from exporter.writers.onnx_weights import Reference, RopeTable, WeightStore, filled_biases, located
+
+OPSET = 24  # TensorScatter needs 24; TensorRT's parser stops there
+IR_VERSION = 11
+INT64, FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
+Attribute = int | float | str | Sequence[int]
+
+# Every op that a network may contain. All of them are in both runtimes (TensorRT >= 10.15, ONNX Runtime).
+OPS = frozenset(
+    {
+        "Add", "And", "Attention", "Cast", "Concat", "Gather", "Gelu", "Gemm", "Greater", "LessOrEqual", "Mul",
+        "RMSNormalization", "Range", "Relu", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid", "Split",
+        "Squeeze", "Sub", "TensorScatter", "Transpose", "Unsqueeze",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """A network's options, with everything that was left open filled in."""
+
+    dtype: DType  # T
+    batch: int | None
+    capacity: int | None
+    max_positions: int
+    pack_qkv: bool
+    pack_gate_up: bool
+
+
+def cache_slots(graph: ModelGraph) -> tuple[CacheSlot, ...]:
+    """Name the caches of a graph's attentions, in the order of `ModelGraph.kv_slots`."""
+    return tuple(
+        CacheSlot(
+            key=f"past_k_{slot}",
+            value=f"past_v_{slot}",
+            present_key=f"present_k_{slot}",
+            present_value=f"present_v_{slot}",
+            num_key_value_heads=attention.num_key_value_heads,
+            head_dim=attention.head_dim,
+        )
+        for slot, (_, attention) in enumerate(graph.attentions)
+    )
+
+
+class NetworkBuilder:
+    """Writes down the nodes of one network.
+
+    Every decision that depends on T is in `parameter`, `table`, `scalar`, `to_network_dtype` and `cache`.
+    """
+
+    def __init__(self, graph: ModelGraph, form: Form, weights: WeightStore, max_positions: int) -> None:
+        """Build all nodes; `max_positions` is the length of the stored cos and sin, of which `form` may want less."""
+        self._graph = graph
+        self._form = form
+        self._weights = weights
+        self._table_positions = max_positions
+        self._T = ir.DataType(form.dtype.onnx)
+        self._tape = ir.tape.Tape()
+        self._references: dict[str, tuple[ir.Value, Reference]] = {}  # by initializer name
+        self._small: dict[str, ir.Value] = {}  # constants that are in the file itself, by name
+        self._once: dict[object, ir.Value] = {}  # values that several blocks share
+        self._slots = cache_slots(graph)
+        self._presents: list[ir.Value] = []
+
+        sizes = [form.batch or "batch", "sequence"]
+        self._ids = _input(INPUT_IDS, INT64, sizes)
+        self._positions = _input(POSITION_IDS, INT64, sizes)
+        self._cache_write = _input(CACHE_WRITE, INT64, sizes[:1])
+        self._logits_index = _input(LOGITS_INDEX, INT64, sizes[:1])
+        self._caches = [(self.cache(slot, slot.key), self.cache(slot, slot.value)) for slot in self._slots]
+        self._logits = self._model()
+
+    def model_bytes(self, shards: Shards) -> bytes:
+        """Serialize, with every initializer pointing to where `shards` put it."""
+        for name, (value, reference) in self._references.items():
+            location = located(shards, reference)
+            value.const_value = ir.ExternalTensor(
+                location.file,
+                location.offset,
+                location.length,
+                ir.DataType(reference.dtype.onnx),
+                shape=ir.Shape(reference.shape),
+                name=name,
+            )
+        sizes = [self._form.batch or "batch", self._graph.vocab_size]
+        self._logits.name, self._logits.shape, self._logits.type = LOGITS, ir.Shape(sizes), ir.TensorType(FLOAT)
+        graph = ir.Graph(
+            inputs=[
+                self._ids,
+                self._positions,
+                self._cache_write,
+                self._logits_index,
+                *(cache for pair in self._caches for cache in pair),
+            ],
+            outputs=[self._logits, *self._presents],
+            nodes=self._tape.nodes,
+            initializers=[*(value for value, _ in self._references.values()), *self._small.values()],
+            opset_imports={"": OPSET},
+            name="decoder",
+        )
+        return ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, producer_name="fuselage")).SerializeToString()
+
+    def weight_files(self, shards: Shards) -> tuple[str, ...]:
+        """Return the names of the files that this network refers to, in order."""
+        files = {located(shards, reference).file for _, reference in self._references.values()}
+        return tuple(sorted(files))
+
+    # -- the model, top down
+
+    def _model(self) -> ir.Value:
+        graph = self._graph
+        x = self._embedded(self.op("Reshape", self._ids, self.ints(-1), name="input_ids.flat"))
+        index = 0  # in graph.flat_blocks
+        for entry in graph.blocks:
+            x = self._parallel(x, entry, index) if isinstance(entry, ParallelBlocks) else self._block(x, entry, index)
+            index += len(members(entry))
+        rows = self.op("Gather", x, self._logits_rows(), axis=0, name="logits.rows")
+        tied = Linear(weight=graph.embedding)
+        name, head = ("embedding", tied) if graph.lm_head is None else ("lm_head", graph.lm_head)
+        logits = self._linear(self._normed(rows, graph.norm, "norm"), head, name, node="lm_head")
+        return logits if self._T == FLOAT else self.op("Cast", logits, to=FLOAT, name="logits.float32")
+
+    def _embedded(self, ids: ir.Value) -> ir.Value:
+        """Look up in the stored dtype and cast the rows: a cast of the table would keep a copy of it in memory."""
+        reference = self._weights.parameter("embedding.weight", [self._graph.embedding])
+        rows = self.op("Gather", self._initializer(reference.tensor, reference), ids, axis=0, name="embedding")
+        return self.to_network_dtype(rows, reference.dtype, "embedding.cast")
+
+    def _logits_rows(self) -> ir.Value:
+        """Which rows of [B*S, D] the logits are wanted of: row * S + logits_index, int64 [B]."""
+        if self._form.batch == 1:
+            return self._logits_index
+        length = self.op("Shape", self._ids, start=1, end=2, name="sequence")
+        if self._form.batch is None:
+            batch = self.op("Shape", self._ids, start=0, end=1, name="batch")
+            batch = self.op("Squeeze", batch, self.ints(0), name="batch.scalar")
+            rows = self.op("Range", self.scalar_int(0), batch, self.scalar_int(1), name="rows")
+        else:
+            rows = self.ints(*range(self._form.batch))
+        return self.op(
+            "Add", self.op("Mul", rows, length, name="rows.start"), self._logits_index, name="logits.rows.index"
+        )
+
+    def _block(self, x: ir.Value, block: Block, index: int) -> ir.Value:
+        for sublayer, scope in _sublayers(block, index):
+            x = self.op("Add", x, self._sublayer(x, sublayer, index, scope), name=f"{scope}.residual")
+        return x
+
+    def _parallel(self, x: ir.Value, group: ParallelBlocks, first: int) -> ir.Value:
+        """y = x + sum_j (f_j(x) - x), where f_j(x) - x is what the sublayers of block j add."""
+        y = x
+        for index, block in enumerate(group.blocks, start=first):
+            inner = x
+            sublayers = _sublayers(block, index)
+            for number, (sublayer, scope) in enumerate(sublayers):
+                part = self._sublayer(inner, sublayer, index, scope)
+                y = self.op("Add", y, part, name=f"{scope}.parallel_residual")
+                if number + 1 < len(sublayers):
+                    inner = self.op("Add", inner, part, name=f"{scope}.residual")
+        return y
+
+    def _sublayer(self, x: ir.Value, sublayer: Attention | FFN | LinearSublayer, index: int, scope: str) -> ir.Value:
+        normed = self._normed(x, sublayer.norm, f"{scope}.norm")
+        if isinstance(sublayer, Attention):
+            return self._attention(normed, sublayer, self._graph.kv_slots[index], scope)
+        if isinstance(sublayer, FFN):
+            return self._ffn(normed, sublayer, scope)
+        return self._linear(normed, sublayer.linear, f"{scope}.linear")
+
+    def _attention(self, x: ir.Value, attention: Attention, slot: int, scope: str) -> ir.Value:
+        heads, kv_heads, d = attention.num_attention_heads, attention.num_key_value_heads, attention.head_dim
+        q, k, v = self._joined_linears(
+            x,
+            [attention.q_proj, attention.k_proj, attention.v_proj],
+            ["q_proj", "k_proj", "v_proj"],
+            f"{scope}.qkv_proj",
+            packed=self._form.pack_qkv,
+        )
+        q = self._rotated(self._heads(q, heads, d, attention.q_norm, f"{scope}.q"), f"{scope}.q.rope")
+        k = self._rotated(self._heads(k, kv_heads, d, attention.k_norm, f"{scope}.k"), f"{scope}.k.rope")
+        v = self._heads(v, kv_heads, d, None, f"{scope}.v")
+        q = self.op("Mul", q, self.scalar(d**-0.5), name=f"{scope}.q.scale")
+        names = self._slots[slot]
+        past_k, past_v = self._caches[slot]
+        k = self._cached(past_k, k, names.present_key)
+        v = self._cached(past_v, v, names.present_value)
+        mask = self._mask(attention.sliding_window)
+        y = self.op("Attention", q, k, v, mask, scale=1.0, name=f"{scope}.attention")
+        y = self.op("Transpose", y, perm=[0, 2, 1, 3], name=f"{scope}.attention.transpose")
+        y = self.op("Reshape", y, self.ints(-1, heads * d), name=f"{scope}.attention.flat")
+        return self._linear(y, attention.o_proj, f"{scope}.o_proj")
+
+    def _heads(self, x: ir.Value, heads: int, d: int, norm: RMSNorm | None, scope: str) -> ir.Value:
+        """[B*S, heads * d] -> [B, heads, S, d], each head normalized if there is a norm."""
+        x = self.op("Reshape", x, self._heads_shape(heads, d), name=f"{scope}.heads")
+        if norm is not None:
+            x = self._normed(x, norm, f"{scope}_norm")
+        return self.op("Transpose", x, perm=[0, 2, 1, 3], name=f"{scope}.transpose")
+
+    def _heads_shape(self, heads: int, d: int) -> ir.Value:
+        """[B, S, heads, d]; one unknown size can be left to Reshape, two cannot."""
+        if self._form.batch is not None:
+            return self.ints(self._form.batch, -1, heads, d)
+        if "ids.shape" not in self._once:
+            self._once["ids.shape"] = self.op("Shape", self._ids, name="input_ids.shape")
+        if ("heads", heads) not in self._once:
+            shape = self.op("Concat", self._once["ids.shape"], self.ints(heads, d), axis=0, name=f"shape.{heads}_heads")
+            self._once["heads", heads] = shape
+        return self._once["heads", heads]
+
+    def _rotated(self, x: ir.Value, name: str) -> ir.Value:
+        cos, sin = (self.table(function.__name__, function) for function in (np.cos, np.sin))
+        return self.op("RotaryEmbedding", x, cos, sin, self._positions, name=name)
+
+    def _cached(self, past: ir.Value, update: ir.Value, present: str) -> ir.Value:
+        y = self.op("TensorScatter", past, update, self._cache_write, axis=-2, mode="linear", name=present)
+        y.name, y.shape, y.type = present, past.shape, past.type
+        self._presents.append(y)
+        return y
+
+    def _mask(self, window: int | None) -> ir.Value:
+        """Which cache positions a token attends to, bool [B, 1, S, C]: computed once per window, not per block."""
+        if ("mask", window) not in self._once:
+            self._once["mask", window] = self._causal_mask() if window is None else self._window_mask(window)
+        return self._once["mask", window]
+
+    def _causal_mask(self) -> ir.Value:
+        if self._form.capacity is not None:
+            kv_pos = self._constant("kv_pos", np.arange(self._form.capacity, dtype=np.int64).reshape(1, 1, 1, -1))
+        else:
+            capacity = self.op("Shape", self._caches[0][0], start=2, end=3, name="capacity")
+            limit = self.op("Squeeze", capacity, self.ints(0), name="capacity.scalar")
+            kv_pos = self.op("Range", self.scalar_int(0), limit, self.scalar_int(1), name="kv_pos")  # [C]
+        positions = self.op("Unsqueeze", self._positions, self.ints(1, 3), name="query_pos")  # [B, 1, S, 1]
+        self._once["kv_pos"], self._once["query_pos"] = kv_pos, positions
+        return self.op("LessOrEqual", kv_pos, positions, name="mask")
+
+    def _window_mask(self, window: int) -> ir.Value:
+        causal = self._mask(None)
+        start = self.op("Sub", self._once["query_pos"], self.ints(window), name=f"window_{window}.start")
+        inside = self.op("Greater", self._once["kv_pos"], start, name=f"window_{window}.inside")
+        return self.op("And", causal, inside, name=f"mask.window_{window}")
+
+    def _ffn(self, x: ir.Value, ffn: FFN, scope: str) -> ir.Value:
+        gate, up = self._joined_linears(
+            x,
+            [ffn.gate_proj, ffn.up_proj],
+            ["gate_proj", "up_proj"],
+            f"{scope}.gate_up_proj",
+            packed=self._form.pack_gate_up,
+        )
+        inner = self.op("Mul", self._activated(gate, ffn.activation, scope), up, name=f"{scope}.gated")
+        return self._linear(inner, ffn.down_proj, f"{scope}.down_proj")
+
+    def _activated(self, x: ir.Value, activation: Activation, scope: str) -> ir.Value:
+        name = f"{scope}.activation"
+        if activation is Activation.SILU:
+            return self.op("Mul", x, self.op("Sigmoid", x, name=f"{scope}.sigmoid"), name=name)
+        if activation is Activation.RELU:
+            return self.op("Relu", x, name=name)
+        approximate = {Activation.GELU: "none", Activation.GELU_TANH: "tanh"}[activation]
+        return self.op("Gelu", x, approximate=approximate, name=name)
+
+    def _normed(self, x: ir.Value, norm: RMSNorm, name: str) -> ir.Value:
+        weight = self.parameter(f"{name}.weight", [norm.weight])
+        return self.op("RMSNormalization", x, weight, axis=-1, epsilon=norm.eps, stash_type=1, name=name)
+
+    def _linear(self, x: ir.Value, linear: Linear, name: str, *, node: str | None = None) -> ir.Value:
+        inputs = [x, self.parameter(f"{name}.weight", [linear.weight])]
+        if linear.bias is not None:
+            inputs.append(self.parameter(f"{name}.bias", [linear.bias]))
+        return self.op("Gemm", *inputs, transB=1, name=node or name)
+
+    def _joined_linears(
+        self, x: ir.Value, linears: Sequence[Linear], names: Sequence[str], joined: str, *, packed: bool
+    ) -> Sequence[ir.Value]:
+        """Several linears of one input, stored as one: one Gemm and a Split if `packed`, else a Gemm each."""
+        sizes = [linear.out_features for linear in linears]
+        weights = [linear.weight for linear in linears]
+        biases = filled_biases([linear.bias for linear in linears], sizes)
+        if packed:
+            inputs = [x, self.parameter(f"{joined}.weight", weights)]
+            if biases is not None:
+                inputs.append(self.parameter(f"{joined}.bias", biases))
+            y = self.op("Gemm", *inputs, transB=1, name=joined)
+            return self._tape.op_multi_out(
+                "Split", [y, self.ints(*sizes)], {"axis": 1}, num_outputs=len(sizes), name=f"{joined}.split"
+            )
+        outputs = []
+        scope = joined.rpartition(".")[0]
+        start = 0
+        for linear, name, size in zip(linears, names, sizes, strict=True):
+            rows = (start, start + size)
+            inputs = [x, self.parameter(f"{joined}.weight", weights, rows, f"{scope}.{name}.weight")]
+            if linear.bias is not None and biases is not None:
+                inputs.append(self.parameter(f"{joined}.bias", biases, rows, f"{scope}.{name}.bias"))
+            outputs.append(self.op("Gemm", *inputs, transB=1, name=f"{scope}.{name}"))
+            start += size
+        return outputs
+
+    # -- values
+
+    def op(self, op_type: str, *inputs: ir.Value, name: str, **attributes: Attribute) -> ir.Value:
+        return self._tape.op(op_type, inputs, attributes, name=name)
+
+    def cache(self, slot: CacheSlot, name: str) -> ir.Value:
+        """A cache input, T [B, n_kv, C, d]."""
+        form = self._form
+        sizes = [form.batch or "batch", slot.num_key_value_heads, form.capacity or "capacity", slot.head_dim]
+        return _input(name, self._T, sizes)
+
+    def parameter(
+        self, stored: str, parts: Sequence[LazyTensor], rows: tuple[int, int] | None = None, name: str | None = None
+    ) -> ir.Value:
+        """A parameter (or rows of one) in T; it is cast in the network if it is stored in another dtype."""
+        reference = self._weights.parameter(stored, parts, rows)
+        name = name or stored
+        if name not in self._once:
+            value = self._initializer(name, reference)
+            self._once[name] = self.to_network_dtype(value, reference.dtype, f"{name}.cast")
+        return self._once[name]
+
+    def table(self, kind: str, function: np.ufunc) -> ir.Value:
+        """cos or sin of the rotary embedding, T [max_positions, d / 2]: computed in float32, then rounded to T."""
+        dtype = self._form.dtype
+        head_dim = self._graph.head_dim
+        assert head_dim is not None
+        tensor = RopeTable(self._graph.rope, function, self._table_positions, head_dim, dtype)
+        name = f"rope.{kind}.{dtype.name}"
+        return self._initializer(name, self._weights.table(name, tensor, self._form.max_positions))
+
+    def scalar(self, value: float) -> ir.Value:
+        """A constant of type T, shape []."""
+        return self._constant(f"scalar.{value!r}", np.array(value, dtype=self._form.dtype.numpy))
+
+    def to_network_dtype(self, x: ir.Value, dtype: DType, name: str) -> ir.Value:
+        return x if dtype == self._form.dtype else self.op("Cast", x, to=self._T, name=name)
+
+    def ints(self, *values: int) -> ir.Value:
+        """A constant int64 [len(values)]."""
+        return self._constant(f"ints.{'_'.join(map(str, values))}", np.array(values, dtype=np.int64))
+
+    def scalar_int(self, value: int) -> ir.Value:
+        """A constant int64 []."""
+        return self._constant(f"int.{value}", np.array(value, dtype=np.int64))
+
+    def _constant(self, name: str, values: np.ndarray) -> ir.Value:
+        if name not in self._small:
+            tensor = ir.tensor(values, name=name)
+            self._small[name] = ir.Value(
+                name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+        return self._small[name]
+
+    def _initializer(self, name: str, reference: Reference) -> ir.Value:
+        if name not in self._references:
+            value = ir.Value(
+                name=name, shape=ir.Shape(reference.shape), type=ir.TensorType(ir.DataType(reference.dtype.onnx))
+            )
+            self._references[name] = value, reference
+        return self._references[name][0]
+
+
+def _input(name: str, dtype: ir.DataType, sizes: Sequence[int | str]) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(sizes), type=ir.TensorType(dtype))
+
+
+def _sublayers(block: Block, index: int) -> list[tuple[Attention | FFN | LinearSublayer, str]]:
+    """The sublayers that are there, with the prefix of their names."""
+    pairs = ((block.attention, f"blocks.{index}.attention"), (block.ffn, f"blocks.{index}.ffn"))
+    return [(sublayer, scope) for sublayer, scope in pairs if sublayer is not None]

@@ -1,0 +1,91 @@
+"""What can be chosen about an ONNX export, and what each target's defaults are.
+
+Most of the form is not a choice: it is the one that TensorRT >= 10.15 imports and that ONNX Runtime runs as fast as any
+other (see `onnx_graph`). What is left is where the two differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from exporter.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
+
+Target = Literal["onnxruntime", "tensorrt"]
+NETWORK_DTYPES = (FLOAT32, FLOAT16, BFLOAT16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """The form of one .onnx file."""
+
+    target: Target
+    name: str | None = None  # file name without ".onnx"; None: the target's
+    dtype: DType | None = None  # of activations and KV cache; None: the model's
+    batch: int | None = None  # fixed number of sequences; None: symbolic
+    capacity: int | Literal["max_positions"] | None = None  # fixed KV-cache capacity; None: symbolic
+    pack_qkv: bool = False  # one Gemm and a Split for q, k and v
+    pack_gate_up: bool = False  # one Gemm and a Split for gate and up
+
+    @property
+    def file(self) -> str:
+        return f"{self.name or self.target}.onnx"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """One or more networks over one set of weight files."""
+
+    networks: tuple[Network, ...]
+    max_positions: int | None = None  # tokens a sequence may reach; None: the model's max_position_embeddings
+    # What weights are stored as; a network of another dtype casts them itself. None: see `stored_dtype`.
+    weight_dtype: DType | None = None
+    shard_bytes: int = 5 * 10**9
+
+
+PRESETS: dict[str, Options] = {
+    "onnxruntime": Options(networks=(Network(target="onnxruntime", dtype=FLOAT32),)),
+    "tensorrt": Options(networks=(Network(target="tensorrt", batch=1, capacity="max_positions"),)),
+}
+
+
+def options_for(
+    targets: Mapping[str, DType | None], *, max_positions: int | None = None, batch: int | None = None
+) -> Options:
+    """Put the presets of several targets into one export.
+
+    Args:
+        targets: target name -> dtype of its network, None for the preset's.
+        max_positions: tokens a sequence may reach; None: the model's max_position_embeddings. A target with a fixed
+            cache reserves, and attends over, all of them: name the length that is needed.
+        batch: a fixed number of sequences; None: the presets'.
+    """
+    networks = []
+    for target, dtype in targets.items():
+        for network in PRESETS[target].networks:
+            networks.append(replace(network, dtype=dtype or network.dtype, batch=batch or network.batch))
+    return Options(networks=tuple(networks), max_positions=max_positions)
+
+
+def network_dtype(network: Network, model: DType) -> DType:
+    """The dtype a network computes in."""
+    return network.dtype or model
+
+
+def stored_dtype(options: Options, tensor: DType, model: DType) -> DType:
+    """The dtype one weight is stored in, the same for all networks of an export.
+
+    None in `options.weight_dtype` never stores more bits than the tensor has, nor than the networks can use: a bfloat16
+    model under a float32 network stays bfloat16 (and the network casts), a float32 model under a bfloat16 network is
+    rounded once, and the float32 twin of that network sees the same rounded weights.
+    """
+    if options.weight_dtype is not None:
+        return options.weight_dtype
+    used = {network_dtype(network, model) for network in options.networks}
+    if len(used) == 1 and FLOAT32 not in used:
+        return used.pop()
+    halves = {dtype for dtype in (*used, tensor) if dtype.itemsize == 2}
+    if len(halves) == 1:
+        return halves.pop()
+    return tensor if tensor in halves else FLOAT32

@@ -1,0 +1,366 @@
+"""The benchmark against workers that are scripts: order, input, samples, and every way a worker can go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from engines.base import EngineManifest
+from engines.bench import bench_engines, python_worker, request_grid
+from engines.results import json_from_results, results_from_json
+from engines.worker import Close, Closed, Run, Sample, peak_memory_bytes, serve, timed_request, token_ids
+from exporter.errors import EngineError, FuselageError
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCAB_SIZE = 50
+STRUCTURE = {
+    "hidden_size": 32,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "dtype": "float32",
+    "num_parameters": 5000,
+    "weight_bytes": 20000,
+    "kv_bytes_per_token": 128,
+    "sequential_sublayers": 0,
+    "blocks": [{"source_layers": [0], "attention": None, "ffn": None}],
+}
+
+
+def manifest_of(label: str = "baseline", **fields: object) -> EngineManifest:
+    values: dict = {
+        "backend": "fake",
+        "runtime": {"numpy": "0.0", "libfast": "7"},
+        "machine": {},
+        "label": label,
+        "network_file": "network.onnx",
+        "network_sha256": "00" * 32,
+        "dtype": "float32",
+        "vocab_size": VOCAB_SIZE,
+        "max_positions": 64,
+        "capacity": None,
+        "cache": (),
+        "kv_bytes_per_token": 128,
+        "weight_bytes": 20000,
+        "structure": STRUCTURE,
+        "options": {},
+    }
+    return EngineManifest(**{**values, **fields})
+
+
+def engine_folder(parent: Path, label: str, **fields: object) -> Path:
+    folder = parent / label.replace("/", "-")
+    folder.mkdir()
+    (folder / "engine.json").write_text(manifest_of(label, **fields).model_dump_json())
+    (folder / "weights.bin").write_bytes(bytes(1000))
+    return folder
+
+
+class FakeRunner:
+    """Says token (last token + 1) mod V and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.manifest = manifest_of()
+        self.calls: list[tuple] = []
+
+    def start(self, batch: int, capacity: int) -> None:
+        self.calls.append(("start", batch, capacity))
+
+    def prefill(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        self.calls.append(("prefill", input_ids.tolist(), lengths.tolist()))
+        return self._logits_after(input_ids[:, -1])
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        assert tokens.dtype == np.int64
+        self.calls.append(("decode", tokens.tolist()))
+        return self._logits_after(tokens)
+
+    def _logits_after(self, tokens: np.ndarray) -> np.ndarray:
+        return np.eye(VOCAB_SIZE, dtype=np.float32)[(tokens + 1) % VOCAB_SIZE]
+
+    def close(self) -> None:
+        self.calls.append(("close",))
+
+
+def test_a_request_is_prefill_and_greedy_decode_with_every_step_timed():
+    runner = FakeRunner()
+    stamps = iter([1_000_000, 4_500_000, 5_000_000, 7_000_000])
+    sample = timed_request(runner, np.array([[3, 5], [9, 49]]), 3, clock_ns=lambda: next(stamps))
+    assert sample == Sample(ttft_ms=3.5, step_ms=(0.5, 2.0), request_ms=6.0)
+    assert runner.calls == [
+        ("start", 2, 5),
+        ("prefill", [[3, 5], [9, 49]], [2, 2]),
+        ("decode", [6, 0]),
+        ("decode", [7, 1]),
+    ]
+
+
+def test_token_ids_are_splitmix64():
+    # The published outputs for seed 1234567 (Vigna's reference implementation).
+    outputs = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    ids = token_ids(1, 5, vocab_size=2**31 - 1, seed=1234567)
+    assert ids.tolist() == [[output % (2**31 - 1) for output in outputs]]
+    batch = token_ids(2, 3, vocab_size=VOCAB_SIZE, seed=2**64 - 1)
+    assert (batch.shape, batch.dtype) == ((2, 3), np.int64)
+    assert 0 <= batch.min() <= batch.max() < VOCAB_SIZE
+
+
+def test_serve_answers_until_close():
+    sent: list = []
+    run = Run(batch=1, input_len=4, output_len=1, seed=3)
+    serve(FakeRunner(), [run.model_dump_json(), Close().model_dump_json(), "never read"], sent.append)
+    assert [type(message) for message in sent] == [Sample, Closed]
+    assert sent[0].step_ms == ()
+    assert sent[1].peak_memory_gib * 2**30 <= peak_memory_bytes()
+
+
+def test_peak_memory_remembers_what_was_freed():
+    block = np.ones(40 * 2**20, dtype=np.uint8)
+    high = psutil.Process().memory_info().rss
+    del block
+    assert peak_memory_bytes() >= high * 0.99
+
+
+# The real worker program around a backend that exists only in the test; it prints where it must not.
+WORKER = """
+import os, sys, types
+sys.path.insert(0, {root!r})
+sys.path.insert(0, {here!r})
+from test_bench import FakeRunner
+from exporter.errors import EngineError
+
+class Noisy(FakeRunner):
+    def prefill(self, input_ids, lengths):
+        print("python noise")
+        os.write(1, b"C noise\\n")
+        {prefill}
+        return super().prefill(input_ids, lengths)
+
+class Backend:
+    def open(self, engine, *, threads):
+        assert threads == {threads!r}, threads
+        {opening}
+        return Noisy()
+
+backends = types.ModuleType("engines.backends")
+backends.backend_named = lambda name: Backend()
+sys.modules["engines.backends"] = backends
+from engines.worker import main
+sys.exit(main())
+"""
+
+
+def scripted(tmp_path: Path, *, prefill: str = "pass", opening: str = "pass", only: str = "", text: str | None = None):
+    """A worker command that runs WORKER with the given lines in it; those lines only for the engine labelled `only`."""
+
+    def command(engine, manifest, threads, cpus):
+        mine = not only or manifest.label == only
+        source = WORKER.format(
+            root=str(ROOT),
+            here=str(Path(__file__).parent),
+            prefill=prefill if mine else "pass",
+            opening=opening if mine else "pass",
+            threads=threads,
+        )
+        script = tmp_path / f"worker-{manifest.label}.py"
+        script.write_text(text if mine and text is not None else source)
+        return [sys.executable, str(script), *python_worker(engine, manifest, threads, cpus)[3:]]
+
+    return command
+
+
+def children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_engines_are_timed_in_turns_and_samples_kept(tmp_path):
+    engines = [engine_folder(tmp_path, "baseline"), engine_folder(tmp_path, "fused", options={"emulated": True})]
+    grid = request_grid([1, 2], [4], [3, 1])
+    cpu = min(os.sched_getaffinity(0))
+    seen: list[tuple[int, int, str]] = []
+    results = bench_engines(
+        engines,
+        grid,
+        rounds=2,
+        warmup=1,
+        threads=1,
+        cpus=[cpu],
+        seed=5,
+        progress=lambda *step: seen.append(step),
+        worker=scripted(tmp_path),
+    )
+    assert results_from_json(json_from_results(results)) == results
+    assert [(cell.engine, cell.shape) for cell in results.cells] == [
+        (label, shape) for shape in grid for label in ("baseline", "fused")
+    ]
+    assert {(len(cell.ttft_ms), len(cell.step_ms[0])) for cell in results.cells} == {(2, 2), (2, 0)}
+    baseline, fused = results.engines
+    assert (baseline.kind, fused.kind) == ("measured", "emulated")
+    assert baseline.engine_bytes == 1000 + (engines[0] / "engine.json").stat().st_size
+    assert baseline.runtime == {"numpy": np.__version__, "libfast": "7 (at build)"}
+    assert baseline.peak_memory_gib is not None
+    assert 0.01 < baseline.peak_memory_gib < 2
+    assert (results.environment.threads, results.environment.pinned_cpus) == (1, (cpu,))
+    assert results.environment.command == tuple(sys.orig_argv)
+    # One warm-up and two kept rounds of each shape, the order rotated from round to round.
+    first_shape = [text.partition(",")[0] for _, _, text in seen[2:8]]
+    assert first_shape == ["baseline", "fused", "fused", "baseline", "baseline", "fused"]
+    assert [done for done, _, _ in seen] == [*range(2 + 4 * 3 * 2), 26]
+    assert {total for _, total, _ in seen} == {26}
+    assert not children()
+
+
+WORKER_FAILURES = {
+    "refuses to open": ({"opening": "raise EngineError('no such file')"}, "'fused' failed: no such file$"),
+    "bug when opening": ({"opening": "1 / 0"}, "'fused' failed: ZeroDivisionError: division by zero"),
+    "bug in a step": ({"prefill": "raise KeyError('k')"}, "'fused' failed: KeyError: 'k'"),
+    "exits": (
+        {"prefill": "print('last words', file=sys.stderr, flush=True); os._exit(3)"},
+        "ended early with status 3; the end of what it printed:\n(.*\n)*last words",
+    ),
+    "killed": ({"prefill": "os.kill(os.getpid(), 9)"}, r"ended by signal 9 \(Killed, out of memory\?\)"),
+    "dies at once": ({"text": "import sys; sys.exit(7)"}, "ended early with status 7; it printed nothing"),
+    "does not speak JSON": ({"text": "print('hello')"}, "does not speak the protocol.*hello"),
+    "another protocol": (
+        {"text": 'print(\'{"event":"ready","protocol":2,"load_time_s":1,"runtime":{},"device":"x","clock":"y"}\')'},
+        "does not speak the protocol.*protocol",
+    ),
+    "answers out of turn": (
+        {"text": 'print(\'{"event":"closed","peak_memory_gib":1}\')'},
+        "answered out of turn: expected ready, found closed",
+    ),
+    "times another request": (
+        {
+            "text": textwrap.dedent("""
+            print('{"event":"ready","protocol":1,"load_time_s":1,"runtime":{},"device":"x","clock":"y"}', flush=True)
+            input()
+            print('{"event":"sample","ttft_ms":1,"step_ms":[],"request_ms":1}', flush=True)
+            """)
+        },
+        "timed another request than asked: expected 2 decode steps, found 0",
+    ),
+    "NaN sample": (
+        {
+            "text": textwrap.dedent("""
+            print('{"event":"ready","protocol":1,"load_time_s":1,"runtime":{},"device":"x","clock":"y"}', flush=True)
+            input()
+            print('{"event":"sample","ttft_ms":NaN,"step_ms":[1,1],"request_ms":1}', flush=True)
+            """)
+        },
+        "does not speak the protocol",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("labels", "fault", "problem"),
+    [(("fused",), *case) for case in WORKER_FAILURES.values()]
+    + [(("baseline", "fused", "last"), *WORKER_FAILURES["killed"])],
+    ids=[*WORKER_FAILURES, "killed between others"],
+)
+def test_a_failing_worker_is_one_error_and_leaves_no_process(tmp_path, labels, fault, problem):
+    engines = [engine_folder(tmp_path, label) for label in labels]
+    with pytest.raises(EngineError, match=problem):
+        bench_engines(engines, request_grid([1], [4], [3]), worker=scripted(tmp_path, only="fused", **fault))
+    assert not children()
+
+
+def test_an_interrupt_ends_the_workers(tmp_path):
+    def interrupt(done: int, total: int, text: str) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    engines = [engine_folder(tmp_path, "baseline"), engine_folder(tmp_path, "fused")]
+    with pytest.raises(KeyboardInterrupt):
+        bench_engines(engines, request_grid([1], [4], [3]), progress=interrupt, worker=scripted(tmp_path))
+    assert not children()
+
+
+def test_a_worker_ends_when_its_parent_does(tmp_path):
+    engine = engine_folder(tmp_path, "baseline")
+    command = scripted(tmp_path)(engine, manifest_of(), None, None)
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    assert json.loads(worker.stdout.readline())["event"] == "ready"
+    worker.stdin.close()
+    assert worker.wait(timeout=30) == 0
+    worker.stdout.close()
+
+
+def test_a_missing_worker_program(tmp_path):
+    engine = engine_folder(tmp_path, "baseline")
+    with pytest.raises(EngineError, match="does not start: No such file"):
+        bench_engines([engine], request_grid([1], [4], [3]), worker=lambda *_: ["/nonexistent/worker"])
+
+
+GRID = request_grid([1], [4], [3])
+REFUSED = {
+    "no engine": ([], GRID, {}, "no engine to time"),
+    "empty grid": (["a"], (), {}, "the grid is empty"),
+    "zero batch": (["a"], request_grid([0], [4], [3]), {}, "positive: found batch 0"),
+    "negative output": (["a"], request_grid([1], [4], [-3]), {}, "positive: found batch 1, input 4, output -3"),
+    "shape twice": (["a"], GRID * 2, {}, "twice"),
+    "too long": (["a"], request_grid([1], [62], [3]), {}, "model knows: expected 64, found 65"),
+    "cache too small": (["small"], request_grid([1], [8], [9]), {}, "KV cache holds: expected 16, found 17"),
+    "fixed batch": (["pair"], request_grid([2, 3], [8], [9]), {}, "fixed batch: expected 2, found 3"),
+    "no rounds": (["a"], GRID, {"rounds": 0}, "rounds is a whole number of at least 1"),
+    "negative warm-up": (["a"], GRID, {"warmup": -1}, "warm-up rounds"),
+    "zero threads": (["a"], GRID, {"threads": 0}, "threads"),
+    "unknown CPU": (["a"], GRID, {"cpus": [10_000]}, "not all CPUs"),
+    "no CPU": (["a"], GRID, {"cpus": []}, "not all CPUs"),
+    "seed too large": (["a"], GRID, {"seed": 2**64}, "64 bits"),
+    "not an engine": (["nothing"], GRID, {}, "engine.json: file does not exist|No such file|missing"),
+    "manifest is no JSON": (["broken"], GRID, {}, "engine.json: "),
+    "manifest of later days": (["later"], GRID, {}, "expected engine_schema 1, found 99"),
+    "unusable label": (["two\nlines"], GRID, {}, "malformed: label"),
+    "same label": (["a", "a"], GRID, {}, "same label"),
+    "another model": (["a", "other"], GRID, {}, "different models"),
+    "several": (["a"], request_grid([0], [4], [0]), {"rounds": 0}, "2 problems:"),
+}
+
+
+@pytest.mark.parametrize(("labels", "grid", "settings", "problem"), REFUSED.values(), ids=REFUSED.keys())
+def test_nothing_starts_before_everything_cheap_is_checked(tmp_path, labels, grid, settings, problem):
+    special = {
+        "small": {"capacity": 16},
+        "pair": {"batch": 2},
+        "later": {"engine_schema": 99},
+        "other": {"structure": {**STRUCTURE, "hidden_size": 33}},
+    }
+    engines = []
+    for index, label in enumerate(labels):
+        parent = tmp_path / str(index)
+        parent.mkdir()
+        if label == "nothing":
+            engines.append(parent)
+        else:
+            engines.append(engine_folder(parent, label, **special.get(label, {})))
+        if label == "broken":
+            (engines[-1] / "engine.json").write_text("{")
+
+    def never(*_: object) -> list[str]:
+        raise AssertionError("a worker was started")
+
+    with pytest.raises(FuselageError, match=problem):
+        bench_engines(engines, grid, worker=never, **settings)
+
+
+def test_the_python_worker_reports_an_unknown_backend(tmp_path):
+    with pytest.raises(EngineError, match=r"'baseline' failed: \S+"):
+        bench_engines([engine_folder(tmp_path, "baseline", backend="abacus")], GRID)
+    assert not children()

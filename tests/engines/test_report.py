@@ -1,0 +1,515 @@
+"""The report of made-up results: what it says, that hostile text stays text, and that it needs no network."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engines.charts import axis_ticks
+from engines.report import report_from_results
+from engines.report_words import formatted
+from engines.results import FFNShape, Structure
+from engines.structure_strip import FFN_HEIGHT, layers_text, strips_from_structures
+from exporter.errors import EngineError
+
+HIDDEN, HEADS, KV_HEADS, WIDTH, LAYERS, VOCAB = 256, 8, 4, 704, 16, 4096
+
+
+def block_of(layers: list[int], *, attention: bool = True, widths: list[int] | None = None, padding: int = 0) -> dict:
+    widths = [WIDTH] * len(layers) if widths is None else widths
+    return {
+        "source_layers": layers,
+        "attention": {
+            "kind": "attention",
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": KV_HEADS,
+            "head_dim": HIDDEN // HEADS,
+            "sliding_window": None,
+        }
+        if attention
+        else None,
+        "ffn": {
+            "kind": "gated",
+            "intermediate_size": sum(widths) + padding,
+            "segments": [{"source_layer": n, "width": w} for n, w in zip(layers, widths, strict=True)],
+            "padding": padding,
+        }
+        if widths
+        else None,
+    }
+
+
+def structure_of(blocks: list[dict]) -> dict:
+    flat = [member for block in blocks for member in block.get("parallel", [block])]
+    attentions = sum(block["attention"] is not None for block in flat)
+    channels = sum(b["ffn"]["intermediate_size"] for b in flat if b["ffn"] and b["ffn"]["kind"] == "gated")
+    parameters = VOCAB * HIDDEN + attentions * 3 * HIDDEN * HIDDEN + 3 * HIDDEN * channels
+    return {
+        "hidden_size": HIDDEN,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+        "num_parameters": parameters,
+        "weight_bytes": 4 * parameters,
+        "kv_bytes_per_token": attentions * 2 * KV_HEADS * (HIDDEN // HEADS) * 4,
+        "sequential_sublayers": attentions + sum(block["ffn"] is not None for block in flat),
+        "blocks": blocks,
+    }
+
+
+DROPPED_LAYERS = range(5, 11)
+BASELINE = structure_of([block_of([n]) for n in range(LAYERS)])
+DROPPED = structure_of([block_of([n], attention=n not in DROPPED_LAYERS) for n in range(LAYERS)])
+FUSED = structure_of(
+    [block_of([n]) for n in range(5)]
+    + [block_of([5, 6, 7, 8, 9], attention=False, padding=64), block_of([10], attention=False)]
+    + [block_of([n]) for n in range(11, LAYERS)]
+)
+
+
+def engine_of(label: str, structure: dict, **fields: Any) -> dict:
+    engine = {
+        "label": label,
+        "kind": "measured",
+        "backend": "onnxruntime",
+        "device": "cpu",
+        "runtime": {"onnxruntime": "1.32.0"},
+        "dtype": "float32",
+        "network_sha256": "5f" * 32,
+        "engine_bytes": structure["weight_bytes"] + 181_000,
+        "weight_bytes": structure["weight_bytes"],
+        "kv_bytes_per_token": structure["kv_bytes_per_token"],
+        "load_time_s": 0.2 + structure["weight_bytes"] / 4e8,
+        "peak_memory_gib": (9e7 + 2.1 * structure["weight_bytes"]) / 2**30,
+        "structure": structure,
+    }
+    return {**engine, **fields}
+
+
+def cell_of(label: str, batch: int, input_len: int, output_len: int, *, step_ms: float, seed: int = 0) -> dict:
+    random = np.random.default_rng([seed, batch, input_len])
+    ttft = step_ms * batch * input_len / 20 * (1 + 0.04 * random.random(5))
+    steps = step_ms * (0.8 + 0.2 * batch) * (1 + 0.05 * random.random((5, output_len - 1)))
+    return {
+        "engine": label,
+        "batch": batch,
+        "input_len": input_len,
+        "output_len": output_len,
+        "ttft_ms": [round(float(t), 6) for t in ttft],
+        "step_ms": [[round(float(t), 6) for t in row] for row in steps],
+        "request_ms": [round(float(a + b), 5) for a, b in zip(ttft, steps.sum(axis=1), strict=True)],
+    }
+
+
+ENVIRONMENT = {
+    "cpu": "AMD EPYC 9354 32-Core Processor",
+    "cores": 2,
+    "memory_gib": 23.47,
+    "os": "Linux-6.8.0-x86_64-with-glibc2.36",
+    "python": "3.11.7",
+    "clock": "time.perf_counter_ns",
+    "threads": 2,
+    "pinned_cpus": [0, 1],
+    "warmup_rounds": 1,
+    "seed": 0,
+    "utc": "2026-11-22T12:00:00Z",
+    "command": ["python", "build.py", "bench", "engines/baseline", "engines/attention dropped", "-o", "results.json"],
+}
+ENGINES = [
+    engine_of("baseline", BASELINE, accuracy={"perplexity": 8.41}),
+    engine_of("attention-dropped", DROPPED, accuracy={"perplexity": 9.02, "kl_divergence": 0.071}),
+    engine_of("fused", FUSED, accuracy={"perplexity": 9.27, "kl_divergence": 0.094}),
+]
+STEP_MS = {"baseline": 2.6, "attention-dropped": 2.16, "fused": 1.83}
+REALISTIC = {
+    "results_schema": 1,
+    "environment": ENVIRONMENT,
+    "engines": ENGINES,
+    "cells": [
+        cell_of(label, batch, input_len, 64, step_ms=step_ms, seed=index)
+        for batch in (1, 4)
+        for input_len in (32, 128)
+        for index, (label, step_ms) in enumerate(STEP_MS.items())
+    ],
+}
+
+
+def with_changes(**changes: Any) -> dict:
+    return {**copy.deepcopy(REALISTIC), **changes}
+
+
+def relabelled(label: str) -> dict:
+    """REALISTIC with the third engine under another label."""
+    return json.loads(json.dumps(REALISTIC).replace('"fused"', json.dumps(label)))
+
+
+def rendered(folder: Path, *documents: dict, baseline: str | None = None, count: int | None = 2) -> dict[str, bytes]:
+    """The report's first files: two pages, which cost little, then the pictures; None for all of them."""
+    paths = []
+    for index, document in enumerate(documents):
+        paths.append(folder / f"results-{index}.json")
+        paths[-1].write_text(json.dumps(document))
+    return dict(itertools.islice(report_from_results(paths, baseline=baseline), count))
+
+
+class Page(HTMLParser):
+    """Text, elements and the embedded data of a page, as a browser's parser sees them."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.data: list[str] = []
+        self._script: dict[str, str | None] | None = None
+        self._cell = False
+        self.feed(content.decode())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "script":
+            self._script = dict(attrs)
+            if "type" in self._script:
+                self.data.append("")
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "script":
+            self._script = None
+        if tag in ("td", "th"):
+            self._cell = False
+
+    def handle_data(self, data: str) -> None:
+        if self._script is not None:
+            if "type" in self._script:
+                self.data[-1] += data
+            return
+        self.text += data
+        if self._cell:
+            self.rows[-1][-1] += data
+
+    def row(self, start: str) -> list[str]:
+        return next([" ".join(cell.split()) for cell in row] for row in self.rows if row and row[0].startswith(start))
+
+
+def test_files_of_a_report(tmp_path):
+    files = rendered(tmp_path, REALISTIC, count=None)
+    assert list(files) == [
+        "report.html",
+        "report.md",
+        "structure.png",
+        "inter_token_latency.png",
+        "time_to_first_token.png",
+        "tokens_per_second.png",
+    ]
+    assert all(content.startswith(b"\x89PNG") for name, content in files.items() if name.endswith(".png"))
+    shown = re.findall(r"!\[[^]]*\]\(([^)]*)\)", files["report.md"].decode())
+    assert sorted(shown) == sorted(name for name in files if name.endswith(".png"))
+
+
+def test_the_same_results_give_the_same_bytes(tmp_path):
+    assert rendered(tmp_path, REALISTIC, count=4) == rendered(tmp_path, REALISTIC, count=4)
+
+
+def test_figures_in_the_table(tmp_path):
+    cells = [
+        {
+            "engine": label,
+            "batch": 1,
+            "input_len": 8,
+            "output_len": 3,
+            "ttft_ms": [ttft],
+            "step_ms": [[step, step]],
+            "request_ms": [ttft + 2 * step],
+        }
+        for label, ttft, step in (("baseline", 20.0, 4.0), ("attention-dropped", 30.0, 4.0), ("fused", 16.0, 2.0))
+    ]
+    page = Page(rendered(tmp_path, with_changes(cells=cells))["report.html"])
+    assert page.row("Time to first token") == ["Time to first token ms ↓", "20.0", "30.01.50×", "16.00.80×"]
+    assert page.row("Inter-token latency") == ["Inter-token latency ms ↓", "4.00", "4.001.00×", "2.000.50×"]
+    assert page.row("Output tokens/s per user") == ["Output tokens/s per user ↑", "250", "2501.00×", "5002.00×"]
+    # 3 tokens in 28, 38 and 20 ms
+    assert page.row("Output tokens/s in total") == ["Output tokens/s in total ↑", "107.1", "78.90.74×", "150.01.40×"]
+    assert page.row("Sequential sublayers") == ["Sequential sublayers ↓", "32", "260.81×", "220.69×"]
+    assert page.row("Attention sublayers") == ["Attention sublayers", "16", "100.62×", "100.62×"]
+    assert page.row("Perplexity") == ["Perplexity ↓", "8.41", "9.021.07×", "9.271.10×"]
+    assert page.row("KL divergence")[1] == "–"
+    assert "fused is 2.00× faster per token" in page.text
+    assert "attention-dropped is as fast per token" in page.text
+
+
+SUMMARIES = {
+    "faster and slower": (
+        {"baseline": 2.0, "attention-dropped": 3.0, "fused": 1.0},
+        64,
+        None,
+        "At batch 1, input 128, output 64, compared with baseline: attention-dropped is 1.50× slower per token and "
+        "fused is 2.00× faster per token.",
+    ),
+    "other baseline": (
+        {"baseline": 2.0, "attention-dropped": 3.0, "fused": 1.0},
+        64,
+        "fused",
+        "compared with fused: baseline is 2.00× slower per token and attention-dropped is 3.00× slower per token.",
+    ),
+    "one token": ({"baseline": 2.0, "fused": 1.0}, 1, None, "fused is 2.00× faster to the first token."),
+    "alone": ({"fused": 1.0}, 64, "fused", "fused takes 1.00 ms per token at batch 1, input 128, output 64."),
+}
+
+
+@pytest.mark.parametrize(("step_ms", "output_len", "baseline", "sentence"), SUMMARIES.values(), ids=SUMMARIES.keys())
+def test_summary_sentence(tmp_path, step_ms, output_len, baseline, sentence):
+    cells = [
+        {
+            "engine": label,
+            "batch": batch,
+            "input_len": 128,
+            "output_len": output_len,
+            "ttft_ms": [10 * ms],
+            "step_ms": [[ms] * (output_len - 1)],
+            "request_ms": [10 * ms + ms * (output_len - 1)],
+        }
+        for label, ms in step_ms.items()
+        for batch in (4, 1)
+    ]
+    engines = [engine for engine in ENGINES if engine["label"] in step_ms]
+    files = rendered(tmp_path, with_changes(cells=cells, engines=engines), baseline=baseline)
+    assert sentence in Page(files["report.html"]).text
+    assert sentence.replace("-", "-") in files["report.md"].decode()
+
+
+def test_an_engine_that_was_not_timed_everywhere(tmp_path):
+    cells = [c for c in REALISTIC["cells"] if c["engine"] != "fused" or (c["batch"], c["input_len"]) == (4, 32)]
+    files = rendered(tmp_path, with_changes(cells=cells))
+    assert "At batch 4, input 32, output 64" in Page(files["report.html"]).text
+    cells = [c for c in REALISTIC["cells"] if c["engine"] == "baseline"]
+    page = Page(rendered(tmp_path, with_changes(cells=cells))["report.html"])
+    assert "fused was not timed there" in page.text
+    assert page.row("Inter-token latency")[2:] == ["–", "–"]
+
+
+NOTES = {
+    "measured on a CPU": ({}, ["not a verdict"], ["Emulated:", "Predicted:", "of different devices"]),
+    "measured on a GPU": ({"device": "NVIDIA H200"}, [], ["not a verdict", "Emulated:", "Predicted:"]),
+    "emulated": ({"kind": "emulated"}, ["Emulated:", "fused (emulated) is"], ["Predicted:"]),
+    "predicted": (
+        {"kind": "predicted", "device": "H100", "load_time_s": None, "peak_memory_gib": None, "engine_bytes": None},
+        ["Predicted:", "fused (predicted) is", "of different devices"],
+        ["Emulated:"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "said", "not_said"), NOTES.values(), ids=NOTES.keys())
+def test_figures_are_labelled_by_what_they_are(tmp_path, fields, said, not_said):
+    device = "cpu" if fields.get("kind") == "predicted" else fields.get("device", "cpu")
+    engines = [{**engine, "device": device} for engine in ENGINES[:2]] + [{**ENGINES[2], **fields}]
+    files = rendered(tmp_path, with_changes(engines=engines))
+    for text in (Page(files["report.html"]).text, files["report.md"].decode()):
+        assert [phrase for phrase in said if phrase not in text] == []
+        assert [phrase for phrase in not_said if phrase in text] == []
+
+
+def test_several_files_are_said_to_be_several(tmp_path):
+    first = with_changes(engines=ENGINES[:2], cells=[cell for cell in REALISTIC["cells"] if cell["engine"] != "fused"])
+    second = with_changes(
+        engines=ENGINES[2:],
+        cells=[cell for cell in REALISTIC["cells"] if cell["engine"] == "fused"],
+        environment={**ENVIRONMENT, "utc": "2026-11-22T13:00:00Z"},
+    )
+    page = Page(rendered(tmp_path, first, second)["report.html"])
+    assert "not timed in turns" in page.text
+    assert "differ in machine or settings" not in page.text
+    assert [json.loads(data) for data in page.data] == [json_form(first), json_form(second)]
+    second["environment"]["cpu"] = "Another CPU"
+    assert "differ in machine or settings" in Page(rendered(tmp_path, first, second)["report.html"]).text
+
+
+def json_form(document: dict) -> dict:
+    """A document with the optional fields that the writer spells out."""
+    engines = []
+    for engine in document["engines"]:
+        accuracy = engine.get("accuracy")
+        if accuracy is not None:
+            accuracy = {"perplexity": None, "kl_divergence": None, "top1_agreement": None, **accuracy}
+        engines.append({**engine, "accuracy": accuracy})
+    return {**document, "engines": engines}
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</script><script>alert(1)</script>",
+    "</title></style></svg><img src=x onerror=alert(1)>",
+    '" onmouseover="alert(1)',
+    "{{ 7 * 7 }}{% raw %}",
+    "<!--",
+    "$\\frac{$ _a_ `b` | [x](http://evil.example) @everyone",
+    "_underscore first",
+    "é 漢字 \u202e right to left",
+    "&lt;already&amp;escaped",
+]
+
+
+@pytest.mark.parametrize("label", HOSTILE)
+def test_hostile_labels_stay_text(tmp_path, label):
+    files = rendered(tmp_path, relabelled(label))
+    page = Page(files["report.html"])
+    usual = Page(rendered(tmp_path, REALISTIC)["report.html"])
+    assert label in page.text
+    assert [tag for tag, _ in page.elements] == [tag for tag, _ in usual.elements]
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert json.loads(page.data[0]) == json_form(relabelled(label))
+    markdown = files["report.md"].decode()
+    assert "<script" not in markdown
+    assert re.findall(r"(?<!\\)\]\(http", markdown) == []
+    assert "@everyone" not in markdown
+    # Every table line has as many unescaped bars as in the report of tame labels.
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines() if line.startswith("|")} == {5}
+
+
+@pytest.mark.parametrize("label", ["$\\frac{$", "_underscore first"])
+def test_labels_that_matplotlib_would_interpret(tmp_path, label):
+    files, usual = (rendered(tmp_path, relabelled(name), count=4) for name in (label, "fused"))
+    for name in ("structure.png", "inter_token_latency.png"):
+        assert files[name] != usual[name]
+
+
+def test_hostile_text_elsewhere_stays_text(tmp_path):
+    text = "</script><script>alert(1)</script> ``` <b>&"
+    document = with_changes(environment={**ENVIRONMENT, "cpu": text, "command": ["python", text, "```"]})
+    for engine in document["engines"]:
+        engine |= {"backend": text, "device": text, "runtime": {text: text}, "dtype": text}
+    files = rendered(tmp_path, document)
+    tame = with_changes(engines=[{**engine, "device": "GPU"} for engine in ENGINES])
+    usual = Page(rendered(tmp_path, tame)["report.html"])
+    assert [tag for tag, _ in Page(files["report.html"]).elements] == [tag for tag, _ in usual.elements]
+    fences = [line for line in files["report.md"].decode().splitlines() if line.startswith("```")]
+    assert fences == ["````", "````"]
+
+
+def test_the_page_reaches_for_nothing(tmp_path):
+    content = rendered(tmp_path, REALISTIC)["report.html"]
+    page = Page(content)
+    assert {tag for tag, _ in page.elements} & {"link", "img", "iframe", "object", "base", "form"} == set()
+    assert [a for _, a in page.elements if {"src", "href", "srcset"} & set(a)] == []
+    assert re.findall(rb"url\((?!#)|@import|https?://", content) == []
+    policy = next(a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a)
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+
+
+REFUSED = {
+    "no cells": (with_changes(cells=[]), None, "nothing to report"),
+    "unknown baseline": (REALISTIC, "best", "no engine has the baseline's label"),
+    "malformed": (with_changes(cells=[{}]), None, "malformed"),
+}
+
+
+@pytest.mark.parametrize(("document", "baseline", "problem"), REFUSED.values(), ids=REFUSED.keys())
+def test_bad_results_fail_before_anything_is_rendered(tmp_path, document, baseline, problem):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(EngineError, match=problem):
+        report_from_results([path], baseline=baseline)
+
+
+LINEAR = {"kind": "linear"}
+ODD_STRUCTURES = {
+    "no blocks": [],
+    "empty blocks": [block_of([n], attention=False, widths=[]) | {"ffn": None} for n in range(3)],
+    "parallel": [{"parallel": [block_of([0]), block_of([1])]}, block_of([2])],
+    "linear": [{"source_layers": [0], "attention": LINEAR, "ffn": LINEAR}],
+    "one huge": [block_of([0], widths=[2**60])],
+    "many": [block_of([n]) for n in range(162)],
+}
+
+
+@pytest.mark.parametrize("blocks", ODD_STRUCTURES.values(), ids=ODD_STRUCTURES.keys())
+def test_any_structure_can_be_drawn(tmp_path, blocks):
+    document = with_changes()
+    document["engines"][2]["structure"]["blocks"] = blocks
+    files = rendered(tmp_path, document, count=3)
+    assert files["structure.png"].startswith(b"\x89PNG")
+
+
+def test_strip_of_the_fused_model():
+    baseline, fused = strips_from_structures([Structure(**BASELINE), Structure(**FUSED)])
+    assert (baseline.width, len(baseline.texts)) == (fused.width, 16)
+    assert [text for _, _, text in fused.texts[4:9]] == ["4", "5–9", "3,584", "10", "11"]
+    assert fused.height > baseline.height
+    ffn = FUSED["blocks"][5]["ffn"]
+    wide = [mark for mark in fused.marks if "block 5 " in mark.tooltip]
+    assert [mark.role for mark in wide] == [
+        "segment-0",
+        "segment-1",
+        "segment-2",
+        "segment-3",
+        "segment-0",
+        "padding",
+        "dropped",
+    ]
+    # The widest FFN takes the whole height; its parts lie on each other, from the axis up.
+    assert sum(mark.height for mark in wide[:-1]) == pytest.approx(FFN_HEIGHT)
+    assert wide[0].y + wide[0].height == pytest.approx(0)
+    assert [below.y for below in wide[:5]] == pytest.approx([above.y + above.height for above in wide[1:6]])
+    single = next(mark for mark in baseline.marks if mark.role == "ffn")
+    assert single.height == pytest.approx(FFN_HEIGHT * WIDTH / ffn["intermediate_size"])
+    assert wide[1].tooltip == "block 5 (layers 5–9): FFN 3,584 wide, 704 of them from layer 6"
+    assert isinstance(Structure(**FUSED).blocks[5].ffn, FFNShape)
+
+
+@pytest.mark.parametrize(
+    ("layers", "text"), [([3], "3"), ([3, 4], "3–4"), ([3, 4, 5, 9], "3–5, 9"), ([1, 3, 5], "1, 3, 5"), ([], "")]
+)
+def test_layers_text(layers, text):
+    assert layers_text(layers) == text
+
+
+@pytest.mark.parametrize(
+    ("values", "unit", "expected"),
+    [
+        ([2.6, 1.83], "ms", ("ms", ["2.60", "1.83"])),
+        ([152.04, 9.312], "ms", ("ms", ["152.0", "9.3"])),
+        ([0.0123, None], "s", ("s", ["0.0123", "–"])),
+        ([12345.6, 99.0], "tokens/s", ("tokens/s", ["12,346", "99"])),
+        ([32, 22], "count", ("", ["32", "22"])),
+        ([1000, 500], "bytes", ("bytes", ["1,000", "500"])),
+        ([3 * 2**20, 2**20], "bytes", ("MiB", ["3.00", "1.00"])),
+        ([2**50], "bytes", ("GiB", ["1,048,576"])),
+        ([0.25, 0.5], "gib", ("MiB", ["256", "512"])),
+        ([1.5], "gib", ("GiB", ["1.50"])),
+        ([5.92e6, 5.11e6], "parameters", ("million", ["5.92", "5.11"])),
+        ([253.4e9], "parameters", ("billion", ["253"])),
+        ([0, 0], "bytes", ("bytes", ["0", "0"])),
+        ([0.0, 0.0], "number", ("", ["0", "0"])),
+    ],
+)
+def test_numbers_of_a_row_share_unit_and_decimals(values, unit, expected):
+    assert formatted(values, unit) == expected
+
+
+@pytest.mark.parametrize(
+    ("largest", "ticks"),
+    [
+        (1, [0, 0.25, 0.5, 0.75, 1]),
+        (2.6, [0, 1, 2, 3]),
+        (410, [0, 200, 400, 600]),
+        (0.003, [0, 0.001, 0.002, 0.003]),
+        (0, [0, 1]),
+    ],
+)
+def test_axis_ticks(largest, ticks):
+    assert axis_ticks(largest) == pytest.approx(ticks)

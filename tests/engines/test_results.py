@@ -1,0 +1,252 @@
+"""Results files: what is accepted, what is refused and how, and statistics against numbers computed by hand."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from engines.results import (
+    MAX_RESULTS_BYTES,
+    Cell,
+    RequestShape,
+    Results,
+    comparison_from_results,
+    json_from_results,
+    ratio,
+    read_results,
+    results_from_json,
+    statistics,
+)
+from exporter.errors import EngineError
+
+ATTENTION = {
+    "kind": "attention",
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "sliding_window": None,
+}
+FFN = {"kind": "gated", "intermediate_size": 256, "segments": [{"source_layer": 0, "width": 200}], "padding": 56}
+STRUCTURE = {
+    "hidden_size": 32,
+    "vocab_size": 100,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "dtype": "float32",
+    "num_parameters": 5000,
+    "weight_bytes": 20000,
+    "kv_bytes_per_token": 128,
+    "sequential_sublayers": 2,
+    "blocks": [{"source_layers": [0], "attention": ATTENTION, "ffn": FFN}],
+}
+ENGINE = {
+    "label": "baseline",
+    "kind": "measured",
+    "backend": "onnxruntime",
+    "device": "cpu",
+    "runtime": {"onnxruntime": "1.32.0"},
+    "dtype": "float32",
+    "network_sha256": "00" * 32,
+    "engine_bytes": 30000,
+    "weight_bytes": 20000,
+    "kv_bytes_per_token": 128,
+    "load_time_s": 0.5,
+    "peak_memory_gib": 0.125,
+    "structure": STRUCTURE,
+}
+CELL = {
+    "engine": "baseline",
+    "batch": 2,
+    "input_len": 16,
+    "output_len": 3,
+    "ttft_ms": [10.0, 12.0, 11.0],
+    "step_ms": [[2.0, 4.0], [3.0, 3.0], [5.0, 9.0]],
+    "request_ms": [16.0, 18.0, 25.0],
+}
+ENVIRONMENT = {
+    "cpu": "Some CPU",
+    "cores": 2,
+    "memory_gib": 23.5,
+    "os": "Linux",
+    "python": "3.11.7",
+    "clock": "time.perf_counter_ns",
+    "threads": 2,
+    "pinned_cpus": [0, 1],
+    "warmup_rounds": 1,
+    "seed": 0,
+    "utc": "2026-11-22T12:00:00Z",
+    "command": ["python", "build.py", "bench", "a b"],
+}
+DOCUMENT = {"results_schema": 1, "environment": ENVIRONMENT, "engines": [ENGINE], "cells": [CELL]}
+
+
+def changed(path: str, value: object) -> bytes:
+    """DOCUMENT as JSON with the entry at a dotted path replaced."""
+    document = copy.deepcopy(DOCUMENT)
+    *parents, last = path.split(".")
+    place = document
+    for part in parents:
+        place = place[int(part) if isinstance(place, list) else part]
+    place[int(last) if isinstance(place, list) else last] = value
+    return json.dumps(document).encode()
+
+
+def results_of(*labels: str, hidden_size: int = 32, vocab_size: int = 100, cells: bool = True) -> Results:
+    structure = {**STRUCTURE, "hidden_size": hidden_size, "vocab_size": vocab_size}
+    document = {
+        **DOCUMENT,
+        "engines": [{**ENGINE, "label": label, "structure": structure} for label in labels],
+        "cells": [{**CELL, "engine": label} for label in labels] if cells else [],
+    }
+    return results_from_json(json.dumps(document).encode())
+
+
+def test_statistics_by_hand():
+    figures = statistics(Cell(**CELL))
+    assert figures.rounds == 3
+    assert (figures.ttft_ms.low, figures.ttft_ms.median, figures.ttft_ms.high) == (10.0, 11.0, 12.0)
+    # (16 - 10) / 2, (18 - 12) / 2, (25 - 11) / 2
+    assert Cell(**CELL).inter_token_ms == (3.0, 3.0, 7.0)
+    assert figures.inter_token_ms is not None
+    assert figures.inter_token_ms.median == 3.0
+    # Sorted steps 2 3 3 4 5 9, linear interpolation at rank q * 5: 2.5 -> 3.5, 4.5 -> 7, 4.95 -> 8.8
+    assert figures.step_p50_ms == pytest.approx(3.5)
+    assert figures.step_p90_ms == pytest.approx(7.0)
+    assert figures.step_p99_ms == pytest.approx(8.8)
+    assert figures.output_tokens_per_s_per_user == pytest.approx(1000 / 3)
+    # 2 sequences x 3 tokens in 16, 18 and 25 ms
+    assert figures.output_tokens_per_s_total.median == pytest.approx(6000 / 18)
+    assert figures.output_tokens_per_s_total.high == pytest.approx(375)
+
+
+def test_one_output_token_has_no_inter_token_latency():
+    figures = statistics(
+        Cell(
+            engine="a", batch=1, input_len=4, output_len=1, ttft_ms=(5.0, 7.0), step_ms=((), ()), request_ms=(5.0, 7.0)
+        )
+    )
+    assert figures.inter_token_ms is None
+    assert figures.step_p99_ms is None
+    assert figures.output_tokens_per_s_per_user is None
+    assert figures.output_tokens_per_s_total.median == pytest.approx(1000 / 6)
+
+
+@pytest.mark.parametrize(
+    ("value", "baseline", "expected"),
+    [(3.0, 4.0, 0.75), (None, 4.0, None), (3.0, None, None), (3.0, 0.0, None), (0, 5, 0.0), (1e300, 1e-300, None)],
+)
+def test_ratio(value, baseline, expected):
+    assert ratio(value, baseline) == expected
+
+
+def test_a_file_comes_back_as_written(tmp_path):
+    results = results_from_json(json.dumps(DOCUMENT).encode())
+    path = tmp_path / "results.json"
+    path.write_bytes(json_from_results(results))
+    assert read_results(path) == results
+    assert json.loads(path.read_bytes())["engines"][0]["structure"] == STRUCTURE
+
+
+def test_unknown_keys_of_the_structure_survive():
+    results = results_from_json(changed("engines.0.structure.blocks.0.ffn.format", "fp8_e4m3"))
+    assert json.loads(json_from_results(results))["engines"][0]["structure"]["blocks"][0]["ffn"]["format"] == "fp8_e4m3"
+
+
+REFUSED = {
+    "empty": (b"", "not JSON"),
+    "cut off": (json.dumps(DOCUMENT).encode()[:-20], "not JSON"),
+    "not UTF-8": (b'{"results_schema": 1, "x": "\xff"}', "not JSON"),
+    "too deep": (b"[" * 100_000, "not JSON"),
+    "NaN sample": (changed("cells.0.ttft_ms.0", float("nan")), "not JSON"),
+    "infinite sample": (json.dumps(DOCUMENT).replace("16.0", "1e999").encode(), "finite number"),
+    "a list": (b"[]", "not a results file"),
+    "no version": (b"{}", "not a results file"),
+    "next version": (changed("results_schema", 2), "another schema version: expected 1, found 2"),
+    "version is text": (changed("results_schema", "1" * 5000), "another schema version"),
+    "unknown key": (changed("engines.0.speed", 1), "engines.0.speed: Extra inputs"),
+    "number as text": (changed("cells.0.batch", "2"), "cells.0.batch"),
+    "zero batch": (changed("cells.0.batch", 0), "cells.0.batch"),
+    "huge batch": (changed("cells.0.batch", 2**200), "cells.0.batch"),
+    "negative time": (changed("cells.0.ttft_ms.0", -1.0), "cells.0.ttft_ms.0"),
+    "no rounds": (changed("cells.0.ttft_ms", []), "cells.0.ttft_ms"),
+    "rounds differ": (changed("cells.0.request_ms", [16.0]), "3 rounds in ttft_ms"),
+    "steps differ": (changed("cells.0.step_ms.1", [3.0]), "round 1 has 1 steps"),
+    "request before first token": (changed("cells.0.request_ms.2", 1.0), "round 2 has a request shorter"),
+    "cell without engine": (changed("cells.0.engine", "other"), "names engine 'other'"),
+    "cell twice": (changed("cells", [CELL, CELL]), "two cells for batch 2, input 16, output 3"),
+    "label twice": (changed("engines", [ENGINE, ENGINE]), "same label"),
+    "no engines": (changed("engines", []), "engines"),
+    "empty label": (changed("engines.0.label", ""), "engines.0.label"),
+    "label of two lines": (changed("engines.0.label", "a\nb"), "engines.0.label"),
+    "half a character": (changed("engines.0.backend", "\ud800"), "not JSON"),
+    "naive time": (changed("environment.utc", "2026-11-22T12:00:00"), "environment.utc"),
+    "unknown kind": (changed("engines.0.kind", "guessed"), "engines.0.kind"),
+    "segments too wide": (
+        changed("engines.0.structure.blocks.0.ffn.padding", 57),
+        "segments and padding cover 257 of 256",
+    ),
+    "unknown sublayer": (changed("engines.0.structure.blocks.0.attention.kind", "mamba"), "attention"),
+    "too many blocks": (
+        changed("engines.0.structure.blocks", [{"source_layers": [0], "attention": None, "ffn": None}] * 5000),
+        "blocks",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "problem"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_bad_file_is_one_clear_error(content, problem):
+    with pytest.raises(EngineError) as caught:
+        results_from_json(content, file="results.json")
+    assert problem in str(caught.value)
+    assert str(caught.value).startswith("results.json: ")
+    assert len(str(caught.value)) < 2000
+
+
+def test_a_file_is_read_up_to_a_limit(tmp_path):
+    large = tmp_path / "large.json"
+    with large.open("wb") as stream:
+        stream.truncate(MAX_RESULTS_BYTES + 1)  # sparse: takes no disk
+    with pytest.raises(EngineError, match="too large"):
+        read_results(large)
+    with pytest.raises(EngineError, match="cannot be read: No such file"):
+        read_results(tmp_path / "missing.json")
+    with pytest.raises(EngineError, match="cannot be read: Is a directory"):
+        read_results(tmp_path)
+
+
+def test_comparison_orders_engines_baseline_first():
+    sources = [("a.json", results_of("baseline", "dropped")), ("b.json", results_of("fused"))]
+    assert [e.label for e in comparison_from_results(sources, baseline=None).engines] == [
+        "baseline",
+        "dropped",
+        "fused",
+    ]
+    comparison = comparison_from_results(sources, baseline="fused")
+    assert [engine.label for engine in comparison.engines] == ["fused", "baseline", "dropped"]
+    assert comparison.shapes == (RequestShape(2, 16, 3),)
+
+
+MIXED = {
+    "unknown baseline": ([("a.json", results_of("x", "y"))], "z", r"one of \['x', 'y'\], found z"),
+    "label in two files": ([("a.json", results_of("x")), ("b.json", results_of("x"))], None, "b.json: two results"),
+    "other vocabulary": (
+        [("a.json", results_of("x")), ("b.json", results_of("y", vocab_size=7))],
+        None,
+        "different models.*expected vocab_size 100, found 7",
+    ),
+    "other hidden size": (
+        [("a.json", results_of("x")), ("b.json", results_of("y", hidden_size=64))],
+        None,
+        "different models.*expected hidden_size 32, found 64",
+    ),
+    "no cells": ([("a.json", results_of("x", cells=False))], None, "nothing to report"),
+    "no files": ([], None, "nothing to report"),
+}
+
+
+@pytest.mark.parametrize(("sources", "baseline", "problem"), MIXED.values(), ids=MIXED.keys())
+def test_results_that_do_not_belong_together(sources, baseline, problem):
+    with pytest.raises(EngineError, match=problem):
+        comparison_from_results(sources, baseline=baseline)
