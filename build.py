@@ -238,15 +238,18 @@ def bench(
 @main.command()
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--baseline", help="Label of the engine that ratios refer to; the first if not given.")
+@click.option("--title", help="Headline of the report.")
 @output_option
 @force_option
 @quiet_option
-def report(results: tuple[Path, ...], baseline: str | None, output: Path, force: bool, quiet: bool) -> None:
+def report(
+    results: tuple[Path, ...], baseline: str | None, title: str | None, output: Path, force: bool, quiet: bool
+) -> None:
     """Compare results side by side: HTML, Markdown, pictures."""
     from engines.report import report_from_results
     from exporter.writers.files import save_folder
 
-    files = report_from_results(results, baseline=baseline)
+    files = report_from_results(results, baseline=baseline, title=title)
     save_folder(output, files, kind="report", details={"results": [str(path) for path in results]}, force=force)
     _done(quiet, output / "report.html")
 

@@ -140,12 +140,15 @@ class Row:
     values: tuple[Value, ...]
 
 
-def report_from_results(paths: Sequence[Path], *, baseline: str | None) -> Iterable[tuple[str, bytes]]:
+def report_from_results(
+    paths: Sequence[Path], *, baseline: str | None, title: str | None = None
+) -> Iterable[tuple[str, bytes]]:
     """Render results files side by side.
 
     Args:
         paths: results files.
         baseline: label of the engine that ratios refer to; None takes the first one.
+        title: headline of the pages; None names the engines.
 
     Returns:
         (relative path, content) pairs: `report.html` (self-contained), `report.md` and the PNGs it shows.
@@ -154,17 +157,17 @@ def report_from_results(paths: Sequence[Path], *, baseline: str | None) -> Itera
         EngineError: a file is malformed, or the files do not belong together. Raised before the first pair.
     """
     comparison = comparison_from_results([(path.name, read_results(path)) for path in paths], baseline=baseline)
-    return _rendered(comparison)
+    return _rendered(comparison, title)
 
 
-def _rendered(comparison: Comparison) -> Iterable[tuple[str, bytes]]:
+def _rendered(comparison: Comparison, title: str | None) -> Iterable[tuple[str, bytes]]:
     figures = {key: statistics(cell) for key, cell in comparison.cells.items()}
     shape = headline_shape(comparison)
     charts = _charts(comparison, figures, shape)
     strips = strips_from_structures([engine.structure for engine in comparison.engines])
     context = {
         "comparison": comparison,
-        "title": "Latency of " + _joined([engine.label for engine in comparison.engines]),
+        "title": title or "Latency of " + _joined([engine.label for engine in comparison.engines]),
         "summary": summary_sentence(comparison, figures, shape),
         "shape": shape,
         "tiles": [_tile(comparison, figures, shape, engine) for engine in comparison.engines[1:]],

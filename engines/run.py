@@ -135,8 +135,8 @@ def _bench_step(
 def _report_step(recipe: Recipe, folder: Path, results: Path, manifest: Manifest) -> Step:
     def make(details: Mapping[str, Any]) -> None:
         check_folder(results, "results", hashes=True)
-        files = report_from_results([results / RESULTS_FILE], baseline=recipe.baseline_name)
+        files = report_from_results([results / RESULTS_FILE], baseline=recipe.baseline_name, title=recipe.title)
         save_folder(folder, files, kind="report", details=details, force=True)
 
-    inputs = {"results": manifest.fingerprint, "baseline": recipe.baseline_name}
+    inputs = {"results": manifest.fingerprint, "baseline": recipe.baseline_name, "title": recipe.title}
     return Step(name="report", folder=folder, kind="report", inputs=inputs, make=make)

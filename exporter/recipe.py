@@ -60,7 +60,7 @@ class BenchRecipe(_Table):
 class Recipe(_Table):
     """A validated recipe with all paths resolved and all plans read."""
 
-    title: str = "Fuselage comparison"
+    title: str | None = None  # of the report; None: it names the variants
     model: Annotated[Path, BeforeValidator(lambda value: Path(value) if isinstance(value, str) else value)]
     network: NetworkRecipe = NetworkRecipe()
     variants: Annotated[list[VariantRecipe], Field(min_length=1, max_length=64)]

@@ -1,0 +1,87 @@
+"""Recipes and plans as files: what they become, and what is refused in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from exporter.errors import PlanError
+from exporter.plan import Plan, read_plan
+from exporter.recipe import read_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_the_repository_is_valid(path: Path) -> None:
+    assert read_recipe(path).model.is_dir()
+
+
+def test_paths_are_relative_to_the_recipe_and_plans_may_be_files(tmp_path: Path) -> None:
+    (tmp_path / "plans").mkdir()
+    (tmp_path / "plans" / "a.yaml").write_text("drop_attention: [1, [3, 5]]\nfuse: [[3, 5]]\n")
+    recipe = read_recipe(
+        written(
+            tmp_path, "model: weights\nvariants: [{name: a, plan: plans/a.yaml}, {name: b, plan: {}}]\nbench: null\n"
+        )
+    )
+    assert recipe.model == tmp_path / "weights"
+    assert recipe.variants[0].plan.dropped_layers == [1, 3, 4, 5]
+    assert recipe.variants[0].plan.fuse == [(3, 5)]
+    assert recipe.variants[1].plan == Plan()
+    assert recipe.bench is None
+    assert recipe.baseline_name == "a"
+
+
+REFUSED = {
+    "not_a_mapping": ("- a\n- b\n", "not a recipe: expected keys title, model"),
+    "no_model": ("variants: [{name: a}]\n", "model: Field required"),
+    "no_variants": ("model: m\nvariants: []\n", "variants: List should have at least 1 item"),
+    "unknown_key": ("model: m\nvariants: [{name: a}]\nbatch: 1\n", "batch: Extra inputs are not permitted"),
+    "unknown_plan_key": ("model: m\nvariants: [{name: a, plan: {drop: [1]}}]\n", "drop: Extra inputs"),
+    "same_name": ("model: m\nvariants: [{name: a}, {name: a}]\n", "same name"),
+    "name_is_no_folder": ("model: m\nvariants: [{name: ../a}]\n", r"variants.0.name: String should match"),
+    "baseline": ("model: m\nvariants: [{name: a}]\nbaseline: b\n", "baseline is one of the variants"),
+    "parallel_checkpoint": ("model: m\nvariants: [{name: a, plan: {parallel: [[0, 1]]}}]\n", "checkpoint: false"),
+    "plan_file_missing": ("model: m\nvariants: [{name: a, plan: none.yaml}]\n", "none.yaml: cannot be read"),
+    "text_for_a_number": ("model: m\nvariants: [{name: a}]\nbench: {rounds: '5'}\n", "bench.rounds: .*found 5"),
+    "zero": ("model: m\nvariants: [{name: a}]\nbench: {batch: [0]}\n", "bench.batch.0: .*greater than 0"),
+    "not_yaml": ("model: [\n", "not valid YAML"),
+    "alias": ("model: &m x\nvariants: [{name: *m}]\n", "aliases"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_malformed_recipe_is_refused(case: str, tmp_path: Path) -> None:
+    text, message = REFUSED[case]
+    with pytest.raises(PlanError, match=message):
+        read_recipe(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("drop_attention: [1.5]\n", "drop_attention.0", id="float"),
+        pytest.param("drop_attention: [-1]\n", "drop_attention.0", id="negative"),
+        pytest.param("fuse: [[1, 2, 3]]\n", "fuse.0", id="three"),
+        pytest.param("fuse: [3]\n", "fuse.0", id="no_range"),
+        pytest.param("fuse: [[1, 99999999]]\n", "fuse.0.1", id="huge"),
+        pytest.param("", "not a plan", id="empty"),
+        pytest.param("fuse: {a: 1}\n", "fuse: Input should be a valid list", id="mapping"),
+    ],
+)
+def test_a_malformed_plan_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=message):
+        read_plan(written(tmp_path, text))
+
+
+def test_a_reversed_range_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"lower to its higher layer: found \[5, 3\]"):
+        _ = read_plan(written(tmp_path, "drop_attention: [[5, 3]]\n")).dropped_layers
