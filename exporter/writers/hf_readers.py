@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from exporter.dtypes import FLOAT64
 from exporter.errors import TargetError
 from exporter.graph import FFN, Activation, Attention, Block, LinearSublayer, ModelGraph, weights
 from exporter.rope import Llama3Scaling, YarnScaling
@@ -212,6 +213,11 @@ def _several_dtypes(folder: Folder) -> str | None:
     return f"{', '.join(names)} beside {folder.graph.dtype.name}" if names else None
 
 
+def _float64(folder: Folder) -> str | None:
+    found = any(tensor.dtype is FLOAT64 for tensor in weights(folder.graph))
+    return FLOAT64.name if found else None
+
+
 LLAMA3_VOCAB_SIZE = 128256
 
 
@@ -391,5 +397,11 @@ RULES: tuple[Rule, ...] = (
         _several_dtypes,
         {"transformers": (WRONG_RESULTS, "it rounds all of them to the embedding's unless dtype says otherwise")},
         "cast the model to one dtype",
+    ),
+    Rule(
+        "weights in float64",
+        _float64,
+        {"mlx-lm": (REJECTS, "it has no such dtype")},
+        "cast the model to float32",
     ),
 )

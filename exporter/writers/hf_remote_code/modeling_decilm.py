@@ -68,8 +68,8 @@ class DeciLMAttention(nn.Module):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:  # -> [B, K, T, d]; transformers 4 needs the positions for a static cache
             key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
-        # `set_attn_implementation` refuses a model whose source has not this subscript (transformers 4) or the
-        # equivalent ALL_ATTENTION_FUNCTIONS.get_interface( (transformers 5).
+        # `set_attn_implementation` searches this source for the way to the function: transformers 4 for the subscript
+        # below, 5 for ALL_ATTENTION_FUNCTIONS.get_interface( which 4 does not have.
         attend = eager_attention_forward
         if self.config._attn_implementation != "eager":
             attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
@@ -104,11 +104,8 @@ class DeciLMBlock(GradientCheckpointingLayer):
 
     def __init__(self, config, layer, cache_index):
         super().__init__()
-        size, attention, ffn = (
-            config.hidden_size,
-            config.block_configs[layer].attention,
-            config.block_configs[layer].ffn,
-        )
+        size = config.hidden_size
+        attention, ffn = config.block_configs[layer].attention, config.block_configs[layer].ffn
         self.self_attn = self.mlp = None
         if not attention.no_op:
             self.input_layernorm = LlamaRMSNorm(size, eps=config.rms_norm_eps)
