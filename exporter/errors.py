@@ -54,7 +54,12 @@ class FuselageError(Exception):
             text += f", found {self.found}" if self.expected is not None else f": found {self.found}"
         if self.hint is not None:
             text += f". {self.hint[0].upper()}{self.hint[1:]}" if self.hint else ""
-        return text
+        return _printable(text)
+
+
+def _printable(text: str) -> str:
+    """Names come from untrusted files: a terminal must show their control characters, not obey them."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 class CheckpointError(FuselageError):

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from exporter.dtypes import BY_NAME, FLOAT32, FLOAT64, DType
+from exporter.dtypes import BFLOAT16, BY_NAME, FLOAT8_E4M3FN, FLOAT32, FLOAT64, DType
 from exporter.errors import CheckpointError, GraphError
 
 # Small enough for the arithmetic nodes to stay in a core's L2 cache, large enough to hide a system call.
@@ -60,9 +60,19 @@ class LazyTensor(ABC):
     def row_nbytes(self) -> int:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
+    @property
+    def widest_row_nbytes(self) -> int:
+        """Bytes of the longest row that any node reads to produce one row of this tensor."""
+        return self.row_nbytes
+
     def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[np.ndarray]:
-        """Yield all rows in order, in C-contiguous pieces of at most `max_bytes`, but at least one row."""
-        step = max(1, max_bytes // max(1, self.row_nbytes))
+        """Yield all rows in order, in C-contiguous pieces of at most `max_bytes`, but at least one row.
+
+        The bound also holds for what the nodes below read: a narrow slice of a wide matrix comes in small pieces.
+        """
+        if not self.size:
+            return
+        step = max(1, max_bytes // self.widest_row_nbytes)
         for start in range(0, self.num_rows, step):
             yield np.ascontiguousarray(self.rows(start, min(start + step, self.num_rows)))
 
@@ -131,6 +141,10 @@ class _Derived(LazyTensor):
     @property
     def has_bytes(self) -> bool:
         return all(source.has_bytes for source in self.sources)
+
+    @property
+    def widest_row_nbytes(self) -> int:
+        return max(self.row_nbytes, *(source.widest_row_nbytes for source in self.sources))
 
 
 class _ConcatRows(_Derived):
@@ -202,7 +216,7 @@ class _Scale(_Derived):
             product *= factors.rows(0, factors.num_rows).astype(wide.numpy)
         else:
             product *= factors.rows(start, stop).astype(wide.numpy)[:, None]
-        return product.astype(self.dtype.numpy, copy=False)
+        return _rounded(product, self.dtype)
 
 
 class _Sum(_Derived):
@@ -213,14 +227,35 @@ class _Sum(_Derived):
         total = self.sources[0].rows(start, stop).astype(wide.numpy)
         for source in self.sources[1:]:
             total += source.rows(start, stop).astype(wide.numpy)
-        return total.astype(self.dtype.numpy, copy=False)
+        return _rounded(total, self.dtype)
 
 
 class _Cast(_Derived):
     __slots__ = ()
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        return self.sources[0].rows(start, stop).astype(self.dtype.numpy)
+        return _rounded(self.sources[0].rows(start, stop), self.dtype)
+
+
+def _rounded(values: np.ndarray, dtype: DType) -> np.ndarray:
+    """Round once, to nearest even; an integer format saturates and has 0 for NaN.
+
+    ml_dtypes takes float64 to its formats by way of float32, which would round twice: the step to float32 rounds to
+    odd here, which keeps the second rounding right (Boldo and Melquiond, "When double rounding is odd").
+    """
+    if not dtype.is_float:
+        limits = np.iinfo(dtype.numpy)
+        wide = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=limits.max, neginf=limits.min)
+        return np.clip(np.rint(wide), limits.min, limits.max).astype(dtype.numpy)
+    if values.dtype == np.float64 and dtype in (BFLOAT16, FLOAT8_E4M3FN):
+        with np.errstate(over="ignore"):  # beyond float32 is infinity, here as below
+            nearest = values.astype(np.float32)
+        bits = nearest.view(np.uint32)
+        bits -= np.abs(nearest) > np.abs(values)  # towards zero
+        bits |= nearest != values  # and to odd, where something was cut off
+        values = nearest
+    with np.errstate(over="ignore"):
+        return values.astype(dtype.numpy, copy=False)
 
 
 def shape_only(shape: Sequence[int], dtype: DType) -> LazyTensor:

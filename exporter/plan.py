@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from exporter.errors import PlanError
 
 MAX_YAML_BYTES = 1 << 20
+MAX_YAML_DEPTH = 16  # a recipe has 6 levels
 MAX_LAYER = 1 << 16
 
 
@@ -42,16 +43,16 @@ class Plan(BaseModel):
     @property
     def dropped_layers(self) -> list[int]:
         """`drop_attention` with its ranges spelled out."""
-        layers: list[int] = []
+        layers: set[int] = set()
         for entry in self.drop_attention:
-            if isinstance(entry, int):
-                layers.append(entry)
-            else:
-                first, last = entry
-                if first > last:
-                    raise PlanError("a range goes from its lower to its higher layer", found=[first, last])
-                layers.extend(range(first, last + 1))
-        return layers
+            first, last = (entry, entry) if isinstance(entry, int) else entry
+            if first > last:
+                raise PlanError("a range goes from its lower to its higher layer", found=[first, last])
+            # Before they are spelled out: a small file could name the same long range a thousand times.
+            if not layers.isdisjoint(range(first, last + 1)):
+                raise PlanError("a layer is listed twice in drop_attention", found=[first, last])
+            layers.update(range(first, last + 1))
+        return sorted(layers)
 
 
 def read_plan(path: Path) -> Plan:
@@ -86,11 +87,33 @@ def read_yaml(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"cannot be read ({error})", file=path) from error
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise PlanError("aliases (*name) are not allowed here", file=path)
-        return yaml.safe_load(text)
+        _check_events(text, path)
+        return yaml.load(text, Loader=_UniqueKeys)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date, say
         raise PlanError(f"not valid YAML ({' '.join(str(error).split())[:160]})", file=path) from error
+
+
+def _check_events(text: str, path: Path) -> None:
+    """Refuse what would make the parser's work explode, while parsing it only as far as that."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise PlanError("aliases (*name) are not allowed here", file=path)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_YAML_DEPTH:
+            raise PlanError("nested too deeply for a plan or recipe", file=path, expected=f"<= {MAX_YAML_DEPTH} levels")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """The safe loader, without its habit of letting the last of two equal keys win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} occurs twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def validation_error(error: ValidationError, file: Path | None) -> PlanError:

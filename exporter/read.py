@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os.path
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,11 +34,13 @@ from exporter.graph import (
     Segment,
 )
 from exporter.lazy import LazyTensor, shape_only
-from exporter.safetensors_io import SkippedTensor, has_checkpoint, read_checkpoint, read_json
+from exporter.safetensors_io import SkippedTensor, has_checkpoint, path_inside, read_checkpoint, read_json
 from exporter.writers.files import check_files, read_manifest
 
 CONFIG = "config.json"
 STRUCTURE_SUFFIX = ".structure.json"
+MAX_CONFIG_BYTES = 4 << 20  # the longest we know has 60 KB
+MAX_SHOWN = 80  # characters of a value from a config in an error
 WEIGHT_DTYPES = (FLOAT32, FLOAT16, BFLOAT16, FLOAT64)
 
 # Files beside the weights that belong to a model and that a writer copies along.
@@ -71,24 +74,25 @@ def open_model(path: Path, *, need_weights: bool) -> Checkpoint:
     Raises:
         CheckpointError: anything about the folder, its config or its tensors that is not as it must be.
     """
-    if path.name.endswith(STRUCTURE_SUFFIX) and path.is_file():
+    is_file = os.path.isfile(path)
+    if path.name.endswith(STRUCTURE_SUFFIX) and is_file:
         folder, config_path, config = path.parent, path, _config_from_structure(path)
     else:
-        folder = path.parent if path.is_file() else path
-        if not folder.is_dir():
+        folder = path.parent if is_file else path
+        if not os.path.isdir(folder):
             raise CheckpointError("no such model folder", file=path)
-        config_path = path if path.is_file() else folder / CONFIG
         manifest = read_manifest(folder)
         if manifest is not None:
             check_files(folder, manifest, hashes=False)
-        if not config_path.is_file():
+        if not is_file and not os.path.lexists(folder / CONFIG):
             hint = "a network or engine folder is not a model folder" if manifest else None
             raise CheckpointError("no config.json in the model folder", file=folder, hint=hint)
-        config = read_json(config_path)
+        config_path = path if is_file else path_inside(folder, CONFIG)
+        config = read_json(config_path, MAX_CONFIG_BYTES)
     family, spec = _understand(config, config_path)
-    structure_only = path.is_file() or not has_checkpoint(folder)
+    structure_only = is_file or not has_checkpoint(folder)
     if structure_only:
-        _refuse_pickles(folder if path.is_dir() else None)
+        _refuse_pickles(None if is_file else folder)
         if need_weights:
             raise CheckpointError(
                 "no safetensors weights",
@@ -100,7 +104,7 @@ def open_model(path: Path, *, need_weights: bool) -> Checkpoint:
     else:
         tensors = read_checkpoint(folder)
     graph = _graph_from_tensors(family, spec, tensors, config_path)
-    assets = {name: folder / name for name in ASSET_NAMES if (folder / name).is_file()} if not path.is_file() else {}
+    assets = {} if is_file else {name: path_inside(folder, name) for name in ASSET_NAMES if (folder / name).is_file()}
     return Checkpoint(path=path, graph=graph, family=family, config=config, assets=assets)
 
 
@@ -122,6 +126,7 @@ def _understand(config: Any, path: Path) -> tuple[Family, ModelSpec]:
         raise AssertionError("Bug: a ValidationError without errors") from error
     except CheckpointError as error:
         error.file = path
+        error.found = None if error.found is None else str(error.found)[:MAX_SHOWN]
         raise
 
 
@@ -129,13 +134,13 @@ def _config_error(problem: Any, path: Path) -> FuselageError:
     where = ".".join(str(part) for part in problem["loc"])
     missing = problem["type"] == "missing"
     return CheckpointError(
-        f"{where}: {problem['msg']}", file=path, found=None if missing else str(problem["input"])[:60]
+        f"{where}: {problem['msg']}", file=path, found=None if missing else str(problem["input"])[:MAX_SHOWN]
     )
 
 
 def _config_from_structure(path: Path) -> dict[str, Any]:
     """Expand a structure file: `constants` is a config, `blocks` holds [heads per group, ffn_mult] or "no_op"."""
-    raw = read_json(path)
+    raw = read_json(path, MAX_CONFIG_BYTES)
     if (
         not isinstance(raw, dict)
         or not isinstance(raw.get("constants"), dict)
@@ -145,7 +150,12 @@ def _config_from_structure(path: Path) -> dict[str, Any]:
     blocks = []
     for index, entry in enumerate(raw["blocks"]):
         if not isinstance(entry, list) or len(entry) != 2:
-            raise CheckpointError(f"blocks[{index}] is malformed", file=path, expected="[attention, ffn]", found=entry)
+            raise CheckpointError(
+                f"blocks[{index}] is malformed",
+                file=path,
+                expected="[attention, ffn]",
+                found=str(entry)[:MAX_SHOWN],
+            )
         attention, ffn = entry
         blocks.append(
             {

@@ -183,15 +183,26 @@ class LoadedBlock:
 
     def __call__(self, x: torch.Tensor, span: Span) -> torch.Tensor:
         """f(x), for parallel blocks x + sum_j (f_j(x) - x): [B, S, D] -> [B, S, D]."""
-        y = x
+        attention, ffn = self.contributions(x, span)
+        return x + attention + ffn
+
+    def contributions(
+        self, x: torch.Tensor, span: Span, *, attention: bool = True, ffn: bool = True
+    ) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+        """What attention and FFN (of all members) add to x: f(x) = x + both, [B, S, D] each, 0.0 where there is none.
+
+        With `attention` or `ffn` false the block runs without that sublayer.
+        """
+        from_attention: torch.Tensor | float = 0.0
+        from_ffn: torch.Tensor | float = 0.0
         for block, slot in zip(self.members, self._slots, strict=True):
             mixed = x
-            if block.attention is not None:
+            if attention and block.attention is not None:
                 contribution = attend(block.attention, x, span, slot)
-                mixed, y = x + contribution, y + contribution
-            if block.ffn is not None:
-                y = y + feed_forward(block.ffn, mixed)
-        return y
+                mixed, from_attention = x + contribution, from_attention + contribution
+            if ffn and block.ffn is not None:
+                from_ffn = from_ffn + feed_forward(block.ffn, mixed)
+        return from_attention, from_ffn
 
 
 def attend(sublayer: Any, x: torch.Tensor, span: Span, slot: int | None) -> torch.Tensor:

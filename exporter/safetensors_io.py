@@ -29,13 +29,15 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_JSON_BYTES = 64 << 20  # an index of 100,000 tensors is about 10 MB
+MAX_NAME = 1000  # characters of a tensor or file name
+MAX_JSON_DEPTH = 32  # a config has 5 levels
 MAX_RANK = 8
 # Data starts at a multiple of this in files we write, so that a mapped file gives aligned tensors.
 DATA_ALIGNMENT = 64
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """Parse a JSON file strictly: bounded size, no NaN or Infinity, no repeated keys.
+    """Parse a JSON file strictly: bounded size and depth, finite numbers, no repeated keys, whole characters.
 
     Raises:
         CheckpointError: the file is missing, too large or not such JSON.
@@ -53,9 +55,9 @@ def read_checkpoint(folder: Path) -> dict[str, FileTensor | SkippedTensor]:
     Raises:
         CheckpointError: a file is missing, truncated, malformed or outside the folder; names file and tensor.
     """
-    if (folder / SINGLE_FILE).exists() or (folder / SINGLE_FILE).is_symlink():
-        return read_safetensors(_inside(folder, SINGLE_FILE))
-    index_path = _inside(folder, INDEX_FILE)
+    if os.path.lexists(folder / SINGLE_FILE):
+        return read_safetensors(path_inside(folder, SINGLE_FILE))
+    index_path = path_inside(folder, INDEX_FILE)
     index = read_json(index_path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -63,7 +65,8 @@ def read_checkpoint(folder: Path) -> dict[str, FileTensor | SkippedTensor]:
     if not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError("weight_map maps tensor names to file names", file=index_path)
     shards = {
-        name: read_safetensors(_inside(folder, name, named_by=index_path)) for name in sorted(set(weight_map.values()))
+        name: read_safetensors(path_inside(folder, name, named_by=index_path))
+        for name in sorted(set(weight_map.values()))
     }
     for shard, tensors in shards.items():
         for name in tensors:
@@ -83,7 +86,7 @@ def read_checkpoint(folder: Path) -> dict[str, FileTensor | SkippedTensor]:
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether a folder has safetensors weights at all (their contents are not looked at)."""
-    return any((folder / name).exists() or (folder / name).is_symlink() for name in (SINGLE_FILE, INDEX_FILE))
+    return any(os.path.lexists(folder / name) for name in (SINGLE_FILE, INDEX_FILE))
 
 
 def read_safetensors(path: Path) -> dict[str, FileTensor | SkippedTensor]:
@@ -177,7 +180,7 @@ class _OpenFile:
         try:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise CheckpointError("not a regular file", file=path)
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO put there since blocks nobody
         except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
             raise CheckpointError(f"cannot be opened ({_reason(error)})", file=path) from error
 
@@ -231,7 +234,10 @@ class _Entry:
 
 def _entry(path: Path, name: str, fields: Any) -> _Entry:
     def wrong(problem: str, expected: object = None, found: object = None) -> CheckpointError:
-        return CheckpointError(problem, file=path, tensor=name, expected=expected, found=found)
+        return CheckpointError(problem, file=path, tensor=name[:200], expected=expected, found=found)
+
+    if len(name) > MAX_NAME:
+        raise wrong("tensor name is too long", f"at most {MAX_NAME} characters", len(name))
 
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise wrong("malformed header entry", "dtype, shape and data_offsets")
@@ -257,6 +263,12 @@ def _parse_json(raw: bytes, path: Path) -> Any:
     def refuse_constant(name: str) -> Any:
         raise ValueError(f"{name} is not a number")
 
+    def finite(digits: str) -> float:
+        number = float(digits)
+        if math.isinf(number):
+            raise ValueError(f"{digits[:40]} is beyond the range of a number")
+        return number
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
@@ -264,24 +276,51 @@ def _parse_json(raw: bytes, path: Path) -> Any:
         return result
 
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=refuse_constant, object_pairs_hook=unique)
+        text = raw.decode("utf-8")
+        parsed = json.loads(text, parse_constant=refuse_constant, parse_float=finite, object_pairs_hook=unique)
+        if _depth(parsed) > MAX_JSON_DEPTH:
+            raise ValueError(f"nested more than {MAX_JSON_DEPTH} levels deep")
+        if "\\u" in text:  # the only way to write half of a surrogate pair, which no file name or terminal takes
+            json.dumps(parsed, ensure_ascii=False).encode()
+        return parsed
     except (ValueError, RecursionError) as error:  # ValueError covers JSONDecodeError and UnicodeDecodeError
         raise CheckpointError(f"not valid JSON ({str(error)[:120]})", file=path) from error
 
 
-def _inside(folder: Path, name: str, named_by: Path | None = None) -> Path:
-    """Join and insist that the result, links followed, stays in the folder (or in its Hugging Face cache's blobs)."""
+def _depth(parsed: Any) -> int:
+    """Levels of lists and objects, counted level by level, since recursion is what deep nesting breaks."""
+    depth, level = 0, [parsed]
+    while level and depth <= MAX_JSON_DEPTH:
+        level = [
+            child
+            for value in level
+            if isinstance(value, dict | list)
+            for child in (value.values() if isinstance(value, dict) else value)
+            if isinstance(child, dict | list)
+        ]
+        depth += 1
+    return depth
+
+
+def path_inside(folder: Path, name: str, named_by: Path | None = None) -> Path:
+    """Join and insist that the result, links followed, stays in the folder (or in its Hugging Face cache's blobs).
+
+    Raises:
+        CheckpointError: it does not; names the file that holds the name (`named_by`) or the link and its target.
+    """
     pure = PurePosixPath(name)
     outside = CheckpointError(
-        "path leaves the model folder", file=named_by or folder, expected="a file in the folder", found=name
+        "path leaves the model folder", file=named_by or folder, expected="a file in the folder", found=repr(name)[:200]
     )
     if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
         raise outside
+    if len(name) > MAX_NAME:
+        raise CheckpointError("file name is too long", file=named_by or folder, expected=MAX_NAME, found=len(name))
     path = folder / name
     try:
         real, root = path.resolve(), folder.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, up to Python 3.12
-        raise CheckpointError(f"cannot be followed ({error})", file=path) from error
+        raise CheckpointError(f"link cannot be followed ({error})", file=path) from error
     # ~/.cache/huggingface/hub/models--x/{snapshots/<revision>/file -> ../../blobs/<hash>}
     is_cache_blob = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"
     if not real.is_relative_to(root) and not is_cache_blob:

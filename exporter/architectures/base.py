@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from exporter.errors import CheckpointError
 from exporter.graph import Activation
@@ -23,7 +23,7 @@ Heads = Annotated[int, Field(gt=0, le=1 << 16)]
 Layers = Annotated[int, Field(gt=0, le=8192)]
 Positions = Annotated[int, Field(gt=0, le=1 << 30)]
 Epsilon = Annotated[float, Field(gt=0, lt=1)]
-Factor = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
+Factor = Annotated[float, Field(ge=1e-6, le=1e12, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,15 @@ class RopeTable(_Table):
     truncate: bool = True
     partial_rotary_factor: Factor = 1.0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_nested(cls, table: Any) -> Any:
+        """Transformers nests one table per kind of layer where they differ (`layer_types`)."""
+        nested = [key for key, value in table.items() if isinstance(value, dict)] if isinstance(table, dict) else []
+        if nested:
+            raise ValueError(f"a RoPE of its own for each kind of layer ({nested[0][:40]}) is not supported")
+        return table
+
     def rope(self, theta: float, max_position_embeddings: int) -> Rope:
         if self.partial_rotary_factor != 1.0:
             raise CheckpointError("partial rotary embedding is not supported", found=self.partial_rotary_factor)
@@ -171,6 +180,8 @@ class FFNBlock(_Table):
     replace_with_linear: bool = False
     ffn_mult: Factor | None = None
     intermediate_size: Size | None = None
+    hidden_act: Activation | None = None
+    gated: bool | None = None
     sparsify: Any = None
     moe: Any = None
 
@@ -212,10 +223,12 @@ class DecoderConfig(_Table):
     rope_theta: Factor = 10000.0
     rope_scaling: RopeTable | None = None
     rope_parameters: RopeTable | None = None
+    original_max_position_embeddings: Positions | None = None
     partial_rotary_factor: Factor = 1.0
     tie_word_embeddings: bool = False
-    dtype: str = Field("bfloat16", validation_alias=AliasChoices("torch_dtype", "dtype"))
+    dtype: str | None = Field(None, validation_alias=AliasChoices("torch_dtype", "dtype"))
     block_configs: list[BlockConfig] | None = None
+    per_layer_config: Any = None
     quantization_config: dict[str, Any] | None = None
 
     qk_norm: ClassVar[bool] = False
@@ -255,17 +268,39 @@ class DecoderConfig(_Table):
             raise CheckpointError(
                 "num_attention_heads divides hidden_size", expected=self.hidden_size, found=self.num_attention_heads
             )
-        rope = self.rope_parameters or self.rope_scaling or RopeTable.model_validate({})
+        if self.per_layer_config is not None:
+            raise CheckpointError("'per_layer_config' is not supported", hint="block_configs says the same")
         return ModelSpec(
             hidden_size=self.hidden_size,
             vocab_size=self.vocab_size,
             rms_norm_eps=self.rms_norm_eps,
-            rope=rope.rope(self.rope_theta, self.max_position_embeddings),
+            rope=self.rope(),
             max_position_embeddings=self.max_position_embeddings,
             tie_word_embeddings=self.tie_word_embeddings,
-            dtype=self.dtype,
+            dtype=self.dtype or "bfloat16",
             layers=self.layers(),
         )
+
+    def rope(self) -> Rope:
+        """The rotary embedding, from whichever of the two spellings is there; both must say the same."""
+        tables = [table for table in (self.rope_scaling, self.rope_parameters) if table is not None]
+        for table in tables:
+            theta, original = table.rope_theta, table.original_max_position_embeddings
+            for key, inner, outer in (
+                ("rope_theta", theta, self.rope_theta if "rope_theta" in self.model_fields_set else None),
+                ("original_max_position_embeddings", original, self.original_max_position_embeddings),
+            ):
+                if inner is not None and outer is not None and inner != outer:
+                    raise CheckpointError(f"{key} is given twice", expected=outer, found=inner)
+        ropes = [self._rope(table) for table in tables or [RopeTable.model_validate({})]]
+        if ropes[0] != ropes[-1]:
+            raise CheckpointError("rope_scaling and rope_parameters differ", expected=ropes[0], found=ropes[-1])
+        return ropes[0]
+
+    def _rope(self, table: RopeTable) -> Rope:
+        if self.original_max_position_embeddings is not None:
+            table = table.model_copy(update={"original_max_position_embeddings": self.original_max_position_embeddings})
+        return table.rope(self.rope_theta, self.max_position_embeddings)
 
     def layers(self) -> tuple[LayerSpec, ...]:
         """One entry per layer: the model-wide sizes, or `block_configs` where the config has them."""
@@ -295,6 +330,11 @@ class DecoderConfig(_Table):
             for key in keys:
                 if getattr(part, key) is not None:
                     raise CheckpointError(f"block_configs[{layer}]: {key!r} is not supported", found=getattr(part, key))
+        for name, sublayer in (("attention", block.attention), ("ffn", block.ffn)):
+            if sublayer.no_op and sublayer.replace_with_linear:
+                raise CheckpointError(f"block_configs[{layer}].{name} is both no_op and replace_with_linear")
+        if block.ffn.gated is False:
+            raise CheckpointError(f"block_configs[{layer}].ffn: an FFN without a gate is not supported")
         attention: AttentionSpec | LinearSpec | None
         if block.attention.no_op:
             attention = None
@@ -308,7 +348,7 @@ class DecoderConfig(_Table):
         elif block.ffn.replace_with_linear:
             ffn = LinearSpec()
         else:
-            ffn = FFNSpec(self.width_of(layer, block.ffn), self.hidden_act, self.ffn_bias)
+            ffn = FFNSpec(self.width_of(layer, block.ffn), block.ffn.hidden_act or self.hidden_act, self.ffn_bias)
         return LayerSpec(attention, ffn)
 
     def attention_spec(self, layer: int, num_key_value_heads: int) -> AttentionSpec:
@@ -332,7 +372,7 @@ class DecoderConfig(_Table):
         )
 
     def kv_heads_of(self, layer: int, block: AttentionBlock) -> int:
-        if block.num_key_value_heads is not None:
+        if block.n_heads_in_group is None and block.num_key_value_heads is not None:
             return block.num_key_value_heads
         if block.n_heads_in_group is None:
             raise CheckpointError(
@@ -344,16 +384,29 @@ class DecoderConfig(_Table):
                 expected=f"a divisor of {self.num_attention_heads}",
                 found=block.n_heads_in_group,
             )
-        return self.num_attention_heads // block.n_heads_in_group
+        kv_heads = self.num_attention_heads // block.n_heads_in_group
+        if block.num_key_value_heads not in (None, kv_heads):
+            raise CheckpointError(
+                f"block_configs[{layer}].attention: n_heads_in_group and num_key_value_heads differ",
+                expected=kv_heads,
+                found=block.num_key_value_heads,
+            )
+        return kv_heads
 
     def width_of(self, layer: int, block: FFNBlock) -> int:
-        if block.intermediate_size is not None:
+        if block.ffn_mult is None and block.intermediate_size is not None:
             return block.intermediate_size
         if block.ffn_mult is None:
             raise CheckpointError(f"block_configs[{layer}].ffn has neither ffn_mult nor intermediate_size")
         width = width_from_ffn_mult(block.ffn_mult, self.hidden_size)
         if not 0 < width <= 1 << 24:
             raise CheckpointError(f"block_configs[{layer}].ffn: ffn_mult gives an absurd width", found=width)
+        if block.intermediate_size not in (None, width):
+            raise CheckpointError(
+                f"block_configs[{layer}].ffn: ffn_mult and intermediate_size differ",
+                expected=width,
+                found=block.intermediate_size,
+            )
         return width
 
 

@@ -4,7 +4,7 @@ from exporter.architectures.base import LLAMA_TENSORS, LLAMA_UNUSED, DecoderConf
 
 
 class MistralConfig(DecoderConfig):
-    sliding_window: Positions | None = None
+    sliding_window: Positions | None = 4096  # what transformers takes where the key is missing; null is none
 
     def sliding_window_of(self, layer: int) -> int | None:
         return self.sliding_window

@@ -8,7 +8,7 @@ class SlidingUpperLayersConfig(DecoderConfig):
     """The window rule that Qwen 2 and 3 share (transformers `Qwen2Config`, `layer_types`)."""
 
     use_sliding_window: bool = False
-    sliding_window: Positions | None = None
+    sliding_window: Positions | None = 4096
     max_window_layers: int = 28
     layer_types: list[str] | None = None
 

@@ -75,6 +75,8 @@ def test_a_malformed_recipe_is_refused(case: str, tmp_path: Path) -> None:
         pytest.param("fuse: [[1, 99999999]]\n", "fuse.0.1", id="huge"),
         pytest.param("", "not a plan", id="empty"),
         pytest.param("fuse: {a: 1}\n", "fuse: Input should be a valid list", id="mapping"),
+        pytest.param("fuse: [[1, 2]]\nfuse: []\n", "key 'fuse' occurs twice", id="repeated_key"),
+        pytest.param("fuse: " + "[" * 200_000, "nested too deeply", id="deep"),
     ],
 )
 def test_a_malformed_plan_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -82,6 +84,18 @@ def test_a_malformed_plan_is_refused(text: str, message: str, tmp_path: Path) ->
         read_plan(written(tmp_path, text))
 
 
-def test_a_reversed_range_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"lower to its higher layer: found \[5, 3\]"):
-        _ = read_plan(written(tmp_path, "drop_attention: [[5, 3]]\n")).dropped_layers
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("[[5, 3]]", r"lower to its higher layer: found \[5, 3\]", id="reversed"),
+        pytest.param("[4, [3, 5]]", r"listed twice in drop_attention: found \[3, 5\]", id="twice"),
+        pytest.param(f"{[[0, 65535]] * 9000}", "listed twice", id="thousands_of_times"),
+    ],
+)
+def test_ranges_that_make_no_sense_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=message):
+        _ = read_plan(written(tmp_path, f"drop_attention: {text}\n")).dropped_layers
+
+
+def test_errors_show_control_characters_instead_of_sending_them_to_the_terminal() -> None:
+    assert str(PlanError("bad \x1b[2J name", found="a\rb")) == "bad \\x1b[2J name: found a\\rb"

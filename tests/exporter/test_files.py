@@ -1,0 +1,603 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import exporter.writers.files as files
+from exporter.dtypes import FLOAT32
+from exporter.errors import CheckpointError, FuselageError, OutputError
+from exporter.lazy import array, shape_only
+from exporter.safetensors_io import SafetensorsFile
+from exporter.writers.files import (
+    MANIFEST,
+    MARKER,
+    Content,
+    FileCopy,
+    check_folder,
+    read_manifest,
+    refuse_existing,
+    save_file,
+    save_folder,
+)
+
+
+@dataclass
+class Pieces:
+    """A content of given pieces, with what happens before each."""
+
+    pieces: list[Any]
+    nbytes: int
+    before: Callable[[int], None] = lambda index: None
+
+    def chunks(self) -> Iterator[Any]:
+        for index, piece in enumerate(self.pieces):
+            self.before(index)
+            yield piece
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+CONTENTS: list[tuple[str, Content | bytes]] = [
+    ("config.json", b"{}"),
+    ("empty", b""),
+    ("weights/a.bin", Pieces([b"abc", bytearray(b"de"), memoryview(b"f"), b""], 6)),
+    ("weights/b.bin", Pieces([np.arange(3, dtype=np.float32), np.zeros((2, 2), np.int16), np.empty((0, 4))], 20)),
+]
+EXPECTED = {
+    "config.json": b"{}",
+    "empty": b"",
+    "weights/a.bin": b"abcdef",
+    "weights/b.bin": np.arange(3, dtype=np.float32).tobytes() + bytes(8),
+}
+
+
+def save(output: Path, contents: Any = CONTENTS, **options: Any) -> files.Manifest:
+    return save_folder(output, contents, kind="checkpoint", details={"made": "here"}, **options)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_a_folder_is_saved_with_its_manifest(workers: int, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "parents" / "out"
+    written: list[int] = []
+    manifest = save(output, workers=workers, progress=written.append)
+    found = listing(output)
+    text = json.loads(found.pop(MANIFEST))
+    assert found == EXPECTED
+    assert text == {
+        "manifest_schema": 1,
+        "kind": "checkpoint",
+        "details": {"made": "here"},
+        "files": {
+            name: {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()} for name, raw in EXPECTED.items()
+        },
+    }
+    assert sum(written) == sum(map(len, EXPECTED.values()))
+    assert check_folder(output, "checkpoint", hashes=True) == manifest == read_manifest(output)
+    assert os.listdir(output.parent) == ["out"]
+    assert output.stat().st_mode & 0o777 == 0o755
+
+
+def test_the_fingerprint_is_of_names_and_contents(tmp_path: Path) -> None:
+    a, b = save(tmp_path / "a"), save(tmp_path / "b")
+    other = save(tmp_path / "c", [("config.json", b"[]")])
+    renamed = save(tmp_path / "d", [("konfig.json", b"[]")])
+    assert a.fingerprint == b.fingerprint
+    assert len({a.fingerprint, other.fingerprint, renamed.fingerprint}) == 3
+
+
+def test_a_copy_and_a_model_file_stream(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(b"x" * (9 << 20))
+    tensors = SafetensorsFile({"w": array(np.arange(6, dtype=np.float32))})
+    save(tmp_path / "out", [("t", FileCopy(tmp_path / "tokenizer.json")), ("m", tensors)])
+    assert (tmp_path / "out" / "t").read_bytes() == b"x" * (9 << 20)
+    assert (tmp_path / "out" / "m").read_bytes() == b"".join(tensors.chunks())
+
+
+# --- refusals before anything is written
+
+NAMES_REFUSED = ["", ".", "..", "../x", "a/../b", "a/..", "/etc/passwd", "a//b", "./a", "a/", "a\0b", MANIFEST, MARKER]
+
+
+@pytest.mark.parametrize("name", NAMES_REFUSED, ids=repr)
+def test_names_that_leave_the_folder_or_are_ours(name: str, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="not a file name inside the output"):
+        save(tmp_path / "out", [("fine", b""), (name, b"")])
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_name_twice(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="out/a: a file would be written twice"):
+        save(tmp_path / "out", [("a", b""), ("a", b"")])
+    assert os.listdir(tmp_path) == []
+
+
+def existing_folder(output: Path) -> None:
+    output.mkdir()
+    (output / "precious").write_text("mine")
+
+
+EXISTING: dict[str, tuple[Callable[[Path], object], bool, str]] = {
+    "folder": (existing_folder, False, "output exists.*--force"),
+    "empty folder": (Path.mkdir, False, "output exists"),
+    "file": (lambda output: output.write_text("mine"), False, "output exists"),
+    "link to nothing": (lambda output: output.symlink_to("nowhere"), False, "output exists"),
+    "our folder": (save, False, "output exists"),
+    "folder of others, forced": (existing_folder, True, "did not write"),
+    "file, forced": (lambda output: output.write_text("mine"), True, "did not write"),
+    "link, forced": (lambda output: output.symlink_to("."), True, "output exists"),
+}
+
+
+@pytest.mark.parametrize("case", EXISTING)
+def test_an_existing_output_stays_as_it_is(case: str, tmp_path: Path) -> None:
+    make, force, message = EXISTING[case]
+    output = tmp_path / "out"
+    make(output)
+    before = sorted(tmp_path.rglob("*")), listing(tmp_path)
+    for attempt in (lambda: save(output, force=force), lambda: refuse_existing(output, force=force)):
+        with pytest.raises(OutputError, match=f"out: .*{message}"):
+            attempt()
+        assert (sorted(tmp_path.rglob("*")), listing(tmp_path)) == before
+
+
+def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file: output cannot be created: not a folder"):
+        save(tmp_path / "file" / "deeper" / "out")
+
+
+def test_a_name_that_no_file_system_takes(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot be written"):
+        save(tmp_path / ("x" * 300))
+    assert os.listdir(tmp_path) == []
+
+
+# --- failures on the way
+
+
+def fail(error: Exception) -> Callable[[int], None]:
+    def before(index: int) -> None:
+        if index == 2:
+            raise error
+
+    return before
+
+
+def no_space(path: str = "") -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+
+GOOD = Pieces([b"x" * 1000] * 50, 50_000)
+FAILURES: dict[str, tuple[Content, type[Exception], str]] = {
+    "disk full": (
+        Pieces([b"x"] * 5, 5, fail(no_space())),
+        OutputError,
+        "out: cannot be written.*No space left.*Free some space",
+    ),
+    "quota": (Pieces([b"x"] * 5, 5, fail(OSError(errno.EDQUOT, "Quota exceeded"))), OutputError, "Free some space"),
+    "input error": (Pieces([b"x"] * 5, 5, fail(OSError(errno.EIO, "I/O error"))), OutputError, "I/O error"),
+    "unreadable tensor": (
+        Pieces([b"x"] * 5, 5, fail(CheckpointError("file ends before the tensor does"))),
+        CheckpointError,
+        "file ends",
+    ),
+    "a bug": (Pieces([b"x"] * 5, 5, fail(ZeroDivisionError("oops"))), ZeroDivisionError, "oops"),
+    "too little announced": (Pieces([b"abc"], 2), AssertionError, "Bug: bad announced 2 bytes and produced 3"),
+    "too much announced": (Pieces([b"abc"], 4), AssertionError, "Bug: bad announced 4 bytes and produced 3"),
+    "no bytes at all": (SafetensorsFile({"w": shape_only((2,), FLOAT32)}), CheckpointError, "structure without"),
+    "Ctrl-C": (Pieces([b"x"] * 5, 5, fail(KeyboardInterrupt())), KeyboardInterrupt, "^$"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new", "force"])
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_failure_leaves_everything_as_it_was(case: str, old: bool, tmp_path: Path) -> None:
+    content, error, message = FAILURES[case]
+    output = tmp_path / "new" / "out"
+    if old:
+        save(output)
+    before = listing(tmp_path)
+    contents = [(f"good-{i}", GOOD) for i in range(3)] + [("deep/down/bad", content)]
+    with pytest.raises(error, match=message):
+        save(output, contents + [(f"more-{i}", GOOD) for i in range(3)], force=old, workers=3)
+    assert listing(tmp_path) == before
+    assert os.listdir(tmp_path) == (["new"] if old else [])
+    assert not old or os.listdir(tmp_path / "new") == ["out"]
+
+
+def test_a_failure_in_one_thread_stops_the_others(tmp_path: Path) -> None:
+    running, produced = threading.Event(), 0
+
+    class Endless:
+        nbytes = 500_000
+
+        def chunks(self) -> Iterator[bytes]:
+            nonlocal produced
+            for _ in range(self.nbytes):
+                running.set()
+                produced += 1
+                yield b"x"
+
+    def before(index: int) -> None:
+        running.wait(10)
+        raise no_space()
+
+    with pytest.raises(OutputError, match="No space left"):
+        save(tmp_path / "out", [("endless", Endless()), ("bad", Pieces([b""], 0, before))], workers=2)
+    assert 0 < produced < Endless.nbytes
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_for_real(tmp_path: Path) -> None:
+    """A tmpfs of 1 MB, where we may mount one; the precheck is told that there is room."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"tmpfs", os.fsencode(mount), b"tmpfs", 0, b"size=1m") != 0:
+        pytest.skip("may not mount a tmpfs here")
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            real = files.shutil.disk_usage(mount)
+            patch.setattr(files.shutil, "disk_usage", lambda path: real._replace(free=1 << 40))
+            with pytest.raises(OutputError, match=r"No space left on device.*Free some space"):
+                save(mount / "out", [(f"part-{i}", Pieces([b"x" * 4096] * 100, 409_600)) for i in range(5)], workers=3)
+            assert os.listdir(mount) == []
+            save(mount / "out", [("part", Pieces([b"x" * 4096] * 100, 409_600))])
+            check_folder(mount / "out", "checkpoint", hashes=True)
+        with pytest.raises(OutputError, match="not enough disk space: expected 2000000 bytes free, found 6"):
+            save(mount / "other", [("part", Pieces([], 2_000_000))])
+        assert os.listdir(mount) == ["out"]
+    finally:
+        libc.umount2(os.fsencode(mount), 2)
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "rename"])
+def test_a_system_call_that_fails(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "out"
+    if call == "write":
+        real_open = Path.open
+
+        class Full:
+            def __init__(self, file: Any) -> None:
+                self.file, self.left = file, 20_000
+
+            def __enter__(self) -> Full:
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                self.file.close()
+
+            def write(self, view: memoryview) -> int:
+                self.left -= len(view)
+                if self.left < 0:
+                    raise no_space()
+                return int(self.file.write(view[:300]))  # short writes are normal
+
+            def fileno(self) -> int:
+                return int(self.file.fileno())
+
+        monkeypatch.setattr(Path, "open", lambda self, *a, **k: Full(real_open(self, *a, **k)))
+    else:
+        target = files.Path if call == "rename" else files.os
+
+        def refuse(*_: object) -> None:
+            raise no_space()
+
+        monkeypatch.setattr(target, call, refuse)
+    with pytest.raises(OutputError, match="cannot be written"):
+        save(output, [("a", GOOD), ("b", GOOD)])
+    assert os.listdir(tmp_path) == []
+
+
+def test_everything_is_on_the_disk_before_the_folder_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: set[int] = set()
+    fsync, rename = os.fsync, Path.rename
+    appeared: list[set[Path]] = []
+
+    def spy(fd: int) -> None:
+        flushed.add(os.fstat(fd).st_ino)
+        fsync(fd)
+
+    def check(self: Path, target: Path) -> Path:
+        appeared.append({path for path in (self, *self.rglob("*")) if path.stat().st_ino not in flushed})
+        assert not (self / MARKER).exists()
+        flushed.discard(self.parent.stat().st_ino)
+        return rename(self, target)
+
+    monkeypatch.setattr(files.os, "fsync", spy)
+    monkeypatch.setattr(Path, "rename", check)
+    save(tmp_path / "out")
+    assert appeared == [set()]
+    assert tmp_path.stat().st_ino in flushed  # and the name itself after that
+
+
+def test_short_writes_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_open = Path.open
+
+    class Short:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __enter__(self) -> Short:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+        def write(self, view: memoryview) -> int:
+            return int(self.file.write(view[:7]))
+
+        def fileno(self) -> int:
+            return int(self.file.fileno())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda self, *a, **k: Short(real_open(self, *a, **k)))
+        save(tmp_path / "out")
+    found = listing(tmp_path / "out")
+    assert {name: found[name] for name in EXPECTED} == EXPECTED
+
+
+def test_not_enough_space_is_known_before_writing(tmp_path: Path) -> None:
+    started = []
+    content = Pieces([b""], 1 << 60, started.append)
+    with pytest.raises(OutputError, match=f"not enough disk space: expected {1 << 60} bytes free, found"):
+        save(tmp_path / "new" / "out", [("a", content)])
+    assert not started
+    assert os.listdir(tmp_path) == []
+
+
+# --- --force
+
+
+def test_force_replaces_the_whole_folder(tmp_path: Path) -> None:
+    save(tmp_path / "out")
+    save(tmp_path / "out", [("only", b"this")], force=True)
+    assert set(listing(tmp_path)) == {"out/only", f"out/{MANIFEST}"}
+    check_folder(tmp_path / "out", "checkpoint", hashes=True)
+
+
+@pytest.mark.parametrize("exchange", ["in one step", "not known here", "not on this file system"])
+def test_force_where_names_cannot_be_exchanged(exchange: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Libc:
+        def renameat2(self, *_: object) -> int:
+            ctypes.set_errno(errno.EINVAL)
+            return -1
+
+    save(tmp_path / "out")
+    if exchange != "in one step":
+        libc = Libc() if exchange == "not on this file system" else object()
+        monkeypatch.setattr(files.ctypes, "CDLL", lambda *a, **k: libc)
+    save(tmp_path / "out", [("only", b"this")], force=True)
+    assert set(listing(tmp_path)) == {"out/only", f"out/{MANIFEST}"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_force_without_exchange_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "out")
+    before = listing(tmp_path)
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *a, **k: object())
+    rename = Path.rename
+
+    def second_fails(self: Path, target: Path) -> Path:
+        if target == tmp_path / "out" and not self.name.endswith("-replaced"):
+            raise no_space()
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", second_fails)
+    with pytest.raises(OutputError, match="cannot be written"):
+        save(tmp_path / "out", [("only", b"this")], force=True)
+    assert listing(tmp_path) == before
+
+
+def test_two_runs_for_one_output_the_second_loses(tmp_path: Path) -> None:
+    """Both saw no output when they began; without --force the first to finish stays."""
+    output = tmp_path / "out"
+
+    def overtake(index: int) -> None:
+        save(output, [("first", b"1")])
+
+    with pytest.raises(OutputError, match="cannot be written"):
+        save(output, [("second", Pieces([b"2"], 1, overtake))])
+    assert set(listing(tmp_path)) == {"out/first", f"out/{MANIFEST}"}
+
+
+# --- leftovers of dead runs
+
+
+def leftover(parent: Path, name: str, *, marker: bool = True, manifest: bool = False) -> Path:
+    folder = parent / name
+    (folder / "weights").mkdir(parents=True)
+    (folder / "weights" / "a.bin").write_bytes(b"half")
+    if marker:
+        (folder / MARKER).touch()
+    if manifest:
+        (folder / MANIFEST).write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["out", "out[1]", "out*", "a**b", "öut"])
+def test_leftovers_of_dead_runs_are_removed(name: str, tmp_path: Path) -> None:
+    leftover(tmp_path, f".{name}.partial-1")
+    leftover(tmp_path, f".{name}.partial-2", marker=False)
+    leftover(tmp_path, f".{name}.partial-3", marker=False, manifest=True)
+    (tmp_path / f".{name}.partial-4").mkdir()
+    save(tmp_path / name)
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_folders_that_only_look_alike_stay(tmp_path: Path) -> None:
+    others = [
+        leftover(tmp_path, ".other.partial-1"),
+        leftover(tmp_path, "out.partial-1"),
+        leftover(tmp_path, ".out"),
+        leftover(tmp_path / "elsewhere", "x"),
+    ]
+    (tmp_path / ".out.partial-link").symlink_to("elsewhere/x")
+    before = listing(tmp_path)
+    save(tmp_path / "out")
+    after = listing(tmp_path)
+    assert all(folder.is_dir() for folder in others)
+    assert {name: raw for name, raw in after.items() if not name.startswith("out/")} == before
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
+    """While a run is writing, others for the same output come and go."""
+    seen: list[list[str]] = []
+
+    def others_come(index: int) -> None:
+        with contextlib.suppress(FuselageError):
+            save(tmp_path / "out", [("bad", Pieces([b""], 1 << 60))])
+        save(tmp_path / "elsewhere" / "out", [("x", b"")], force=True)
+        seen.append(sorted(os.listdir(tmp_path)))
+
+    stale = leftover(tmp_path, ".out.partial-stale")
+    save(tmp_path / "out", [("a", Pieces([b"1", b"2"], 2, others_come)), ("b", b"")])
+    assert not stale.exists()
+    assert len(seen) == 2
+    assert all(any(name.startswith(".out.partial-") for name in names) for names in seen)
+    check_folder(tmp_path / "out", "checkpoint", hashes=True)
+
+
+def test_where_folders_cannot_be_locked_saving_works_and_nothing_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(fd: int, operation: int) -> None:
+        raise OSError(errno.EBADF, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    stale = leftover(tmp_path, ".out.partial-1")
+    save(tmp_path / "out")
+    assert stale.exists()
+    check_folder(tmp_path / "out", "checkpoint", hashes=True)
+
+
+def test_a_removal_cut_short_leaves_the_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while cleaning up, a folder must not turn into one without marker and manifest."""
+    folder = leftover(tmp_path, "folder", marker=False, manifest=True)
+    states = []
+
+    def spy(path: Any, *a: Any, **k: Any) -> None:
+        states.append((folder / MARKER).exists())
+
+    monkeypatch.setattr(files.os, "unlink", spy)
+    monkeypatch.setattr(files.shutil, "rmtree", spy)
+    files._remove_folder(folder)
+    assert states == [True] * 3  # the subfolder, the manifest, and then all
+
+
+# --- checking a folder
+
+
+def alter(output: Path, name: str, raw: bytes) -> None:
+    (output / name).parent.mkdir(parents=True, exist_ok=True)
+    (output / name).write_bytes(raw)
+
+
+def swap_for_fifo(output: Path) -> None:
+    (output / "config.json").unlink()
+    os.mkfifo(output / "config.json")
+
+
+def edit_manifest(**change: Any) -> Callable[[Path], None]:
+    def edit(output: Path) -> None:
+        text = json.loads((output / MANIFEST).read_text())
+        (output / MANIFEST).write_text(json.dumps(text | change))
+
+    return edit
+
+
+HASH = hashlib.sha256(b"{}").hexdigest()
+TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "byte changed": (lambda output: alter(output, "weights/a.bin", b"abcdeX"), "weights/a.bin: file was altered.*SHA"),
+    "longer": (lambda output: alter(output, "weights/a.bin", b"abcdefg"), "a.bin: .*expected 6 bytes, found 7"),
+    "shorter": (lambda output: alter(output, "config.json", b""), "config.json: file was altered"),
+    "missing": (lambda output: (output / "weights/a.bin").unlink(), "weights/a.bin: file is missing"),
+    "FIFO instead": (swap_for_fifo, "config.json: file is missing"),
+    "extra": (lambda output: alter(output, "extra.bin", b""), "extra.bin: file is not in the manifest"),
+    "extra below": (lambda output: alter(output, "weights/c.bin", b""), "weights/c.bin: file is not in the manifest"),
+    "marker": (lambda output: alter(output, MARKER, b""), "folder is incomplete.*Remove it"),
+    "no manifest": (lambda output: (output / MANIFEST).unlink(), "not a folder of kind 'checkpoint'"),
+    "another kind": (edit_manifest(kind="engine"), "another kind: expected checkpoint, found engine"),
+    "another version": (edit_manifest(manifest_schema=2), "another version: expected 1, found 2"),
+    "unknown key": (edit_manifest(surprise=1), "malformed manifest.*surprise"),
+    "files not a table": (edit_manifest(files=[1]), "malformed manifest.*files"),
+    "path out of it": (edit_manifest(files={"../x": {"bytes": 0, "sha256": ""}}), r"path leaves the folder.*\.\./x"),
+    "absolute path": (edit_manifest(files={"/etc/passwd": {"bytes": 1, "sha256": ""}}), "path leaves the folder"),
+    "name too long": (edit_manifest(files={"x" * 5000: {"bytes": 1, "sha256": ""}}), "file is missing"),
+    "manifest not JSON": (lambda output: alter(output, MANIFEST, b"{"), "not valid JSON"),
+    "manifest is a list": (lambda output: alter(output, MANIFEST, b"[]"), "malformed manifest"),
+    "manifest is a folder": (
+        lambda output: ((output / MANIFEST).unlink(), (output / MANIFEST).mkdir()),
+        "not a regular file",
+    ),
+    "hash of another file": (
+        edit_manifest(files={"config.json": {"bytes": 2, "sha256": "0" * 64}}),
+        f"config.json: file was altered: expected SHA-256 {'0' * 64}, found {HASH}",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_tampering_is_found(case: str, tmp_path: Path) -> None:
+    tamper, message = TAMPERED[case]
+    save(tmp_path / "out")
+    check_folder(tmp_path / "out", "checkpoint", hashes=True)
+    tamper(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=message):
+        check_folder(tmp_path / "out", "checkpoint", hashes=True)
+
+
+def test_what_file_systems_leave_is_ignored(tmp_path: Path) -> None:
+    save(tmp_path / "out")
+    (tmp_path / "out" / ".DS_Store").write_bytes(b"")
+    check_folder(tmp_path / "out", "checkpoint", hashes=True)
+
+
+def test_no_folder_at_all(tmp_path: Path) -> None:
+    for path in (tmp_path / "none", tmp_path / ("x" * 300)):
+        with pytest.raises(CheckpointError, match="no such folder"):
+            check_folder(path, "checkpoint", hashes=False)
+    assert read_manifest(tmp_path) is None
+
+
+# --- single files
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "results.json"
+    save_file(path, b"one")
+    with pytest.raises(OutputError, match="output exists"):
+        save_file(path, b"two")
+    save_file(path, b"three", force=True)
+    assert path.read_bytes() == b"three"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputError, match="output exists"):
+        save_file(tmp_path / "folder", b"", force=True)
+    with pytest.raises(OutputError, match="cannot be written"):
+        save_file(path / "below", b"")
+
+    def full(fd: int) -> None:
+        raise no_space()
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OutputError, match="No space left"):
+        save_file(path, b"four", force=True)
+    assert path.read_bytes() == b"three"
+    assert os.listdir(path.parent) == ["results.json"]
