@@ -19,10 +19,11 @@ FLOORS: list[tuple[str, list[str], str]] = [
     ("saving", ["exporter.writers.files"], "none"),
     ("networks", ["exporter.network"], "none"),
     ("names", ["exporter.architectures.*", "exporter.architectures"], "all"),
-    ("reading", ["exporter.read", "exporter.plan", "exporter.reference"], "none"),
+    ("reading", ["exporter.read", "exporter.plan", "exporter.reference", "exporter.text"], "none"),
     ("finding", ["exporter.passes.find_blocks"], "none"),
     ("work", ["exporter.passes.*", "exporter.passes"], "none"),
     ("writing", ["exporter.writers.*", "exporter.writers"], "kin"),
+    ("study", ["exporter.analysis.*", "exporter.analysis"], "none"),
     ("order", ["exporter.recipe", "exporter.pipeline", "exporter.summary"], "none"),
     ("run", ["engines.base", "engines.machine"], "none"),
     ("runtimes", ["engines.onnxruntime", "engines.generate"], "none"),
@@ -34,7 +35,11 @@ FLOORS: list[tuple[str, list[str], str]] = [
 ]
 
 # Only these may import a runtime or a big framework at module level; everyone else does it inside functions.
-HEAVY = {"torch": ["exporter.reference"], "onnx_ir": ["exporter.writers.onnx*"], "onnx": ["exporter.writers.onnx*"]}
+HEAVY = {
+    "torch": ["exporter.reference", "exporter.analysis.*"],
+    "onnx_ir": ["exporter.writers.onnx*"],
+    "onnx": ["exporter.writers.onnx*"],
+}
 HEAVY |= {name: [] for name in ("onnxruntime", "tensorrt", "tensorrt_llm", "transformers", "matplotlib", "triton")}
 
 

@@ -48,9 +48,14 @@ def saved_model(folder: Path, family: str, changes: dict) -> transformers.PreTra
     config = getattr(transformers, f"{family}Config")(
         hidden_size=64,
         intermediate_size=160,
-        num_hidden_layers=3,
         num_attention_heads=4,
-        **{"num_key_value_heads": 2, "max_position_embeddings": 256, "vocab_size": 307, **changes},
+        **{
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "vocab_size": 307,
+            **changes,
+        },
     )
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()

@@ -1,0 +1,1 @@
+"""Measuring blocks, choosing a plan, judging a graph against another."""

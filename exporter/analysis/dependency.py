@@ -1,0 +1,394 @@
+"""Which blocks depend on which: the paper's matrix, its curves, and what the output loses with each part.
+
+With h_j = what block j adds to its input (f_j(x) - x), and h_j^(i) the same in a model without block i,
+    M[i, j] = mean over tokens of cosine_distance(h_j, h_j^(i))            (arXiv:2503.18908, section 3)
+and likewise for attention sublayers and for FFN sublayers alone. Small means independent.
+
+All of it takes one pass over the weights: every block is loaded once and applied to the hidden states of the whole
+model and to those of every model with one part removed, which are kept, in memory or in files.
+
+Shape letters: N = windows of text, S = tokens per window, D = hidden_size, n = blocks of the range.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from exporter.errors import CheckpointError, OutputError, PlanError
+from exporter.graph import ModelGraph, ParallelBlocks, members, structure, weights
+from exporter.lazy import LazyTensor
+from exporter.reference import LoadedBlock, Reference
+
+Kind = Literal["block", "attention", "ffn"]
+KINDS: tuple[Kind, ...] = ("block", "attention", "ffn")
+DEFAULT_BUDGET_BYTES = 4 << 30
+DEFAULT_BATCH = 8  # windows that go through a block at a time
+PROGRESS_FILE = "progress.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """A part that a variant of the model lacks."""
+
+    kind: Kind
+    block: int  # index in graph.blocks
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.block}"
+
+
+@dataclass(slots=True)
+class Dependency:
+    """What was measured. Distances are means over tokens; NaN where there is nothing to compare."""
+
+    source_layers: list[list[int]]  # of every block of the graph
+    first: int  # the range of blocks: [first, last], indices in graph.blocks
+    last: int
+    tokens: int
+    matrices: dict[Kind, np.ndarray]  # [n, n], row i removed, column j compared; NaN unless i < j
+    # Of every block of the range, [n]: the paper's other curves.
+    distance_of_output: np.ndarray  # cosine distance of x and f(x)
+    distance_of_contribution: np.ndarray  # cosine distance of x and h(x)
+    relative_contribution: np.ndarray  # |h| / |x|
+    # What the last hidden state (before the final norm) loses without a part, [n] per kind.
+    importance: dict[Kind, np.ndarray] = field(default_factory=dict)
+    kl: dict[Kind, np.ndarray] = field(default_factory=dict)  # KL(whole || without), nats per token, [n]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data; NaN becomes null."""
+        return _plain({f.name: getattr(self, f.name) for f in fields(self)})
+
+
+def dependency_from_json(data: Mapping[str, Any]) -> Dependency:
+    """The inverse of `Dependency.to_json`."""
+    plain = ("source_layers", "first", "last", "tokens")
+    return Dependency(**{name: data[name] if name in plain else _arrays(data[name]) for name in data})
+
+
+def measure_dependency(
+    graph: ModelGraph,
+    tokens: np.ndarray,
+    *,
+    blocks: tuple[int, int] | None = None,
+    kinds: Sequence[Kind] = KINDS,
+    importance: bool = True,
+    kl: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    work: Path | None = None,
+    batch: int = DEFAULT_BATCH,
+    progress: Callable[[int, int], None] | None = None,
+) -> Dependency:
+    """Measure a range of blocks in one pass over the weights.
+
+    Args:
+        tokens: int64 [N, S].
+        blocks: first and last index in `graph.blocks`; None: all.
+        kinds: what is removed, one part at a time.
+        importance: carry every variant to the end of the model; without it the pass stops after the range.
+        kl: also compare logits (needs `importance`).
+        budget_bytes: hidden states beyond this go to files.
+        work: folder for those files; a measurement that was interrupted goes on from there when it is called again
+            with the same arguments. None: a temporary folder where files are needed at all.
+        batch: windows that go through a block at a time.
+        progress: called with (blocks done, blocks in all).
+
+    Raises:
+        PlanError: the range is not in the model.
+        CheckpointError: a weight is NaN or infinite; names the tensor.
+    """
+    first, last = blocks or (0, len(graph.blocks) - 1)
+    if not 0 <= first <= last < len(graph.blocks):
+        raise PlanError(
+            "the range of blocks is not in the model", expected=f"0 to {len(graph.blocks) - 1}", found=blocks
+        )
+    reference = Reference(graph, device=device, dtype=dtype)
+    removals = [Removal(kind, index) for index in range(first, last + 1) for kind in _removable(graph, index, kinds)]
+    shape = (*tokens.shape, graph.hidden_size)
+    itemsize = torch.empty((), dtype=dtype).element_size()
+    needs_files = (len(removals) + 1) * math.prod(shape) * itemsize > budget_bytes
+    stop = len(graph.blocks) if importance or kl else last + 1
+    with ExitStack() as stack:
+        folder = work
+        if folder is None and needs_files:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fuselage-analysis-")))
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        key = _key(graph, tokens, removals, dtype)
+        run = _Run(graph, reference, tokens, first, last, removals, _States(shape, dtype, folder, key), batch)
+        for index in run.remaining(stop):
+            if progress is not None:
+                progress(index, stop)
+            run.block(index)
+        if progress is not None:
+            progress(stop, stop)
+        result = run.result(importance=importance, kl=kl)
+    if work is not None:
+        shutil.rmtree(work)
+    return result
+
+
+def _key(graph: ModelGraph, tokens: np.ndarray, removals: Sequence[Removal], dtype: torch.dtype) -> str:
+    """What hidden states belong to; weights are not read for it, so it is the caller's to keep one folder per model."""
+    described = [structure(graph), hashlib.sha256(tokens.tobytes()).hexdigest(), str(dtype), [r.name for r in removals]]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
+def _removable(graph: ModelGraph, index: int, kinds: Sequence[Kind]) -> list[Kind]:
+    entry = graph.blocks[index]
+    has = {
+        "block": not entry.is_empty,
+        "attention": any(block.attention is not None for block in members(entry)),
+        "ffn": any(block.ffn is not None for block in members(entry)),
+    }
+    if isinstance(entry, ParallelBlocks):
+        has["attention"] = has["ffn"] = False  # a group stands or falls as one
+    return [kind for kind in kinds if has[kind]]
+
+
+class _Run:
+    """The pass: hidden states of the whole model ("base") and of every variant, moved on block by block."""
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        reference: Reference,
+        tokens: np.ndarray,
+        first: int,
+        last: int,
+        removals: Sequence[Removal],
+        states: _States,
+        batch: int,
+    ) -> None:
+        self._graph, self._reference, self._states = graph, reference, states
+        self._first, self._last, self._removals = first, last, removals
+        self._tokens = torch.from_numpy(tokens)
+        self._slices = [slice(start, start + batch) for start in range(0, len(tokens), batch)]
+        self._span = reference.span((1, tokens.shape[1]), None)
+        count = last - first + 1
+        # Sums over tokens; JSON data, because that is how an interrupted run finds them again.
+        self._sums: dict[str, Any] = {
+            "matrices": {kind: np.full((count, count), math.nan).tolist() for kind in KINDS},
+            "curves": np.full((3, count), math.nan).tolist(),
+        }
+
+    def remaining(self, stop: int) -> range:
+        saved = self._states.progress()
+        if saved is None:
+            for part in self._slices:
+                embedded = next(iter(self._reference.residuals(self._tokens[part], None)))
+                self._states.write("base", part, embedded)
+            self._states.commit(0, self._sums)
+            return range(stop)
+        self._sums = saved["sums"]
+        return range(saved["next_block"], stop)
+
+    @torch.inference_mode()
+    def block(self, index: int) -> None:
+        block = self._reference.block(index)
+        in_range = self._first <= index <= self._last
+        older = [removal for removal in self._removals if removal.block < index]
+        fresh = [removal for removal in self._removals if removal.block == index]
+        distances = dict.fromkeys(older, 0.0)
+        curves = np.zeros(3)
+        for part in self._slices:
+            x = self._states.read("base", part, self._reference.device)
+            attention, ffn = block.contributions(x, self._span)
+            y = x + attention + ffn
+            _check_finite(y, self._graph, index)
+            if in_range:
+                curves += _curves(x, y)
+            for removal in older:
+                xv = self._states.read(removal.name, part, self._reference.device)
+                attention_v, ffn_v = block.contributions(xv, self._span)
+                if in_range:
+                    pairs = {
+                        "block": (attention + ffn, attention_v + ffn_v),
+                        "attention": (attention, attention_v),
+                        "ffn": (ffn, ffn_v),
+                    }
+                    distances[removal] += _summed_distance(*pairs[removal.kind])
+                self._states.write(removal.name, part, xv + attention_v + ffn_v)
+            for removal in fresh:
+                self._states.write(removal.name, part, _without(block, removal.kind, x, attention, self._span))
+            self._states.write("base", part, y)
+        if in_range:
+            column = index - self._first
+            count = self._tokens.numel()
+            for removal, distance in distances.items():
+                self._sums["matrices"][removal.kind][removal.block - self._first][column] = distance / count
+            for row in range(3):
+                self._sums["curves"][row][column] = curves[row] / count
+        self._states.commit(index + 1, self._sums)
+
+    @torch.inference_mode()
+    def result(self, *, importance: bool, kl: bool) -> Dependency:
+        count = self._last - self._first + 1
+        output, contribution, relative = (np.array(row) for row in self._sums["curves"])
+        result = Dependency(
+            source_layers=[list(entry.source_layers) for entry in self._graph.blocks],
+            first=self._first,
+            last=self._last,
+            tokens=self._tokens.numel(),
+            matrices={
+                kind: np.array(self._sums["matrices"][kind])
+                for kind in dict.fromkeys(removal.kind for removal in self._removals)
+            },
+            distance_of_output=output,
+            distance_of_contribution=contribution,
+            relative_contribution=relative,
+        )
+        for removal in self._removals if importance or kl else ():
+            column = removal.block - self._first
+            distance = divergence = 0.0
+            for part in self._slices:
+                base = self._states.read("base", part, self._reference.device)
+                variant = self._states.read(removal.name, part, self._reference.device)
+                distance += _summed_distance(base, variant)
+                if kl:
+                    divergence += summed_kl(self._reference.head(base), self._reference.head(variant))
+            tokens = self._tokens.numel()
+            result.importance.setdefault(removal.kind, np.full(count, math.nan))[column] = distance / tokens
+            if kl:
+                result.kl.setdefault(removal.kind, np.full(count, math.nan))[column] = divergence / tokens
+        return result
+
+
+def _without(block: LoadedBlock, kind: Kind, x: torch.Tensor, attention: Any, span: Any) -> torch.Tensor:
+    """The output of a block that lacks a part, given its input."""
+    if kind == "block":
+        return x
+    if kind == "ffn":
+        return x + attention
+    _, ffn = block.contributions(x, span, attention=False)
+    return x + ffn
+
+
+def _curves(x: torch.Tensor, y: torch.Tensor) -> np.ndarray:
+    """Sums over tokens of distance(x, f(x)), distance(x, h(x)) and |h| / |x|."""
+    h = y - x
+    relative = (h.norm(dim=-1) / x.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)).double().sum().item()
+    return np.array([_summed_distance(x, y), _summed_distance(x, h), relative])
+
+
+def _summed_distance(a: torch.Tensor | float, b: torch.Tensor | float) -> float:
+    """Sum over tokens of 1 - cos(a, b), in float64; NaN where either side is not there."""
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return math.nan
+    return (1 - F.cosine_similarity(a.double(), b.double(), dim=-1)).sum().item()
+
+
+def summed_kl(reference: torch.Tensor, other: torch.Tensor) -> float:
+    """Sum over tokens of KL(softmax(reference) || softmax(other)) in nats; logits [..., V]."""
+    log_p = F.log_softmax(reference.float(), dim=-1)
+    log_q = F.log_softmax(other.float(), dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).double().sum().item()
+
+
+def _check_finite(y: torch.Tensor, graph: ModelGraph, index: int) -> None:
+    """Raise CheckpointError if a block's output is not finite; names the weight to blame if it is one."""
+    if torch.isfinite(y).all():
+        return
+    for tensor in weights(graph.blocks[index]):
+        for source, name in _named_sources(tensor):
+            if not all(np.isfinite(chunk.astype(np.float32)).all() for chunk in source.chunks()):
+                raise CheckpointError("weight is NaN or infinite", tensor=name, block=index)
+    raise CheckpointError("the output of this block is NaN or infinite, and its weights are not", block=index)
+
+
+def _named_sources(tensor: LazyTensor) -> Iterator[tuple[LazyTensor, str | None]]:
+    sources = getattr(tensor, "sources", None)
+    if sources is None:
+        yield tensor, getattr(tensor, "name", None)
+        return
+    for source in sources:
+        yield from _named_sources(source)
+
+
+class _States:
+    """Hidden states [N, S, D] by name: in memory, or in two files each, of which one is complete at any time.
+
+    With files, what `write` gives for block k is read only after `commit(k + 1)`; a run that is killed in between
+    reads the file of the commit before.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None, key: str) -> None:
+        self._shape, self._dtype, self._key = shape, dtype, key
+        self._memory: dict[str, torch.Tensor] = {}
+        self._folder = folder  # None: in memory
+        self._commits = 0
+
+    def progress(self) -> dict[str, Any] | None:
+        """What the last commit of an interrupted run said, None if there was none."""
+        if self._folder is None or not (self._folder / PROGRESS_FILE).exists():
+            return None
+        saved = json.loads((self._folder / PROGRESS_FILE).read_text())
+        if saved["key"] != self._key:
+            raise OutputError(
+                "the folder holds hidden states of another measurement", file=self._folder, hint="give another folder"
+            )
+        self._commits = saved["commits"]
+        return saved
+
+    def read(self, name: str, part: slice, device: torch.device) -> torch.Tensor:
+        if self._folder is None:
+            return self._memory[name][part].to(device)
+        return torch.from_numpy(np.array(self._mapped(name, self._commits, "r")[part])).to(device, self._dtype)
+
+    def write(self, name: str, part: slice, values: torch.Tensor) -> None:
+        if self._folder is None:
+            if name not in self._memory:
+                self._memory[name] = torch.empty(self._shape, dtype=self._dtype)
+            self._memory[name][part] = values.cpu()
+            return
+        self._mapped(name, self._commits + 1, "r+")[part] = values.float().cpu().numpy()
+
+    def commit(self, next_block: int, sums: Mapping[str, Any]) -> None:
+        self._commits += 1
+        if self._folder is None:
+            return
+        path = self._folder / PROGRESS_FILE
+        temporary = path.with_suffix(".new")
+        temporary.write_text(
+            json.dumps({"key": self._key, "next_block": next_block, "commits": self._commits, "sums": sums})
+        )
+        os.replace(temporary, path)
+
+    def _mapped(self, name: str, commit: int, mode: Literal["r", "r+"]) -> np.memmap:
+        if self._folder is None:
+            raise AssertionError("Bug: hidden states in memory have no files")
+        path = self._folder / f"{name}.{commit % 2}.float32"
+        if mode == "r+" and not path.exists():
+            with path.open("wb") as file:
+                file.truncate(4 * math.prod(self._shape))
+        return np.memmap(path, np.float32, mode, shape=self._shape)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _arrays(value: Any) -> Any:
+    return {k: _arrays(v) for k, v in value.items()} if isinstance(value, dict) else np.array(value, dtype=np.float64)
