@@ -1,0 +1,156 @@
+"""Judging a graph against another on text: perplexity, KL divergence, top-1 agreement.
+
+Both models go through the text block by block, so memory holds one block and the hidden states, never a model.
+
+Shape letters: N = windows, S = tokens per window, D = hidden_size, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from exporter.errors import GraphError
+from exporter.graph import ModelGraph
+from exporter.reference import Reference
+
+DEFAULT_BATCH = 8  # windows that go through a block at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Means over all tokens, and over the windows at every position.
+
+    The token at position p is predicted from the tokens before it, so perplexity and `nll` know S - 1 predictions
+    per window; KL and agreement compare the distributions at all S positions.
+    """
+
+    tokens: int  # predicted ones
+    perplexity: float
+    nll: np.ndarray  # [S - 1] nats: of the token at position p + 1
+    reference_perplexity: float | None = None
+    kl_divergence: float | None = None  # KL(reference || model), nats per token
+    top1_agreement: float | None = None  # how often both find the same token most likely
+    kl: np.ndarray | None = None  # [S]
+    agreement: np.ndarray | None = None  # [S]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {name: _plain(getattr(self, name)) for name in self.__slots__}
+
+
+def evaluate(
+    graph: ModelGraph,
+    tokens: np.ndarray,
+    *,
+    reference: ModelGraph | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch: int = DEFAULT_BATCH,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Evaluate a graph, alone or against a reference, on tokens int64 [N, S].
+
+    Raises:
+        GraphError: the two have different vocabularies, or a window has a single token.
+    """
+    if tokens.shape[1] < 2:
+        raise GraphError("a window needs at least two tokens, one to predict the other", found=tokens.shape[1])
+    if reference is not None and reference.vocab_size != graph.vocab_size:
+        raise GraphError(
+            "models with different vocabularies cannot be compared",
+            expected=reference.vocab_size,
+            found=graph.vocab_size,
+        )
+    models = [Reference(g, device=device, dtype=dtype) for g in (graph, reference) if g is not None]
+    total = sum(len(model.graph.blocks) for model in models)
+    steps = itertools.count(1)
+
+    def block_done() -> None:
+        done = next(steps)
+        if progress is not None:
+            progress(done, total)
+
+    hidden = [_last_hidden(model, tokens, batch, block_done) for model in models]
+    sums = _Sums(tokens.shape[1], compared=reference is not None)
+    for start in range(0, len(tokens), batch):
+        part = slice(start, start + batch)
+        targets = torch.from_numpy(tokens[part, 1:]).to(device)
+        with torch.inference_mode():
+            sums.add(
+                targets, *(model.head(states[part].to(device)) for model, states in zip(models, hidden, strict=True))
+            )
+    return sums.evaluation(len(tokens))
+
+
+@torch.inference_mode()
+def _last_hidden(model: Reference, tokens: np.ndarray, batch: int, block_done: Callable[[], None]) -> torch.Tensor:
+    """Hidden states after the last block, [N, S, D], with one pass over the weights."""
+    ids = torch.from_numpy(tokens)
+    parts = [slice(start, start + batch) for start in range(0, len(tokens), batch)]
+    states = torch.empty((*tokens.shape, model.graph.hidden_size), dtype=model.dtype)
+    for part in parts:
+        states[part] = next(iter(model.residuals(ids[part], None))).cpu()
+    span = model.span((1, tokens.shape[1]), None)
+    for index in range(len(model.graph.blocks)):
+        block = model.block(index)
+        for part in parts:
+            states[part] = block(states[part].to(model.device), span).cpu()
+        block_done()
+    return states
+
+
+class _Sums:
+    """Sums over windows at every position, in float64."""
+
+    def __init__(self, length: int, *, compared: bool) -> None:
+        self._nll = np.zeros(length - 1)
+        self._reference_nll = np.zeros(length - 1)
+        self._kl = np.zeros(length)
+        self._agreement = np.zeros(length)
+        self._compared = compared
+
+    def add(self, targets: torch.Tensor, logits: torch.Tensor, reference: torch.Tensor | None = None) -> None:
+        """Logits [n, S, V] of the model and of the reference, targets int64 [n, S - 1]."""
+        log_q = F.log_softmax(logits.float(), dim=-1)
+        self._nll += _nll(log_q, targets)
+        if reference is None:
+            return
+        log_p = F.log_softmax(reference.float(), dim=-1)
+        self._reference_nll += _nll(log_p, targets)
+        self._kl += (log_p.exp() * (log_p - log_q)).sum(-1).double().sum(0).cpu().numpy()
+        self._agreement += (log_p.argmax(-1) == log_q.argmax(-1)).double().sum(0).cpu().numpy()
+
+    def evaluation(self, windows: int) -> Evaluation:
+        nll = self._nll / windows
+        alone = Evaluation(tokens=windows * len(nll), perplexity=math.exp(nll.mean()), nll=nll)
+        if not self._compared:
+            return alone
+        kl, agreement = self._kl / windows, self._agreement / windows
+        return Evaluation(
+            tokens=alone.tokens,
+            perplexity=alone.perplexity,
+            nll=nll,
+            reference_perplexity=math.exp(self._reference_nll.mean() / windows),
+            kl_divergence=float(kl.mean()),
+            top1_agreement=float(agreement.mean()),
+            kl=kl,
+            agreement=agreement,
+        )
+
+
+def _nll(log_probabilities: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
+    """Sum over windows of -log p(target) at every position: [n, S, V], [n, S - 1] -> [S - 1]."""
+    picked = log_probabilities[:, :-1].gather(-1, targets[..., None])[..., 0]
+    return -picked.double().sum(0).cpu().numpy()
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
