@@ -36,6 +36,18 @@ norm_option = click.option(
     help="Fused FFNs: fold each layer's own norm into its weights, or use the last layer's norm (the paper).",
 )
 
+text_option = click.option(
+    "--text", required=True, type=click.Path(path_type=Path), help='Text file, or .jsonl with a "text" per line.'
+)
+
+
+def context_option(command: Callable[..., None]) -> Callable[..., None]:
+    """How much of the text, in windows of which length."""
+    command = click.option("--max-windows", type=click.IntRange(1), help="Use at most so many windows.")(command)
+    return click.option(
+        "--context", default=512, show_default=True, type=click.IntRange(2), help="Tokens per window of text."
+    )(command)
+
 
 class Commands(click.Group):
     """Turns our errors into one line and exit code 2."""
@@ -252,6 +264,63 @@ def report(
     files = report_from_results(results, baseline=baseline, title=title)
     save_folder(output, files, kind="report", details={"results": [str(path) for path in results]}, force=force)
     _done(quiet, output / "report.html")
+
+
+@main.command()
+@model_argument
+@click.option("--reference", type=click.Path(path_type=Path), help="Model to compare with, e.g. the untransformed one.")
+@plan_option
+@norm_option
+@text_option
+@context_option
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write all figures to this JSON file.")
+@force_option
+@quiet_option
+def evaluate(
+    model: Path,
+    reference: Path | None,
+    plan_path: Path | None,
+    norm: Any,
+    text: Path,
+    context: int,
+    max_windows: int | None,
+    output: Path | None,
+    force: bool,
+    quiet: bool,
+) -> None:
+    """Measure perplexity on a text; with a reference also KL divergence and top-1 agreement."""
+    from exporter.analysis.evaluate import evaluate as evaluate_graph
+    from exporter.read import open_model
+    from exporter.text import open_tokenizer, token_windows
+    from exporter.writers.files import json_bytes, refuse_existing_file, save_file
+
+    if output is not None:
+        refuse_existing_file(output, force=force)
+    checkpoint, graph = _planned(model, plan_path, norm)
+    other = None if reference is None else open_model(reference, need_weights=True).graph
+    tokenizer = open_tokenizer(checkpoint.path, graph.vocab_size)
+    tokens = token_windows(text, tokenizer, context=context, max_windows=max_windows)
+    with _step_progress(quiet) as progress:
+        found = evaluate_graph(
+            graph,
+            tokens,
+            reference=other,
+            progress=progress and (lambda done, total: progress(done, total, "blocks")),
+        )
+    click.echo(f"perplexity {found.perplexity:.4f} over {found.tokens:,} tokens in windows of {context}")
+    if found.reference_perplexity is not None:
+        click.echo(f"reference perplexity {found.reference_perplexity:.4f}")
+        click.echo(f"KL(reference || model) {found.kl_divergence:.5f} nats per token")
+        click.echo(f"top-1 agreement {100 * (found.top1_agreement or 0):.2f} %")
+    if output is not None:
+        figures = {
+            "model": str(model),
+            "reference": reference and str(reference),
+            "text": str(text),
+            "context": context,
+        }
+        save_file(output, json_bytes({**figures, **found.to_json()}), force=force)
+        _done(quiet, output)
 
 
 @main.command()

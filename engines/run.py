@@ -18,16 +18,19 @@ from engines.bench import Progress as BenchProgress
 from engines.bench import bench_engines, request_grid
 from engines.machine import cpus_for
 from engines.report import report_from_results
-from engines.results import json_from_results
+from engines.results import Accuracy, json_from_results, read_results
 from exporter.dtypes import BY_NAME
+from exporter.graph import ModelGraph
 from exporter.pipeline import Step, apply_plan, checkpoint_writing, network_writing, run_step, save, source_fingerprint
 from exporter.read import Checkpoint, open_model
-from exporter.recipe import BenchRecipe, Recipe, VariantRecipe
-from exporter.writers.files import Manifest, check_folder, save_folder
+from exporter.recipe import BenchRecipe, EvaluateRecipe, Recipe, VariantRecipe
+from exporter.safetensors_io import read_json
+from exporter.writers.files import Manifest, check_folder, json_bytes, save_folder
 from exporter.writers.onnx import options_for
 
 Notify = Callable[[str, bool], None]  # (step, whether it was made now; False: it was there already)
 RESULTS_FILE = "results.json"
+EVALUATION_FILE = "evaluation.json"
 
 
 def run_recipe(
@@ -46,6 +49,7 @@ def run_recipe(
     graphs = {variant.name: apply_plan(source.graph, variant.plan, norm=variant.norm) for variant in recipe.variants}
     source_key = source_fingerprint(recipe.model)
     engines: list[tuple[Path, Manifest]] = []
+    evaluations: dict[str, tuple[Path, Manifest]] = {}
     for variant in recipe.variants:
         folder = output / variant.name
         origin, graph, origin_key = source, graphs[variant.name], source_key
@@ -57,10 +61,17 @@ def run_recipe(
         network = _done(_network_step(recipe, variant, folder / "network", origin, graph, origin_key), tell)
         step = _engine_step(variant, folder / "engine", folder / "network", network)
         engines.append((step.folder, _done(step, tell)))
+        if recipe.evaluate is not None:
+            step = _evaluate_step(recipe.evaluate, variant, folder / "evaluation", source, graph, origin_key)
+            evaluations[variant.name] = step.folder, _done(step, tell)
     if recipe.bench is None:
         return output
-    step = _bench_step(recipe.bench, output / "results", engines, bench_progress)
-    step = _report_step(recipe, output / "report", step.folder, _done(step, tell))
+    step = _bench_step(recipe.bench, output / "benchmark", engines, bench_progress)
+    manifest = _done(step, tell)
+    if evaluations:
+        step = _results_step(output / "results", step.folder, manifest, evaluations)
+        manifest = _done(step, tell)
+    step = _report_step(recipe, output / "report", step.folder, manifest)
     _done(step, tell)
     return step.folder
 
@@ -72,7 +83,7 @@ def _done(step: Step, tell: Notify) -> Manifest:
 
 
 def _checkpoint_step(
-    variant: VariantRecipe, folder: Path, source: Checkpoint, graph: Any, source_key: Mapping[str, Any]
+    variant: VariantRecipe, folder: Path, source: Checkpoint, graph: ModelGraph, source_key: Mapping[str, Any]
 ) -> Step:
     plan = variant.plan.model_dump(mode="json")
 
@@ -85,7 +96,12 @@ def _checkpoint_step(
 
 
 def _network_step(
-    recipe: Recipe, variant: VariantRecipe, folder: Path, origin: Checkpoint, graph: Any, origin_key: Mapping[str, Any]
+    recipe: Recipe,
+    variant: VariantRecipe,
+    folder: Path,
+    origin: Checkpoint,
+    graph: ModelGraph,
+    origin_key: Mapping[str, Any],
 ) -> Step:
     wanted = recipe.network
     options = options_for({wanted.target: BY_NAME[wanted.dtype]}, max_positions=wanted.max_positions)
@@ -130,6 +146,57 @@ def _bench_step(
 
     inputs = {"engines": [manifest.fingerprint for _, manifest in engines], "bench": bench.model_dump(mode="json")}
     return Step(name="benchmark", folder=folder, kind="results", inputs=inputs, make=make)
+
+
+def _evaluate_step(
+    wanted: EvaluateRecipe,
+    variant: VariantRecipe,
+    folder: Path,
+    source: Checkpoint,
+    graph: ModelGraph,
+    origin_key: Mapping[str, Any],
+) -> Step:
+    def make(details: Mapping[str, Any]) -> None:
+        from exporter.analysis.evaluate import evaluate  # imports torch
+        from exporter.text import open_tokenizer, token_windows
+
+        tokenizer = open_tokenizer(source.path, graph.vocab_size)
+        tokens = token_windows(wanted.text, tokenizer, context=wanted.context, max_windows=wanted.max_windows)
+        reference = None if graph is source.graph else source.graph
+        found = json_bytes(evaluate(graph, tokens, reference=reference).to_json())
+        save_folder(folder, [(EVALUATION_FILE, found)], kind="evaluation", details=details, force=True)
+
+    inputs = {
+        "source": source_fingerprint(source.path),
+        "model": origin_key,
+        "plan": variant.plan.model_dump(mode="json"),
+        "norm": variant.norm,
+        "text": source_fingerprint(wanted.text),
+        "evaluate": wanted.model_dump(mode="json"),
+    }
+    return Step(name=f"{variant.name}: evaluation", folder=folder, kind="evaluation", inputs=inputs, make=make)
+
+
+def _results_step(
+    folder: Path, benchmark: Path, manifest: Manifest, evaluations: Mapping[str, tuple[Path, Manifest]]
+) -> Step:
+    """Results with each engine's accuracy, which is its variant's."""
+
+    def make(details: Mapping[str, Any]) -> None:
+        results = read_results(benchmark / RESULTS_FILE)
+        engines = []
+        for engine in results.engines:
+            found = read_json(evaluations[engine.label][0] / EVALUATION_FILE)
+            accuracy = Accuracy.model_validate({name: found[name] for name in Accuracy.model_fields})
+            engines.append(engine.model_copy(update={"accuracy": accuracy}))
+        content = json_from_results(results.model_copy(update={"engines": tuple(engines)}))
+        save_folder(folder, [(RESULTS_FILE, content)], kind="results", details=details, force=True)
+
+    inputs = {
+        "benchmark": manifest.fingerprint,
+        "evaluations": {name: evaluation.fingerprint for name, (_, evaluation) in evaluations.items()},
+    }
+    return Step(name="results", folder=folder, kind="results", inputs=inputs, make=make)
 
 
 def _report_step(recipe: Recipe, folder: Path, results: Path, manifest: Manifest) -> Step:

@@ -19,6 +19,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from exporter.errors import PlanError
 from exporter.plan import Plan, plan_from_data, read_plan, read_yaml, validation_error
 
+
+def _path(value: Any) -> Any:
+    # pydantic's strict mode does not take the text that YAML gives for a Path.
+    return Path(value) if isinstance(value, str) else value
+
+
 Count = Annotated[int, Field(gt=0, le=1 << 20)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]  # also a folder name
 
@@ -57,13 +63,22 @@ class BenchRecipe(_Table):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
+class EvaluateRecipe(_Table):
+    """How well every variant still does on a text, for the report to show beside its latency."""
+
+    text: Annotated[Path, BeforeValidator(_path)]
+    context: Annotated[int, Field(ge=2, le=1 << 20)] = 512  # tokens per window
+    max_windows: Count | None = None  # None: all of the text
+
+
 class Recipe(_Table):
     """A validated recipe with all paths resolved and all plans read."""
 
     title: str | None = None  # of the report; None: it names the variants
-    model: Annotated[Path, BeforeValidator(lambda value: Path(value) if isinstance(value, str) else value)]
+    model: Annotated[Path, BeforeValidator(_path)]
     network: NetworkRecipe = NetworkRecipe()
     variants: Annotated[list[VariantRecipe], Field(min_length=1, max_length=64)]
+    evaluate: EvaluateRecipe | None = None
     bench: BenchRecipe | None = BenchRecipe()
     baseline: Name | None = None  # of the report; None: the first variant
 
@@ -85,8 +100,10 @@ def read_recipe(path: Path) -> Recipe:
             "not a recipe", file=path, expected=f"keys {', '.join(Recipe.model_fields)}", found=str(data)[:60]
         )
     folder = path.absolute().parent
-    if isinstance(data.get("model"), str):
-        data["model"] = str(folder / data["model"])
+    evaluate = data.get("evaluate")
+    for table, key in ((data, "model"), (evaluate, "text")):
+        if isinstance(table, dict) and isinstance(table.get(key), str):
+            table[key] = str(folder / table[key])
     variants = data.get("variants")
     for variant in variants if isinstance(variants, list) else []:
         if isinstance(variant, dict) and "plan" in variant:

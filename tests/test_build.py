@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -16,6 +17,7 @@ from click.testing import CliRunner, Result
 import build
 from exporter.read import open_model
 from exporter.reference import Reference
+from tests.exporter.analysis.test_evaluate import word_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PLAN = "drop_attention: [2, 3, 4]\nfuse: [[2, 3]]\n"
@@ -46,6 +48,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    word_tokenizer(folder, 307)
+    words = np.random.default_rng(0).integers(0, 307, 200)
+    (folder.parent / "text.txt").write_text(" ".join(f"w{word}" for word in words))
     (folder.parent / "plan.yaml").write_text(PLAN)
     return folder
 
@@ -125,9 +130,23 @@ def test_an_engine_of_a_fused_model_generates_what_the_reference_does(model: Pat
     assert generated == tokens[len(prompt) :]
 
 
+def test_evaluate_prints_and_writes_the_same_figures(model: Path, plan: Path, tmp_path: Path) -> None:
+    text = ["--text", model.parent / "text.txt", "--context", 20]
+    output = tmp_path / "evaluation.json"
+    printed = done("evaluate", model, "--plan", plan, "--reference", model, *text, "-o", output).output
+    written = json.loads(output.read_text())
+    assert f"perplexity {written['perplexity']:.4f} over 190 tokens" in printed
+    assert f"top-1 agreement {100 * written['top1_agreement']:.2f} %" in printed
+    assert len(written["kl"]) == 20
+    alone = done("evaluate", model, *text).output
+    assert f"perplexity {written['reference_perplexity']:.4f}" in alone
+    assert "KL" not in alone
+
+
 RECIPE = """
 model: {model}
 network: {{max_positions: 64}}
+evaluate: {{text: {text}, context: 20}}
 variants:
   - name: baseline
   - name: fused
@@ -142,17 +161,21 @@ bench: {{input_len: [8], output_len: [4], rounds: 1, warmup: 0, threads: 1}}
 @pytest.fixture
 def recipe(model: Path, plan: Path, tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(model=model, plan=plan))
+    path.write_text(RECIPE.format(model=model, plan=plan, text=model.parent / "text.txt"))
     return path
 
 
 def test_run_makes_every_step_once_and_resumes(recipe: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     first = done("run", recipe, "-o", output).output
-    assert first.count("made  ") == 9
+    assert first.count("made  ") == 13
+    results = json.loads((output / "results" / "results.json").read_text())
+    accuracies = {engine["label"]: engine["accuracy"] for engine in results["engines"]}
+    assert accuracies["baseline"]["kl_divergence"] is None
+    assert accuracies["fused"]["kl_divergence"] > 0
     assert (output / "report" / "report.html").is_file()
     second = done("run", recipe, "-o", output).output
-    assert (second.count("made  "), second.count("kept  ")) == (0, 9)
+    assert (second.count("made  "), second.count("kept  ")) == (0, 13)
     shutil.rmtree(output / "fused" / "engine")  # as after a killed run: the steps before it are whole
     third = done("run", recipe, "-o", output).output
     assert "kept  fused: network" in third
@@ -183,6 +206,8 @@ REFUSED = {
     "grid": (["bench", "{model}", "--batch", "1,x", "-o", "{tmp}/out.json"], "list of whole numbers"),
     "results": (["report", "{plan}", "-o", "{tmp}/out"], "plan.yaml"),
     "recipe": (["run", "{plan}", "-o", "{tmp}/out"], "plan.yaml"),
+    "no_text": (["evaluate", "{model}", "--text", "{tmp}/none.txt"], "none.txt: cannot be read"),
+    "short_text": (["evaluate", "{model}", "--text", "{plan}", "--context", "500"], "shorter than the context"),
     "target": (["export", "{model}", "--to", "onnx", "--target", "abacus", "-o", "{tmp}/out"], "abacus"),
     "shard_size": (["transform", "{model}", "--shard-size", "many", "-o", "{tmp}/out"], "not a size"),
 }
