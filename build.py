@@ -110,7 +110,7 @@ def transform(
     quiet: bool,
 ) -> None:
     """Apply a plan and write a Hugging Face folder."""
-    from exporter.pipeline import checkpoint_writing, save
+    from exporter.pipeline import checkpoint_writing
 
     writing = checkpoint_writing(
         *_planned(model, plan_path, norm),
@@ -120,12 +120,7 @@ def transform(
         details={"plan": str(plan_path) if plan_path else None, "norm": norm},
         force=force,
     )
-    if dry_run:
-        _list_files(writing.plan)
-        return
-    with _byte_progress(quiet, f"writing {output}", writing.total_bytes) as progress:
-        save(writing, progress)
-    _done(quiet, output)
+    _carry_out(writing, dry_run, quiet)
 
 
 @main.command()
@@ -162,7 +157,7 @@ def export(
     quiet: bool,
 ) -> None:
     """Write a network definition."""
-    from exporter.pipeline import checkpoint_writing, network_writing, save
+    from exporter.pipeline import checkpoint_writing, network_writing
     from exporter.writers.onnx import options_for
 
     checkpoint, graph = _planned(model, plan_path, norm)
@@ -172,12 +167,7 @@ def export(
     else:
         options = options_for(_targets(targets), max_positions=max_positions, batch=batch)
         writing = network_writing(checkpoint, graph, output, options=options, details=details, force=force)
-    if dry_run:
-        _list_files(writing.plan)
-        return
-    with _byte_progress(quiet, f"writing {output}", writing.total_bytes) as progress:
-        save(writing, progress)
-    _done(quiet, output)
+    _carry_out(writing, dry_run, quiet)
 
 
 @main.command()
@@ -398,10 +388,18 @@ def _bytes(text: str) -> int:
     return int(number) * units[unit]
 
 
-def _list_files(files: dict[str, int]) -> None:
-    for name, size in files.items():
-        click.echo(f"{size:>16,}  {name}")
-    click.echo(f"{sum(files.values()):>16,}  bytes in all; nothing was written")
+def _carry_out(writing: Any, dry_run: bool, quiet: bool) -> None:
+    """Save what was prepared (an `exporter.pipeline.Writing`), or list its files."""
+    from exporter.pipeline import save
+
+    if dry_run:
+        for name, size in writing.plan.items():
+            click.echo(f"{size:>16,}  {name}")
+        click.echo(f"{writing.total_bytes:>16,}  bytes in all; nothing was written")
+        return
+    with _byte_progress(quiet, f"writing {writing.output}", writing.total_bytes) as progress:
+        save(writing, progress)
+    _done(quiet, writing.output)
 
 
 def _done(quiet: bool, what: Path) -> None:

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import psutil
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engines.base import ENGINE_FILE, ENGINE_KIND, EngineManifest, read_engine_manifest
 from exporter.dtypes import BY_NAME
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     import onnxruntime
 
 NAME = "onnxruntime"
-MIN_VERSION = (1, 24)
+MIN_VERSION = (1, 25)  # the first with a TensorScatter kernel on CPU; 1.25, 1.26, 1.27, 1.28, 1.30 and 1.32 were run
+INSTALL = "pip install 'onnxruntime>=1.25' (Python 3.11 or later)"
 DTYPES = ("float32", "float16")  # networks that the CPU kernels run
 
 CACHE_STEP = 128  # positions
@@ -58,11 +60,10 @@ class OnnxRuntime:
         try:
             import onnxruntime
         except ImportError:
-            return ["onnxruntime is not installed: pip install onnxruntime"]
+            return [f"onnxruntime is not installed: {INSTALL}"]
         version = onnxruntime.__version__
         if _version(version) < MIN_VERSION:
-            wanted = ".".join(map(str, MIN_VERSION))
-            return [f"onnxruntime {version} lacks operators of opset 24: pip install 'onnxruntime>={wanted}'"]
+            return [f"onnxruntime {version} lacks operators of opset 24: {INSTALL}"]
         return []
 
     def build(
@@ -106,10 +107,21 @@ class OnnxRuntime:
         return OnnxRuntimeRunner(manifest, _session(manifest, engine, threads))
 
 
+class EngineOptions(BaseModel):
+    """What this backend keeps in `EngineManifest.options`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: Literal["cpu"]
+    session: dict[str, str]  # session configuration: every run of an engine has the same
+    network: dict[str, Any]  # options of the network's writer
+
+
 class OnnxRuntimeRunner:
     """An opened engine; see `engines.base.Runner`. Every buffer is bound once and changed in place."""
 
     def __init__(self, manifest: EngineManifest, session: onnxruntime.InferenceSession) -> None:
+        """Take over a session whose inputs and outputs are those of `manifest`."""
         self.manifest = manifest
         self._session: onnxruntime.InferenceSession | None = session
         self._dtype = BY_NAME[manifest.dtype].numpy
@@ -190,6 +202,15 @@ class OnnxRuntimeRunner:
                 hint="prefill rows of such different lengths one by one",
             )
         capacity = fixed or -(-needed // CACHE_STEP) * CACHE_STEP
+        nbytes = self.manifest.kv_bytes_per_token * capacity * len(self._filled)
+        available = psutil.virtual_memory().available
+        if nbytes > available:
+            raise EngineError(
+                f"not enough memory for a KV cache of {len(self._filled)} x {capacity} tokens",
+                expected=f"{nbytes / 2**30:.1f} GiB",
+                found=f"{available / 2**30:.1f} GiB",
+                hint="run fewer sequences, or shorter ones",
+            )
         for slot in self.manifest.cache:
             for name in (slot.key, slot.value):
                 shape = (len(self._filled), slot.num_key_value_heads, capacity, slot.head_dim)
@@ -299,12 +320,13 @@ def _engine_manifest(
         kv_bytes_per_token=sum(slot.elements_per_position() * itemsize for slot in contract.cache),
         weight_bytes=weight_bytes,
         structure=contract.structure,
-        options={"device": "cpu", "session": _session_config(contract.structure), "network": variant.options},
+        options=EngineOptions(
+            device="cpu", session=_session_config(contract.structure), network=variant.options
+        ).model_dump(),
     )
 
 
 def _session_config(structure: Mapping[str, Any]) -> dict[str, str]:
-    """Session configuration that goes into engine.json, so that every run of an engine has the same."""
     # Packed weights are private memory beside the mapped file: worth it as long as they fit with room to spare.
     packed_bytes = 4 * int(structure["num_parameters"])
     prepack = 2 * packed_bytes <= psutil.virtual_memory().total
@@ -315,15 +337,56 @@ def _session_config(structure: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _session(manifest: EngineManifest, folder: Path, threads: int | None) -> onnxruntime.InferenceSession:
+    """Load a network and hold its inputs and outputs against the manifest."""
     import onnxruntime
 
+    path = folder / manifest.network_file
+    try:
+        ours = EngineOptions.model_validate(manifest.options)
+    except ValidationError as error:
+        raise EngineError(
+            f"malformed options in the engine manifest ({error.errors()[0]['msg']})", file=path
+        ) from error
+    if manifest.dtype not in DTYPES:
+        raise EngineError("not a dtype that runs here", file=path, expected=" or ".join(DTYPES), found=manifest.dtype)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0  # 0: one per physical core
-    for key, value in manifest.options["session"].items():
+    for key, value in ours.session.items():
         options.add_session_config_entry(key, value)
-    path = folder / manifest.network_file
     with _runtime_errors("ONNX Runtime does not load the network", path):
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    inputs, outputs = _interface(manifest)
+    for expected, found in ((inputs, session.get_inputs()), (outputs, session.get_outputs())):
+        # Sizes that are symbolic have names in the file and are None to us.
+        actual = {
+            tensor.name: (tensor.type, [size if isinstance(size, int) else None for size in tensor.shape])
+            for tensor in found
+        }
+        for name in {**expected, **actual}:
+            if expected.get(name) != actual.get(name):
+                raise EngineError(
+                    f"{name}: the network is not what its manifest says",
+                    file=path,
+                    expected=expected.get(name, "nothing of that name"),
+                    found=actual.get(name, "nothing of that name"),
+                )
+    return session
+
+
+Tensors = dict[str, tuple[str, list[int | None]]]  # name -> (ONNX type, shape)
+
+
+def _interface(manifest: EngineManifest) -> tuple[Tensors, Tensors]:
+    """The inputs and outputs of the network that a manifest describes; see `exporter.network`."""
+    batch, dtype = manifest.batch, {"float32": "tensor(float)", "float16": "tensor(float16)"}[manifest.dtype]
+    inputs: Tensors = {name: ("tensor(int64)", [batch, None]) for name in (INPUT_IDS, POSITION_IDS)}
+    inputs |= {name: ("tensor(int64)", [batch]) for name in (CACHE_WRITE, LOGITS_INDEX)}
+    outputs: Tensors = {LOGITS: ("tensor(float)", [batch, manifest.vocab_size])}
+    for slot in manifest.cache:
+        cache = dtype, [batch, slot.num_key_value_heads, manifest.capacity, slot.head_dim]
+        inputs |= {slot.key: cache, slot.value: cache}
+        outputs |= {slot.present_key: cache, slot.present_value: cache}
+    return inputs, outputs
 
 
 def _prove(manifest: EngineManifest, folder: Path) -> None:

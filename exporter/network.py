@@ -1,7 +1,7 @@
 """The I/O contract of an exported network: what a runtime has to bind, whatever format the network is in.
 
-Shape letters: B = sequences side by side, S = tokens of one call, V = vocab_size, T = cache capacity,
-Hkv = num_key_value_heads of one attention, d = head_dim. T stands for a number of positions here, never for a dtype.
+Shape letters: B = sequences side by side, S = tokens of one call, V = vocab_size, C = cache capacity,
+Hkv = num_key_value_heads of one attention, d = head_dim.
 
 One call appends S tokens to each sequence and returns the logits of one token per sequence:
 
@@ -11,12 +11,12 @@ One call appends S tokens to each sequence and returns the logits of one token p
 | `position_ids`  | int64   | [B, S]         | absolute position of every token, below `max_positions`              |
 | `cache_write`   | int64   | [B]            | first cache position written by this call: tokens the row holds      |
 | `logits_index`  | int64   | [B]            | which of the S tokens the logits are wanted of                       |
-| `past_k_i`, `past_v_i`       | network's | [B, Hkv, T, d] | the cache of KV slot i; finite everywhere (zero-filled)  |
+| `past_k_i`, `past_v_i`       | network's | [B, Hkv, C, d] | the cache of KV slot i; finite everywhere (zero-filled)  |
 | `logits`        | float32 | [B, V]         |                                                                      |
-| `present_k_i`, `present_v_i` | network's | [B, Hkv, T, d] | `past_*` with the S tokens written; the same buffer     |
+| `present_k_i`, `present_v_i` | network's | [B, Hkv, C, d] | `past_*` with the S tokens written; the same buffer     |
 
 A token at position p attends to cache positions <= p, so padding needs no mask of its own: it writes behind its row's
-last token, nothing valid looks there, and the next call writes over it. `cache_write + S <= T` is the caller's to
+last token, nothing valid looks there, and the next call writes over it. `cache_write + S <= C` is the caller's to
 check (TensorRT ignores a write beyond the cache silently).
 """
 
@@ -74,7 +74,7 @@ class NetworkVariant(_Strict):
     target: str  # the runtime whose preset it follows, e.g. "onnxruntime"
     dtype: str  # of activations and KV cache; logits are float32
     batch: Positive | None  # fixed B; None: any
-    capacity: Positive | None  # fixed T; None: any
+    capacity: Positive | None  # fixed C; None: any
     max_positions: Positive  # tokens a sequence may reach
     weight_files: tuple[FileName, ...]  # those that this network refers to
     options: dict[str, Any]  # of the writer, for people and for comparison

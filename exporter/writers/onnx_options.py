@@ -45,7 +45,7 @@ class Options:
 
 
 PRESETS: dict[str, Options] = {
-    "onnxruntime": Options(networks=(Network(target="onnxruntime", dtype=FLOAT32),)),
+    "onnxruntime": Options(networks=(Network(target="onnxruntime", dtype=FLOAT32, pack_qkv=True, pack_gate_up=True),)),
     "tensorrt": Options(networks=(Network(target="tensorrt", batch=1, capacity="max_positions"),)),
 }
 
