@@ -113,7 +113,7 @@ def transform(
     from exporter.pipeline import checkpoint_writing
 
     writing = checkpoint_writing(
-        *_planned(model, plan_path, norm),
+        *_planned(model, plan_path, norm, need_weights=not dry_run),
         output,
         readers=[reader for reader in readers.split(",") if reader],
         shard_bytes=_bytes(shard_size),
@@ -343,13 +343,13 @@ def _run(recipe_path: Path, output: Path, quiet: bool) -> None:
     _done(quiet, result / "report.html" if (result / "report.html").exists() else result)
 
 
-def _planned(model: Path, plan_path: Path | None, norm: Any) -> tuple[Any, Any]:
+def _planned(model: Path, plan_path: Path | None, norm: Any, *, need_weights: bool = True) -> tuple[Any, Any]:
     """Open a model and apply the plan, if there is one, to its graph."""
     from exporter.pipeline import apply_plan
     from exporter.plan import read_plan
     from exporter.read import open_model
 
-    checkpoint = open_model(model, need_weights=True)
+    checkpoint = open_model(model, need_weights=need_weights)
     graph = checkpoint.graph if plan_path is None else apply_plan(checkpoint.graph, read_plan(plan_path), norm=norm)
     return checkpoint, graph
 

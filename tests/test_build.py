@@ -130,6 +130,16 @@ def test_an_engine_of_a_fused_model_generates_what_the_reference_does(model: Pat
     assert generated == tokens[len(prompt) :]
 
 
+def test_a_dry_run_needs_no_weights_and_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text("fuse: [[100, 106]]\n")
+    structure = ROOT / "tests" / "data" / "nemotron-ultra-253b.structure.json"
+    arguments = ["transform", structure, "--plan", tmp_path / "plan.yaml", "-o", tmp_path / "out"]
+    last = done(*arguments, "--dry-run").output.splitlines()[-1]
+    assert last == " 506,802,537,650  bytes in all; nothing was written"
+    assert not (tmp_path / "out").exists()
+    assert "needs weights" in call(*arguments).output
+
+
 def test_evaluate_prints_and_writes_the_same_figures(model: Path, plan: Path, tmp_path: Path) -> None:
     text = ["--text", model.parent / "text.txt", "--context", 20]
     output = tmp_path / "evaluation.json"
