@@ -258,6 +258,89 @@ def report(
 
 @main.command()
 @model_argument
+@text_option
+@context_option
+@click.option("--layers", help="Source layers to measure, e.g. 66-115; all if not given.")
+@click.option("--kl", is_flag=True, help="Also rank parts by the KL divergence of the logits.")
+@click.option("--drop", default=0, type=click.IntRange(0), help="Suggest so many attentions to drop.")
+@click.option("--greedy", is_flag=True, help="Measure again after each suggested drop.")
+@click.option("--parallel", default=0, type=click.IntRange(0), help="Suggest so many groups of parallel blocks.")
+@click.option("--window", default=4, show_default=True, type=click.IntRange(2), help="Blocks of a parallel group.")
+@click.option("--max-width", type=click.IntRange(1), help="Widest fused FFN.")
+@click.option("--max-gib-per-gpu", type=click.FloatRange(min=0, min_open=True), help="Largest fused FFN per GPU.")
+@click.option("--tp", default=1, show_default=True, type=click.IntRange(1), help="Tensor-parallel size.")
+@click.option("--max-dependency", type=click.FloatRange(min=0), help="Largest dependency in a fused group.")
+@click.option("--keep-last/--fuse-last", default=True, show_default=True, help="The last FFN of a run stays alone.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--memory", default="4GB", show_default=True, help="Hidden states beyond this go to files.")
+@click.option("--resume", type=click.Path(path_type=Path), help="Folder for those files, to go on from when killed.")
+@output_option
+@force_option
+@quiet_option
+def analyze(
+    model: Path,
+    text: Path,
+    context: int,
+    max_windows: int | None,
+    layers: str | None,
+    kl: bool,
+    drop: int,
+    greedy: bool,
+    parallel: int,
+    window: int,
+    max_width: int | None,
+    max_gib_per_gpu: float | None,
+    tp: int,
+    max_dependency: float | None,
+    keep_last: bool,
+    device: str,
+    memory: str,
+    resume: Path | None,
+    output: Path,
+    force: bool,
+    quiet: bool,
+) -> None:
+    """Measure which blocks depend on which, and suggest a plan: dependency.json, plan.yaml, pictures."""
+    from exporter.analysis.dependency import measure_dependency
+    from exporter.analysis.plan import Constraints
+    from exporter.read import open_model
+    from exporter.suggest import Wishes, analysis_files, suggest
+    from exporter.text import open_tokenizer, token_windows
+    from exporter.writers.files import refuse_existing, save_folder
+
+    refuse_existing(output, force=force)
+    constraints = Constraints(
+        max_width=max_width,
+        max_bytes_per_gpu=None if max_gib_per_gpu is None else int(max_gib_per_gpu * 2**30),
+        tp_size=tp,
+        max_dependency=max_dependency,
+        keep_last=keep_last,
+    )
+    wishes = Wishes(drop=drop, greedy=greedy, parallel=parallel, window=window, constraints=constraints)
+    checkpoint = open_model(model, need_weights=True)
+    tokenizer = open_tokenizer(checkpoint.path, checkpoint.graph.vocab_size)
+    tokens = token_windows(text, tokenizer, context=context, max_windows=max_windows)
+    with _step_progress(quiet) as progress:
+        dependency = measure_dependency(
+            checkpoint.graph,
+            tokens,
+            blocks=None if layers is None else _block_range(checkpoint.graph, layers),
+            kl=kl,
+            device=device,
+            budget_bytes=_bytes(memory, "--memory"),
+            work=resume,
+            progress=progress and (lambda done, total: progress(done, total, "blocks")),
+        )
+        suggestion = suggest(checkpoint.graph, dependency, wishes, tokens=tokens, progress=progress)
+    source = f"measured on {dependency.tokens:,} tokens of {text.name}, model {model.name}"
+    files = analysis_files(checkpoint.graph, dependency, suggestion, constraints=constraints, source=source)
+    details = {"model": str(model), "text": str(text), "context": context}
+    save_folder(output, files, kind="analysis", details=details, force=force)
+    _done(quiet, output)
+
+
+@main.command()
+@model_argument
 @click.option("--reference", type=click.Path(path_type=Path), help="Model to compare with, e.g. the untransformed one.")
 @plan_option
 @norm_option
@@ -379,12 +462,23 @@ def _numbers(text: str, option: str, least: int = 1) -> list[int]:
     return numbers
 
 
-def _bytes(text: str) -> int:
+def _block_range(graph: Any, layers: str) -> tuple[int, int]:
+    """Parse "66-115", source layers, into the first and last index of the blocks that hold them."""
+    from exporter.passes.find_blocks import blocks_of_range
+
+    first, _, last = layers.partition("-")
+    if not first.isdecimal() or not last.isdecimal():
+        raise click.BadParameter(f"{layers!r} is not a range like 66-115", param_hint="--layers")
+    blocks = blocks_of_range(graph, (int(first), int(last)))
+    return blocks.start, blocks.stop - 1
+
+
+def _bytes(text: str, option: str = "--shard-size") -> int:
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     number = text.rstrip("BKMGTbkmgt")
     unit = text[len(number) :].upper()
     if not number.isdecimal() or int(number) < 1 or unit not in units:
-        raise click.BadParameter(f"{text!r} is not a size like 500MB or 5GB", param_hint="--shard-size")
+        raise click.BadParameter(f"{text!r} is not a size like 500MB or 5GB", param_hint=option)
     return int(number) * units[unit]
 
 

@@ -15,6 +15,7 @@ import transformers
 from click.testing import CliRunner, Result
 
 import build
+from exporter.plan import read_plan
 from exporter.read import open_model
 from exporter.reference import Reference
 from tests.exporter.analysis.test_evaluate import word_tokenizer
@@ -153,6 +154,24 @@ def test_evaluate_prints_and_writes_the_same_figures(model: Path, plan: Path, tm
     assert "KL" not in alone
 
 
+def test_analyze_suggests_a_plan_that_transform_takes(model: Path, tmp_path: Path) -> None:
+    text = ["--text", model.parent / "text.txt", "--context", 20]
+    done("analyze", model, *text, "--drop", 3, "--greedy", "--kl", "--parallel", 1, "--window", 2, "-o", tmp_path / "a")
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    pictures = {"dependency_block.png", "dependency_attention.png", "dependency_ffn.png", "importance.png"}
+    assert names >= {"dependency.json", "plan.yaml", *pictures}
+    plan = read_plan(tmp_path / "a" / "plan.yaml")
+    assert len(plan.dropped_layers) == 3
+    assert len(plan.parallel) == 1
+    done("export", model, "--to", "onnx", "--plan", tmp_path / "a" / "plan.yaml", "-o", tmp_path / "network")
+
+
+def test_analyze_of_a_range(model: Path, tmp_path: Path) -> None:
+    text = ["--text", model.parent / "text.txt", "--context", 20]
+    done("analyze", model, *text, "--layers", "2-4", "-o", tmp_path / "a")
+    assert len(json.loads((tmp_path / "a" / "dependency.json").read_text())["matrices"]["block"]) == 3
+
+
 RECIPE = """
 model: {model}
 network: {{max_positions: 64}}
@@ -216,6 +235,11 @@ REFUSED = {
     "grid": (["bench", "{model}", "--batch", "1,x", "-o", "{tmp}/out.json"], "list of whole numbers"),
     "results": (["report", "{plan}", "-o", "{tmp}/out"], "plan.yaml"),
     "recipe": (["run", "{plan}", "-o", "{tmp}/out"], "plan.yaml"),
+    "layers": (
+        ["analyze", "{model}", "--text", "{plan}", "--layers", "2-9", "--context", "2", "-o", "{tmp}/out"],
+        "layer 9",
+    ),
+    "drops": (["analyze", "{model}", "--text", "{plan}", "--drop", "9", "--context", "2", "-o", "{tmp}/out"], "fewer"),
     "no_text": (["evaluate", "{model}", "--text", "{tmp}/none.txt"], "none.txt: cannot be read"),
     "short_text": (["evaluate", "{model}", "--text", "{plan}", "--context", "500"], "shorter than the context"),
     "target": (["export", "{model}", "--to", "onnx", "--target", "abacus", "-o", "{tmp}/out"], "abacus"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -66,7 +66,7 @@ def heat_map(
     return _png(figure)
 
 
-def importance_bars(importance: Mapping[str, np.ndarray], labels: Sequence[str], *, what: str) -> bytes:
+def importance_bars(importance: Mapping[Any, np.ndarray], labels: Sequence[str], *, what: str) -> bytes:
     """Draw how much the output changes without each part as PNG, one panel per kind.
 
     Args:

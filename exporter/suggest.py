@@ -1,0 +1,153 @@
+"""From a measured model to a suggested plan, and the files that `analyze` writes: numbers, pictures, plan.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from exporter.analysis.dependency import KINDS, Dependency, measure_dependency
+from exporter.analysis.pictures import heat_map, importance_bars
+from exporter.analysis.plan import (
+    Constraints,
+    Drop,
+    Group,
+    ParallelGroup,
+    suggest_drops,
+    suggest_fusion,
+    suggest_parallel,
+)
+from exporter.analysis.plan_text import plan_text, suggested_plan
+from exporter.errors import PlanError
+from exporter.graph import ModelGraph, members
+from exporter.passes.drop_attention import drop_attention
+from exporter.plan import Plan
+from exporter.writers.files import json_bytes
+
+DEPENDENCY_FILE = "dependency.json"
+PLAN_FILE = "plan.yaml"
+TITLES = {"block": "blocks", "attention": "attention sublayers", "ffn": "FFN sublayers"}
+
+Progress = Callable[[int, int, str], None]  # (steps done, steps in all, what comes next)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What a suggested plan should do."""
+
+    drop: int = 0  # attentions
+    greedy: bool = False  # measure again after each drop, one pass over the weights each
+    parallel: int = 0  # groups of full blocks
+    window: int = 4  # blocks of such a group
+    constraints: Constraints = field(default_factory=Constraints)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suggestion:
+    """A plan in pieces, each with its reason."""
+
+    drops: Sequence[Drop]
+    fuse: Sequence[Group]
+    parallel: Sequence[ParallelGroup]
+
+    @property
+    def plan(self) -> Plan:
+        return suggested_plan(drops=self.drops, fuse=self.fuse, parallel=self.parallel)
+
+
+def suggest(
+    graph: ModelGraph,
+    dependency: Dependency,
+    wishes: Wishes,
+    *,
+    tokens: np.ndarray | None = None,
+    progress: Progress | None = None,
+) -> Suggestion:
+    """Suggest a plan for a measured graph.
+
+    Args:
+        dependency: of the whole graph, all kinds.
+        tokens: int64 [N, S], needed for greedy drops.
+
+    Raises:
+        PlanError: more drops than attentions, or limits that no model could meet.
+    """
+    if wishes.greedy:
+        if tokens is None:
+            raise AssertionError("Bug: greedy drops are measured, and there is nothing to measure them on")
+        drops = greedy_drops(graph, tokens, wishes.drop, progress=progress)
+    else:
+        drops = suggest_drops(graph, dependency, count=wishes.drop) if wishes.drop else []
+    if len(drops) < wishes.drop:
+        raise PlanError("the model has fewer attentions to drop", expected=f"at most {len(drops)}", found=wishes.drop)
+    dropped = drop_attention(graph, [drop.layer for drop in drops]) if drops else graph
+    parallel = (
+        suggest_parallel(dropped, dependency, window=wishes.window, count=wishes.parallel) if wishes.parallel else []
+    )
+    return Suggestion(drops=drops, fuse=suggest_fusion(dropped, dependency, wishes.constraints), parallel=parallel)
+
+
+def greedy_drops(graph: ModelGraph, tokens: np.ndarray, count: int, *, progress: Progress | None = None) -> list[Drop]:
+    """Take the least important attention, measure what is left again, and so on: one pass over the weights each."""
+    drops: list[Drop] = []
+    for step in range(count):
+        if progress is not None:
+            progress(step, count, "greedy drops")
+        measured = measure_dependency(graph, tokens, kinds=("attention",))
+        best = suggest_drops(graph, measured, count=1)
+        if not best:
+            break
+        drops += best
+        graph = drop_attention(graph, [best[0].layer])
+    return drops
+
+
+def analysis_files(
+    graph: ModelGraph, dependency: Dependency, suggestion: Suggestion, *, constraints: Constraints, source: str
+) -> Iterator[tuple[str, bytes]]:
+    """Yield the files of an analysis: dependency.json, plan.yaml and PNG pictures.
+
+    Args:
+        source: where the numbers come from, one line.
+    """
+    text = plan_text(
+        constraints=constraints,
+        source=source,
+        drops=suggestion.drops,
+        fuse=suggestion.fuse,
+        parallel=suggestion.parallel,
+    )
+    yield PLAN_FILE, text.encode()
+    yield DEPENDENCY_FILE, json_bytes(dependency.to_json())
+    measured = range(dependency.first, dependency.last + 1)
+    labels = [_label(dependency.source_layers[index]) for index in measured]
+    dropped = {drop.layer for drop in suggestion.drops}
+    bare = [
+        position
+        for position, index in enumerate(measured)
+        if dropped & set(dependency.source_layers[index])
+        or all(block.attention is None for block in members(graph.blocks[index]))
+    ]
+    position_of = {
+        layer: position for position, index in enumerate(measured) for layer in dependency.source_layers[index]
+    }
+    groups = [
+        (position_of[group.layers[0]], position_of[group.layers[1]])
+        for group in suggestion.fuse
+        if set(group.layers) <= set(position_of)
+    ]
+    for kind in KINDS:
+        if kind in dependency.matrices:
+            title = f"Dependency of {TITLES[kind]}, {dependency.tokens:,} tokens"
+            picture = heat_map(dependency.matrices[kind], labels, title=title, hatched=bare, groups=groups)
+            yield f"dependency_{kind}.png", picture
+    if dependency.importance:
+        what = "cosine distance of the last hidden state"
+        yield "importance.png", importance_bars(dependency.importance, labels, what=what)
+    if dependency.kl:
+        yield "importance_kl.png", importance_bars(dependency.kl, labels, what="KL divergence, nats per token")
+
+
+def _label(layers: Sequence[int]) -> str:
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
