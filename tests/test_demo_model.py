@@ -1,0 +1,75 @@
+"""The bundled demo model is the one its folder says, and its training script runs and repeats itself."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+DEMO = Path(__file__).parents[1] / "demo"
+MODEL = DEMO / "model"
+
+
+@torch.inference_mode()
+def perplexity(model, tokens: torch.Tensor, length: int) -> float:
+    """Predict every token of each window of `length`, except the window's first."""
+    logits = model(input_ids=tokens.view(-1, length)).logits[:, :-1]
+    targets = tokens.view(-1, length)[:, 1:]
+    return math.exp(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+
+
+def test_heldout_perplexity_is_the_recorded_one():
+    training = json.loads((MODEL / "training.json").read_text(encoding="utf-8"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    text = (MODEL / "heldout.txt").read_text(encoding="utf-8")
+    tokens = torch.tensor(tokenizer(text).input_ids[:4096])
+    trained = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    torch.manual_seed(0)
+    untrained = transformers.AutoModelForCausalLM.from_config(trained.config).float().eval()
+
+    measured = perplexity(trained, tokens, training["heldout_sequence_length"])
+
+    assert measured == pytest.approx(training["heldout_perplexity_first_4096_tokens"], rel=0.05)
+    assert perplexity(untrained, tokens[:1024], 256) > 10 * measured
+
+
+def test_tokenizer_begins_texts_and_gives_them_back():
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    text = 'The "import" statement\n   binds é, 漢字 and 🙂.'
+    tokens = tokenizer(text).input_ids
+    assert tokens[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == text
+    assert len(tokenizer) == 2048
+
+
+def test_model_folder_is_a_plain_bfloat16_llama_checkpoint():
+    config = json.loads((MODEL / "config.json").read_text(encoding="utf-8"))
+    assert {"torch_dtype", "rope_theta", "rope_scaling"} <= config.keys()
+    assert "rope_parameters" not in config
+    assert config["torch_dtype"] == "bfloat16"
+    assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) < 12e6
+
+
+def test_training_runs_and_repeats_itself(tmp_path):
+    arguments = ["--steps", "2", "--batch-tokens", "256", "--held-out-tokens", "256", "--topics-only"]
+    folders = [tmp_path / "first", tmp_path / "second"]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, DEMO / "train.py", *arguments, "-o", folder],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for folder in folders
+    ]
+    for run in runs:
+        output, _ = run.communicate()
+        assert run.returncode == 0, output
+    first, second = ((folder / "model.safetensors").read_bytes() for folder in folders)
+    assert first == second
+    assert json.loads((folders[0] / "training.json").read_text(encoding="utf-8"))["steps"] == 2
