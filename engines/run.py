@@ -22,8 +22,9 @@ from engines.results import Accuracy, json_from_results, read_results
 from exporter.dtypes import BY_NAME
 from exporter.graph import ModelGraph
 from exporter.pipeline import Step, apply_plan, checkpoint_writing, network_writing, run_step, save, source_fingerprint
+from exporter.plan import Plan, read_plan
 from exporter.read import Checkpoint, open_model
-from exporter.recipe import BenchRecipe, EvaluateRecipe, Recipe, VariantRecipe
+from exporter.recipe import AnalysisRecipe, BenchRecipe, EvaluateRecipe, Recipe, VariantRecipe
 from exporter.safetensors_io import read_json
 from exporter.writers.files import Manifest, check_folder, json_bytes, save_folder
 from exporter.writers.onnx import options_for
@@ -31,6 +32,7 @@ from exporter.writers.onnx import options_for
 Notify = Callable[[str, bool], None]  # (step, whether it was made now; False: it was there already)
 RESULTS_FILE = "results.json"
 EVALUATION_FILE = "evaluation.json"
+PLAN_FILE = "plan.yaml"
 
 
 def run_recipe(
@@ -46,23 +48,40 @@ def run_recipe(
     """
     tell = notify if notify is not None else lambda step, made: None
     source = open_model(recipe.model, need_weights=True)
-    graphs = {variant.name: apply_plan(source.graph, variant.plan, norm=variant.norm) for variant in recipe.variants}
+    plans = {variant.name: variant.plan for variant in recipe.variants if variant.plan != "auto"}
+    graphs = {
+        variant.name: apply_plan(source.graph, plans[variant.name], norm=variant.norm)
+        for variant in recipe.variants
+        if variant.name in plans
+    }
     source_key = source_fingerprint(recipe.model)
+    if recipe.analysis is not None:
+        step = _analysis_step(recipe.analysis, output / "analysis", source, source_key)
+        _done(step, tell)
+        suggested = read_plan(step.folder / PLAN_FILE)
+        for variant in recipe.variants:
+            if variant.plan == "auto":
+                plans[variant.name] = suggested
+                graphs[variant.name] = apply_plan(source.graph, suggested, norm=variant.norm)
     engines: list[tuple[Path, Manifest]] = []
     evaluations: dict[str, tuple[Path, Manifest]] = {}
     for variant in recipe.variants:
         folder = output / variant.name
         origin, graph, origin_key = source, graphs[variant.name], source_key
         if variant.checkpoint and graph is not source.graph:
-            step = _checkpoint_step(variant, folder / "checkpoint", source, graph, source_key)
+            step = _checkpoint_step(variant, plans[variant.name], folder / "checkpoint", source, graph, source_key)
             origin_key = {"manifest": _done(step, tell).fingerprint}
             origin = open_model(step.folder, need_weights=True)
             graph = origin.graph
-        network = _done(_network_step(recipe, variant, folder / "network", origin, graph, origin_key), tell)
+        network = _done(
+            _network_step(recipe, variant, plans[variant.name], folder / "network", origin, graph, origin_key), tell
+        )
         step = _engine_step(variant, folder / "engine", folder / "network", network)
         engines.append((step.folder, _done(step, tell)))
         if recipe.evaluate is not None:
-            step = _evaluate_step(recipe.evaluate, variant, folder / "evaluation", source, graph, origin_key)
+            step = _evaluate_step(
+                recipe.evaluate, variant, plans[variant.name], folder / "evaluation", source, graph, origin_key
+            )
             evaluations[variant.name] = step.folder, _done(step, tell)
     if recipe.bench is None:
         return output
@@ -82,22 +101,52 @@ def _done(step: Step, tell: Notify) -> Manifest:
     return manifest
 
 
+def _analysis_step(wanted: AnalysisRecipe, folder: Path, source: Checkpoint, source_key: Mapping[str, Any]) -> Step:
+    def make(details: Mapping[str, Any]) -> None:
+        from exporter.analysis.dependency import measure_dependency  # imports torch
+        from exporter.analysis.plan import Constraints
+        from exporter.suggest import Wishes, analysis_files, suggest
+        from exporter.text import open_tokenizer, token_windows
+
+        tokenizer = open_tokenizer(source.path, source.graph.vocab_size)
+        tokens = token_windows(wanted.text, tokenizer, context=wanted.context, max_windows=wanted.max_windows)
+        constraints = Constraints(
+            max_width=wanted.max_width, max_dependency=wanted.max_dependency, keep_last=wanted.keep_last
+        )
+        wishes = Wishes(drop=wanted.drop, greedy=wanted.greedy, constraints=constraints)
+        dependency = measure_dependency(source.graph, tokens)
+        suggestion = suggest(source.graph, dependency, wishes, tokens=tokens)
+        origin = f"measured on {dependency.tokens:,} tokens of {wanted.text.name}, model {source.path.name}"
+        files = analysis_files(source.graph, dependency, suggestion, constraints=constraints, source=origin)
+        save_folder(folder, files, kind="analysis", details=details, force=True)
+
+    text = source_fingerprint(wanted.text)
+    inputs = {"source": source_key, "text": text, "analysis": wanted.model_dump(mode="json")}
+    return Step(name="analysis", folder=folder, kind="analysis", inputs=inputs, make=make)
+
+
 def _checkpoint_step(
-    variant: VariantRecipe, folder: Path, source: Checkpoint, graph: ModelGraph, source_key: Mapping[str, Any]
+    variant: VariantRecipe,
+    plan: Plan,
+    folder: Path,
+    source: Checkpoint,
+    graph: ModelGraph,
+    source_key: Mapping[str, Any],
 ) -> Step:
-    plan = variant.plan.model_dump(mode="json")
+    planned = plan.model_dump(mode="json")
 
     def make(details: Mapping[str, Any]) -> None:
-        details = {**details, "plan": plan, "norm": variant.norm}
+        details = {**details, "plan": planned, "norm": variant.norm}
         save(checkpoint_writing(source, graph, folder, details=details, force=True))
 
-    inputs = {"source": source_key, "plan": plan, "norm": variant.norm}
+    inputs = {"source": source_key, "plan": planned, "norm": variant.norm}
     return Step(name=f"{variant.name}: checkpoint", folder=folder, kind="checkpoint", inputs=inputs, make=make)
 
 
 def _network_step(
     recipe: Recipe,
     variant: VariantRecipe,
+    plan: Plan,
     folder: Path,
     origin: Checkpoint,
     graph: ModelGraph,
@@ -111,7 +160,7 @@ def _network_step(
 
     inputs = {
         "source": origin_key,
-        "plan": variant.plan.model_dump(mode="json"),
+        "plan": plan.model_dump(mode="json"),
         "norm": variant.norm,
         "network": wanted.model_dump(mode="json"),
     }
@@ -151,6 +200,7 @@ def _bench_step(
 def _evaluate_step(
     wanted: EvaluateRecipe,
     variant: VariantRecipe,
+    plan: Plan,
     folder: Path,
     source: Checkpoint,
     graph: ModelGraph,
@@ -169,7 +219,7 @@ def _evaluate_step(
     inputs = {
         "source": source_fingerprint(source.path),
         "model": origin_key,
-        "plan": variant.plan.model_dump(mode="json"),
+        "plan": plan.model_dump(mode="json"),
         "norm": variant.norm,
         "text": source_fingerprint(wanted.text),
         "evaluate": wanted.model_dump(mode="json"),

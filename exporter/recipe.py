@@ -46,7 +46,7 @@ class VariantRecipe(_Table):
     """One model to compare: the source itself, or what a plan makes of it."""
 
     name: Name
-    plan: Plan = Plan()
+    plan: Plan | Literal["auto"] = Plan()  # "auto": what the recipe's analysis suggests
     norm: Literal["fold", "last"] = "fold"
     checkpoint: bool = True  # also write a Hugging Face folder; it cannot hold parallel blocks
 
@@ -71,12 +71,26 @@ class EvaluateRecipe(_Table):
     max_windows: Count | None = None  # None: all of the text
 
 
+class AnalysisRecipe(_Table):
+    """What to measure, and what the plan it suggests may do; see `analyze --help`."""
+
+    text: Annotated[Path, BeforeValidator(_path)]
+    context: Annotated[int, Field(ge=2, le=1 << 20)] = 512  # tokens per window
+    max_windows: Count | None = None  # None: all of the text
+    drop: Annotated[int, Field(ge=0, le=1 << 16)] = 0  # attentions
+    greedy: bool = False  # measure again after each
+    max_width: Count | None = None  # of a fused FFN
+    max_dependency: Annotated[float, Field(ge=0)] | None = None
+    keep_last: bool = True  # the last FFN of a run stays alone
+
+
 class Recipe(_Table):
     """A validated recipe with all paths resolved and all plans read."""
 
     title: str | None = None  # of the report; None: it names the variants
     model: Annotated[Path, BeforeValidator(_path)]
     network: NetworkRecipe = NetworkRecipe()
+    analysis: AnalysisRecipe | None = None
     variants: Annotated[list[VariantRecipe], Field(min_length=1, max_length=64)]
     evaluate: EvaluateRecipe | None = None
     bench: BenchRecipe | None = BenchRecipe()
@@ -101,7 +115,7 @@ def read_recipe(path: Path) -> Recipe:
         )
     folder = path.absolute().parent
     evaluate = data.get("evaluate")
-    for table, key in ((data, "model"), (evaluate, "text")):
+    for table, key in ((data, "model"), (evaluate, "text"), (data.get("analysis"), "text")):
         if isinstance(table, dict) and isinstance(table.get(key), str):
             table[key] = str(folder / table[key])
     variants = data.get("variants")
@@ -118,7 +132,9 @@ def read_recipe(path: Path) -> Recipe:
     if recipe.baseline_name not in names:
         raise PlanError("the baseline is one of the variants", file=path, expected=names, found=recipe.baseline_name)
     for variant in recipe.variants:
-        if variant.plan.parallel and variant.checkpoint:
+        if variant.plan == "auto" and recipe.analysis is None:
+            raise PlanError(f"variant {variant.name!r}: plan: auto needs a section `analysis`", file=path)
+        if variant.plan != "auto" and variant.plan.parallel and variant.checkpoint:
             raise PlanError(
                 f"variant {variant.name!r}: a Hugging Face folder cannot hold parallel blocks",
                 file=path,
@@ -127,5 +143,7 @@ def read_recipe(path: Path) -> Recipe:
     return recipe
 
 
-def _plan(value: Any, folder: Path, recipe: Path) -> Plan:
+def _plan(value: Any, folder: Path, recipe: Path) -> Plan | Literal["auto"]:
+    if value == "auto":
+        return "auto"
     return read_plan(folder / value) if isinstance(value, str) else plan_from_data(value, recipe)

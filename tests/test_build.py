@@ -176,10 +176,13 @@ RECIPE = """
 model: {model}
 network: {{max_positions: 64}}
 evaluate: {{text: {text}, context: 20}}
+analysis: {{text: {text}, context: 20, drop: 3}}
 variants:
   - name: baseline
   - name: fused
     plan: {plan}
+  - name: auto
+    plan: auto
   - name: parallel
     checkpoint: false
     plan: {{parallel: [[1, 2]]}}
@@ -197,14 +200,15 @@ def recipe(model: Path, plan: Path, tmp_path: Path) -> Path:
 def test_run_makes_every_step_once_and_resumes(recipe: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     first = done("run", recipe, "-o", output).output
-    assert first.count("made  ") == 13
+    assert first.count("made  ") == 18
     results = json.loads((output / "results" / "results.json").read_text())
     accuracies = {engine["label"]: engine["accuracy"] for engine in results["engines"]}
     assert accuracies["baseline"]["kl_divergence"] is None
     assert accuracies["fused"]["kl_divergence"] > 0
+    assert len(read_plan(output / "analysis" / "plan.yaml").dropped_layers) == 3
     assert (output / "report" / "report.html").is_file()
     second = done("run", recipe, "-o", output).output
-    assert (second.count("made  "), second.count("kept  ")) == (0, 13)
+    assert (second.count("made  "), second.count("kept  ")) == (0, 18)
     shutil.rmtree(output / "fused" / "engine")  # as after a killed run: the steps before it are whole
     third = done("run", recipe, "-o", output).output
     assert "kept  fused: network" in third

@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 DEMO = Path(__file__).parents[1] / "demo"
 MODEL = DEMO / "model"
+SCRIPT = DEMO / "train.py"
 
 
 @torch.inference_mode()
@@ -55,21 +57,26 @@ def test_model_folder_is_a_plain_bfloat16_llama_checkpoint():
     assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) < 12e6
 
 
-def test_training_runs_and_repeats_itself(tmp_path):
+def test_training_runs_and_repeats_itself(tmp_path, monkeypatch):
+    """One run in a process of its own, with its own hash seed, and at the same time one in this process."""
     arguments = ["--steps", "2", "--batch-tokens", "256", "--held-out-tokens", "256", "--topics-only"]
-    folders = [tmp_path / "first", tmp_path / "second"]
-    runs = [
-        subprocess.Popen(
-            [sys.executable, DEMO / "train.py", *arguments, "-o", folder],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for folder in folders
-    ]
-    for run in runs:
-        output, _ = run.communicate()
-        assert run.returncode == 0, output
-    first, second = ((folder / "model.safetensors").read_bytes() for folder in folders)
-    assert first == second
-    assert json.loads((folders[0] / "training.json").read_text(encoding="utf-8"))["steps"] == 2
+    there, here = tmp_path / "there", tmp_path / "here"
+    run_there = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments, "-o", str(there)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments, "-o", str(here)])
+    threads = torch.get_num_threads()
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+        output, _ = run_there.communicate()
+
+    assert run_there.returncode == 0, output
+    assert (there / "model.safetensors").read_bytes() == (here / "model.safetensors").read_bytes()
+    assert (there / "training.json").read_text() == (here / "training.json").read_text()
+    assert json.loads((here / "training.json").read_text(encoding="utf-8"))["steps"] == 2

@@ -54,6 +54,7 @@ REFUSED = {
     "text_for_a_number": ("model: m\nvariants: [{name: a}]\nbench: {rounds: '5'}\n", "bench.rounds: .*found 5"),
     "zero": ("model: m\nvariants: [{name: a}]\nbench: {batch: [0]}\n", "bench.batch.0: .*greater than 0"),
     "not_yaml": ("model: [\n", "not valid YAML"),
+    "auto": ("model: m\nvariants: [{name: a, plan: auto}]\n", "needs a section `analysis`"),
     "alias": ("model: &m x\nvariants: [{name: *m}]\n", "aliases"),
 }
 
