@@ -327,7 +327,9 @@ def _engine_manifest(
 
 
 def _session_config(structure: Mapping[str, Any]) -> dict[str, str]:
-    # Packed weights are private memory beside the mapped file: worth it as long as they fit with room to spare.
+    # Packed weights are private memory beside the mapped file: worth it as long as they fit with room to spare. On the
+    # model of benchmarks/compare_decode.py packing makes decode 1.1 times as fast at batch 1 and 1.9 times at batch 4,
+    # and opening it takes 0.6 s instead of 0.05 s.
     packed_bytes = 4 * int(structure["num_parameters"])
     prepack = 2 * packed_bytes <= psutil.virtual_memory().total
     return {

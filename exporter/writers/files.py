@@ -10,6 +10,7 @@ A killed run leaves a folder that nobody has locked and that has the marker, or 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import errno
@@ -21,7 +22,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -34,6 +35,9 @@ MANIFEST = "fuselage.manifest.json"
 MARKER = ".fuselage-incomplete"
 MANIFEST_SCHEMA = 1
 COPY_CHUNK = 4 << 20
+HASH_AHEAD = 3  # pieces that wait to be hashed
+FLUSH_BYTES = 256 << 20
+SYNC_DATA = getattr(os, "fdatasync", os.fsync)  # macOS has only the latter
 NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # NFS and others on a folder
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
@@ -370,11 +374,14 @@ def _write_all(
 def _write_file(
     path: Path, content: Content | bytes, progress: Progress | None, stop: threading.Event | None
 ) -> FileEntry:
-    """Write, hash and flush one file; a `stop` that is set ends it early (its entry is then never used)."""
+    """Write, hash and flush one file; a `stop` that is set ends it early (its entry is then never used).
+
+    Hashing and flushing go on in threads of their own while the next pieces are produced: each alone would take
+    about as long as the rest.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
     written = 0
-    with path.open("xb", buffering=0) as file:
+    with path.open("xb", buffering=0) as file, _Hashing() as hashing, _Flushing(file.fileno()) as flushing:
         for piece in [content] if isinstance(content, bytes) else content.chunks():
             if stop is not None and stop.is_set():
                 break
@@ -383,18 +390,74 @@ def _write_file(
                 continue
             view = view.cast("B")  # whatever its items are, lengths below are bytes
             size = len(view)
-            digest.update(view)
+            hashing.update(view)
             while len(view):
                 view = view[file.write(view) :]
             written += size
+            flushing.wrote(size)
             if progress is not None:
                 progress(size)
         else:
             expected = len(content) if isinstance(content, bytes) else content.nbytes
             if written != expected:
                 raise AssertionError(f"Bug: {path.name} announced {expected} bytes and produced {written}")
+        flushing.finish()
         os.fsync(file.fileno())
-    return FileEntry(bytes=written, sha256=digest.hexdigest())
+        return FileEntry(bytes=written, sha256=hashing.hexdigest())
+
+
+class _Hashing:
+    """SHA-256 in a thread of its own, at most HASH_AHEAD pieces behind."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._pending: collections.deque[Future[None]] = collections.deque()
+
+    def __enter__(self) -> _Hashing:
+        self._thread = ThreadPoolExecutor(max_workers=1)  # one, so that pieces are hashed in their order
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def update(self, piece: memoryview) -> None:
+        self._pending.append(self._thread.submit(self._digest.update, piece))
+        while len(self._pending) > HASH_AHEAD:
+            self._pending.popleft().result()
+
+    def hexdigest(self) -> str:
+        while self._pending:
+            self._pending.popleft().result()
+        return self._digest.hexdigest()
+
+
+class _Flushing:
+    """Has the system write to the disk while the file still grows, so that the fsync at its end finds little left."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._unflushed = 0
+        self._running: Future[None] | None = None
+
+    def __enter__(self) -> _Flushing:
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def wrote(self, nbytes: int) -> None:
+        self._unflushed += nbytes
+        if self._unflushed >= FLUSH_BYTES and (self._running is None or self._running.done()):
+            self.finish()
+            self._running = self._thread.submit(SYNC_DATA, self._fd)
+            self._unflushed = 0
+
+    def finish(self) -> None:
+        """Wait for what is running; an error of the disk comes out here."""
+        if self._running is not None:
+            self._running.result()
+            self._running = None
 
 
 def _publish(partial: Path, output: Path, *, force: bool) -> None:

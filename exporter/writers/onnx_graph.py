@@ -217,18 +217,13 @@ class NetworkBuilder:
         return self._linear(normed, sublayer.linear, f"{scope}.linear")
 
     def _attention(self, x: ir.Value, attention: Attention, slot: int, scope: str) -> ir.Value:
-        heads, kv_heads, d = attention.num_attention_heads, attention.num_key_value_heads, attention.head_dim
-        q, k, v = self._joined_linears(
-            x,
-            [attention.q_proj, attention.k_proj, attention.v_proj],
-            ["q_proj", "k_proj", "v_proj"],
-            f"{scope}.qkv_proj",
-            packed=self._form.pack_qkv,
-        )
-        q = self._rotated(self._heads(q, heads, d, attention.q_norm, f"{scope}.q"), f"{scope}.q.rope")
-        k = self._rotated(self._heads(k, kv_heads, d, attention.k_norm, f"{scope}.k"), f"{scope}.k.rope")
-        v = self._heads(v, kv_heads, d, None, f"{scope}.v")
-        q = self.op("Mul", q, self.scalar(d**-0.5), name=f"{scope}.q.scale")
+        q, k, v = self._projected_heads(x, attention, scope)
+        if attention.q_norm is not None:
+            q = self._normed(q, attention.q_norm, f"{scope}.q_norm")
+        if attention.k_norm is not None:
+            k = self._normed(k, attention.k_norm, f"{scope}.k_norm")
+        q, k = self._rotated(q, f"{scope}.q.rope"), self._rotated(k, f"{scope}.k.rope")
+        q = self.op("Mul", q, self.scalar(attention.head_dim**-0.5), name=f"{scope}.q.scale")
         names = self._slots[slot]
         past_k, past_v = self._caches[slot]
         k = self._cached(past_k, k, names.present_key)
@@ -236,15 +231,27 @@ class NetworkBuilder:
         mask = self._mask(attention.sliding_window)
         y = self.op("Attention", q, k, v, mask, scale=1.0, name=f"{scope}.attention")
         y = self.op("Transpose", y, perm=[0, 2, 1, 3], name=f"{scope}.attention.transpose")
-        y = self.op("Reshape", y, self.ints(-1, heads * d), name=f"{scope}.attention.flat")
+        y = self.op("Reshape", y, self.ints(-1, attention.o_proj.in_features), name=f"{scope}.attention.flat")
         return self._linear(y, attention.o_proj, f"{scope}.o_proj")
 
-    def _heads(self, x: ir.Value, heads: int, d: int, norm: RMSNorm | None, scope: str) -> ir.Value:
-        """[B*S, heads * d] -> [B, heads, S, d], each head normalized if there is a norm."""
-        x = self.op("Reshape", x, self._heads_shape(heads, d), name=f"{scope}.heads")
-        if norm is not None:
-            x = self._normed(x, norm, f"{scope}_norm")
-        return self.op("Transpose", x, perm=[0, 2, 1, 3], name=f"{scope}.transpose")
+    def _projected_heads(self, x: ir.Value, attention: Attention, scope: str) -> Sequence[ir.Value]:
+        """Query, key and value heads of x, [B, n, S, d] each."""
+        linears = [attention.q_proj, attention.k_proj, attention.v_proj]
+        heads = [linear.out_features // attention.head_dim for linear in linears]
+        joined = f"{scope}.qkv_proj"
+        if self._form.pack_qkv:  # heads of all three travel together until the last moment
+            y = self._heads(self._packed_linear(x, linears, joined), sum(heads), attention.head_dim, f"{scope}.qkv")
+            return self._split(y, heads, axis=1, name=f"{joined}.split")
+        rows = self._linears_of_rows(x, linears, ["q_proj", "k_proj", "v_proj"], joined)
+        return [
+            self._heads(y, count, attention.head_dim, f"{scope}.{letter}")
+            for y, count, letter in zip(rows, heads, "qkv", strict=True)
+        ]
+
+    def _heads(self, x: ir.Value, heads: int, d: int, name: str) -> ir.Value:
+        """[B*S, heads * d] -> [B, heads, S, d]."""
+        x = self.op("Reshape", x, self._heads_shape(heads, d), name=f"{name}.heads")
+        return self.op("Transpose", x, perm=[0, 2, 1, 3], name=f"{name}.transpose")
 
     def _heads_shape(self, heads: int, d: int) -> ir.Value:
         """[B, S, heads, d]; one unknown size can be left to Reshape, two cannot."""
@@ -291,13 +298,13 @@ class NetworkBuilder:
         return self.op("And", causal, inside, name=f"mask.window_{window}")
 
     def _ffn(self, x: ir.Value, ffn: FFN, scope: str) -> ir.Value:
-        gate, up = self._joined_linears(
-            x,
-            [ffn.gate_proj, ffn.up_proj],
-            ["gate_proj", "up_proj"],
-            f"{scope}.gate_up_proj",
-            packed=self._form.pack_gate_up,
-        )
+        linears = [ffn.gate_proj, ffn.up_proj]
+        joined = f"{scope}.gate_up_proj"
+        if self._form.pack_gate_up:
+            y = self._packed_linear(x, linears, joined)
+            gate, up = self._split(y, [ffn.intermediate_size] * 2, axis=1, name=f"{joined}.split")
+        else:
+            gate, up = self._linears_of_rows(x, linears, ["gate_proj", "up_proj"], joined)
         inner = self.op("Mul", self._activated(gate, ffn.activation, scope), up, name=f"{scope}.gated")
         return self._linear(inner, ffn.down_proj, f"{scope}.down_proj")
 
@@ -320,37 +327,38 @@ class NetworkBuilder:
             inputs.append(self.parameter(f"{name}.bias", [linear.bias]))
         return self.op("Gemm", *inputs, transB=1, name=node or name)
 
-    def _joined_linears(
-        self, x: ir.Value, linears: Sequence[Linear], names: Sequence[str], joined: str, *, packed: bool
-    ) -> Sequence[ir.Value]:
-        """Several linears of one input, stored as one: one Gemm and a Split if `packed`, else a Gemm each."""
-        sizes = [linear.out_features for linear in linears]
-        weights = [linear.weight for linear in linears]
-        biases = filled_biases([linear.bias for linear in linears], sizes)
-        if packed:
-            inputs = [x, self.parameter(f"{joined}.weight", weights)]
-            if biases is not None:
-                inputs.append(self.parameter(f"{joined}.bias", biases))
-            y = self.op("Gemm", *inputs, transB=1, name=joined)
-            return self._tape.op_multi_out(
-                "Split", [y, self.ints(*sizes)], {"axis": 1}, num_outputs=len(sizes), name=f"{joined}.split"
-            )
-        outputs = []
+    def _packed_linear(self, x: ir.Value, linears: Sequence[Linear], joined: str) -> ir.Value:
+        """Several linears of one input as one Gemm; their outputs lie side by side."""
+        inputs = [x, self.parameter(f"{joined}.weight", [linear.weight for linear in linears])]
+        biases = filled_biases(linears)
+        if biases is not None:
+            inputs.append(self.parameter(f"{joined}.bias", biases))
+        return self.op("Gemm", *inputs, transB=1, name=joined)
+
+    def _linears_of_rows(
+        self, x: ir.Value, linears: Sequence[Linear], names: Sequence[str], joined: str
+    ) -> list[ir.Value]:
+        """The same linears as a Gemm each, over rows of the tensors that a packed network would use whole."""
+        weights, biases = [linear.weight for linear in linears], filled_biases(linears)
         scope = joined.rpartition(".")[0]
-        start = 0
-        for linear, name, size in zip(linears, names, sizes, strict=True):
-            rows = (start, start + size)
+        outputs, start = [], 0
+        for linear, name in zip(linears, names, strict=True):
+            rows = (start, start + linear.out_features)
             inputs = [x, self.parameter(f"{joined}.weight", weights, rows, f"{scope}.{name}.weight")]
             if linear.bias is not None and biases is not None:
                 inputs.append(self.parameter(f"{joined}.bias", biases, rows, f"{scope}.{name}.bias"))
             outputs.append(self.op("Gemm", *inputs, transB=1, name=f"{scope}.{name}"))
-            start += size
+            start = rows[1]
         return outputs
 
     # -- values
 
     def op(self, op_type: str, *inputs: ir.Value, name: str, **attributes: Attribute) -> ir.Value:
         return self._tape.op(op_type, inputs, attributes, name=name)
+
+    def _split(self, x: ir.Value, sizes: Sequence[int], *, axis: int, name: str) -> Sequence[ir.Value]:
+        inputs = [x, self.ints(*sizes)]
+        return self._tape.op_multi_out("Split", inputs, {"axis": axis}, num_outputs=len(sizes), name=name)
 
     def cache(self, slot: CacheSlot, name: str) -> ir.Value:
         """A cache input, T [B, n_kv, C, d]."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from exporter.dtypes import DType
+from exporter.graph import Linear
 from exporter.lazy import LazyTensor, cast, concat, full
 from exporter.rope import Rope
 from exporter.safetensors_io import Shards, shard_tensors
@@ -86,13 +87,13 @@ def located(shards: Shards, reference: Reference) -> Location:
     return Location(file, offset + reference.start_byte, reference.nbytes)
 
 
-def filled_biases(biases: Sequence[LazyTensor | None], sizes: Sequence[int]) -> list[LazyTensor] | None:
+def filled_biases(linears: Sequence[Linear]) -> list[LazyTensor] | None:
     """The biases of linears that are stored as one, zeros for those that have none; None if none has."""
-    present = [bias for bias in biases if bias is not None]
-    if not present:
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    if not biases:
         return None
-    dtype = present[0].dtype
-    return [full((size,), 0.0, dtype) if bias is None else bias for bias, size in zip(biases, sizes, strict=True)]
+    dtype = biases[0].dtype
+    return [full((linear.out_features,), 0.0, dtype) if linear.bias is None else linear.bias for linear in linears]
 
 
 class RopeTable(LazyTensor):
