@@ -19,6 +19,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engines.base import ENGINE_FILE, ENGINE_KIND, EngineManifest, read_engine_manifest
+from engines.machine import cpu_name
 from exporter.dtypes import BY_NAME
 from exporter.errors import EngineError, FuselageError, raise_all
 from exporter.network import (
@@ -436,16 +437,7 @@ def _runtime_errors(problem: str, path: Path) -> Iterator[None]:
 
 
 def _machine() -> dict[str, str]:
-    return {"cpu": _cpu_name(), "arch": platform.machine(), "cores": str(psutil.cpu_count(logical=False) or 1)}
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return {"cpu": cpu_name(), "arch": platform.machine(), "cores": str(psutil.cpu_count(logical=False) or 1)}
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     Raises:
         CheckpointError: the file is missing, too large or not such JSON.
     """
-    with _opened(path) as file:
+    with _OpenFile(path) as file:
         size = os.fstat(file.fd).st_size
         if size > max_bytes:
             raise CheckpointError("file is too large", file=path, expected=f"at most {max_bytes} bytes", found=size)
@@ -91,7 +91,7 @@ def has_checkpoint(folder: Path) -> bool:
 
 def read_safetensors(path: Path) -> dict[str, FileTensor | SkippedTensor]:
     """Read one file's header and check it against the file's size. Tensors share one open file descriptor."""
-    file = _opened(path)
+    file = _OpenFile(path)
     file_size = os.fstat(file.fd).st_size
     if file_size < 8:
         raise CheckpointError("file is too short for a header", file=path, expected=">= 8 bytes", found=file_size)
@@ -213,10 +213,6 @@ class _OpenFile:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-
-def _opened(path: Path) -> _OpenFile:
-    return _OpenFile(path)
 
 
 def _reason(error: Exception) -> str:
