@@ -237,3 +237,62 @@ def test_commands_killed(name: str, chain: dict[str, tuple[tuple[object, ...], P
     assert result.returncode == 0, result.stderr
     assert check_folder(tmp_path / "out", expected.kind, hashes=True).fingerprint == expected.fingerprint
     assert not [name for name in os.listdir(tmp_path) if not name.startswith("out")]
+
+
+RUN_STEPS = (
+    ("baseline/network", "network"),
+    ("baseline/engine", "engine"),
+    ("fused/checkpoint", "checkpoint"),
+    ("fused/network", "network"),
+    ("fused/engine", "engine"),
+    ("benchmark", "results"),
+    ("report", "report"),
+)
+
+
+@pytest.fixture(scope="module")
+def recipe(model: Path) -> tuple[Path, int]:
+    """A recipe, and how many file-system calls it takes."""
+    path = model.parent / "recipe.yaml"
+    path.write_text(
+        f"model: {model}\n"
+        "variants: [{name: baseline}, {name: fused, plan: {drop_attention: [1, 2], fuse: [[1, 2]]}}]\n"
+        "bench: {input_len: [4], output_len: [3], rounds: 1, warmup: 0}\n"
+    )
+    result = command(-1, "run", path, "-o", model.parent / "run", "-q")
+    assert result.returncode == 0, result.stderr
+    return path, int(result.stdout.split()[-1])
+
+
+def finished_steps(output: Path) -> dict[str, int]:
+    """The steps whose folders are whole, with the inode of each folder: one that is made again has another."""
+    found = {}
+    for step, kind in RUN_STEPS:
+        with contextlib.suppress(FuselageError):
+            check_folder(output / step, kind, hashes=True)
+            found[step] = (output / step).stat().st_ino
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_run_killed_again_and_again(seed: int, recipe: tuple[Path, int], tmp_path: Path) -> None:
+    path, calls = recipe
+    rng = random.Random(seed)
+    output = tmp_path / "out"
+    before: dict[str, int] = {}
+    kills = 0
+    while True:
+        fatal = rng.randrange(1, calls) // (kills + 1) if kills < 6 else -1
+        result = command(fatal, "run", path, "-o", output, "-q")
+        for folder in accepted(tmp_path):
+            check_folder(folder, read_manifest(folder).kind, hashes=True)  # type: ignore[union-attr]
+        after = finished_steps(output)
+        assert before.items() <= after.items()  # what was finished is still there, and was not made again
+        before = after
+        if result.returncode == 0:
+            break
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        kills += 1
+    assert kills
+    assert list(after) == [step for step, _ in RUN_STEPS]
+    assert not [path for path in output.rglob(".*") if path.is_dir()]
