@@ -11,15 +11,18 @@ Three numbers that are easy to confuse: a block's index in `ModelGraph.blocks`, 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from exporter.dtypes import DType
+from exporter.dtypes import FLOAT8_E4M3FN, INT8, DType
 from exporter.errors import GraphError
 from exporter.lazy import LazyTensor
 from exporter.rope import Rope
+
+CODES = (FLOAT8_E4M3FN, INT8)  # dtypes of quantized weights
 
 
 class Activation(enum.Enum):
@@ -40,17 +43,52 @@ class RMSNorm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InputQuantization:
+    """What a linear's input is rounded to before the product."""
+
+    dtype: DType  # float8_e4m3fn or int8
+    scale: LazyTensor | None  # float32 [], of all tokens; None: every token has its own, amax / largest(dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """How a linear whose weight is codes computes: y = (round(x) * input scale) @ (weight * weight_scale).T + bias."""
+
+    weight_scale: LazyTensor  # float32 [] or, one per row, [out]
+    input: InputQuantization | None = None  # None: the input is used as it comes (weight only)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVQuantization:
+    """What keys (after the rotation) and values are stored as in the KV cache."""
+
+    dtype: DType  # float8_e4m3fn or int8
+    k_scale: LazyTensor  # float32 []
+    v_scale: LazyTensor  # float32 []
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
-    """y = x @ weight.T + bias."""
+    """y = x @ weight.T + bias; where there is a `quantization`, `weight` holds codes."""
 
     weight: LazyTensor  # [out, in]
     bias: LazyTensor | None = None  # [out]
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         if len(self.weight.shape) != 2:
             raise GraphError("a linear weight is a matrix", expected="[out, in]", found=list(self.weight.shape))
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             raise GraphError("a bias fits its weight", expected=[self.weight.shape[0]], found=list(self.bias.shape))
+        if self.quantization is None:
+            return
+        scale = self.quantization.weight_scale
+        if self.weight.dtype not in CODES:
+            raise GraphError("a quantized weight is codes", expected="int8 or float8_e4m3fn", found=self.weight.dtype)
+        if scale.shape not in ((), self.weight.shape[:1]):
+            raise GraphError(
+                "a weight scale fits its weight", expected=f"[] or [{self.weight.shape[0]}]", found=list(scale.shape)
+            )
 
     @property
     def out_features(self) -> int:
@@ -75,6 +113,7 @@ class Attention:
     q_norm: RMSNorm | None = None  # [d], on every query head before the rotation (Qwen3)
     k_norm: RMSNorm | None = None  # [d]
     sliding_window: int | None = None  # a query sees this many positions, itself included
+    kv_quantization: KVQuantization | None = None
 
     def __post_init__(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
@@ -308,7 +347,7 @@ class ModelGraph:
     @property
     def num_parameters(self) -> int:
         """Parameters as stored: a tied embedding once, padding of fused FFNs included."""
-        return sum(tensor.size for tensor in weights(self))
+        return sum(tensor.size for tensor in weights(self, scales=False))
 
     @property
     def weight_bytes(self) -> int:
@@ -330,16 +369,47 @@ def members(entry: Block | ParallelBlocks) -> tuple[Block, ...]:
     return entry.blocks if isinstance(entry, ParallelBlocks) else (entry,)
 
 
-def weights(part: Any) -> Iterator[LazyTensor]:
-    """Yield every tensor of a graph or of a part of one, in the order of the fields."""
+def map_blocks(graph: ModelGraph, function: Callable[[Block, int], Block]) -> ModelGraph:
+    """The graph with `function(block, index in flat_blocks)` in place of every block."""
+    indices = itertools.count()
+
+    def mapped(entry: Block | ParallelBlocks) -> Block | ParallelBlocks:
+        if isinstance(entry, ParallelBlocks):
+            return ParallelBlocks(blocks=tuple(function(block, next(indices)) for block in entry.blocks))
+        return function(entry, next(indices))
+
+    return replace(graph, blocks=tuple(mapped(entry) for entry in graph.blocks))
+
+
+def linear_names(graph: ModelGraph) -> dict[str, Linear]:
+    """Every linear of a graph by name: "blocks.3.ffn.down_proj", 3 being its index in `flat_blocks`, and "lm_head"."""
+    found = {}
+    for index, block in enumerate(graph.flat_blocks):
+        for sublayer in ("attention", "ffn"):
+            part = getattr(block, sublayer)
+            for name, linear in linears(part).items() if part is not None else ():
+                found[f"blocks.{index}.{sublayer}.{name}"] = linear
+    if graph.lm_head is not None:
+        found["lm_head"] = graph.lm_head
+    return found
+
+
+def weights(part: Any, *, scales: bool = True) -> Iterator[LazyTensor]:
+    """Yield every tensor of a graph or of a part of one, in the order of the fields, on request without the scales."""
     if isinstance(part, LazyTensor):
         yield part
     elif isinstance(part, tuple):
         for item in part:
-            yield from weights(item)
-    elif is_dataclass(part):
+            yield from weights(item, scales=scales)
+    elif is_dataclass(part) and (scales or not isinstance(part, (Quantization, KVQuantization))):
         for field in fields(part):
-            yield from weights(getattr(part, field.name))
+            yield from weights(getattr(part, field.name), scales=scales)
+
+
+def linears(sublayer: Attention | FFN | LinearSublayer) -> dict[str, Linear]:
+    """The linears of a sublayer by the name of their field, in the order of the fields."""
+    named = ((field.name, getattr(sublayer, field.name)) for field in fields(sublayer))
+    return {name: value for name, value in named if isinstance(value, Linear)}
 
 
 def structure(graph: ModelGraph) -> dict[str, Any]:
@@ -402,12 +472,18 @@ __all__ = [
     "Activation",
     "Attention",
     "Block",
+    "InputQuantization",
+    "KVQuantization",
     "Linear",
     "LinearSublayer",
     "ModelGraph",
     "ParallelBlocks",
+    "Quantization",
     "RMSNorm",
     "Segment",
+    "linear_names",
+    "linears",
+    "map_blocks",
     "members",
     "replace",
     "structure",

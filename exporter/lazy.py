@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -129,7 +129,7 @@ class _Full(LazyTensor):
         return np.full(shape, self._value, self.dtype.numpy)
 
 
-class _Derived(LazyTensor):
+class Derived(LazyTensor):
     """A node that computes its rows from `sources`."""
 
     __slots__ = ("sources",)
@@ -147,7 +147,7 @@ class _Derived(LazyTensor):
         return max(self.row_nbytes, *(source.widest_row_nbytes for source in self.sources))
 
 
-class _ConcatRows(_Derived):
+class _ConcatRows(Derived):
     __slots__ = ()
 
     def rows(self, start: int, stop: int) -> np.ndarray:
@@ -165,7 +165,7 @@ class _ConcatRows(_Derived):
         return np.concatenate(pieces)
 
 
-class _ConcatColumns(_Derived):
+class _ConcatColumns(Derived):
     __slots__ = ()
 
     def rows(self, start: int, stop: int) -> np.ndarray:
@@ -177,7 +177,7 @@ class _ConcatColumns(_Derived):
         return out
 
 
-class _SliceRows(_Derived):
+class _SliceRows(Derived):
     __slots__ = ("_start",)
 
     def __init__(self, source: LazyTensor, start: int, stop: int) -> None:
@@ -188,7 +188,7 @@ class _SliceRows(_Derived):
         return self.sources[0].rows(self._start + start, self._start + stop)
 
 
-class _SliceColumns(_Derived):
+class _SliceColumns(Derived):
     __slots__ = ("_start",)
 
     def __init__(self, source: LazyTensor, start: int, stop: int) -> None:
@@ -199,7 +199,7 @@ class _SliceColumns(_Derived):
         return self.sources[0].rows(start, stop)[:, self._start : self._start + self.shape[1]]
 
 
-class _Scale(_Derived):
+class _Scale(Derived):
     """Row or column scaling; `factors` are read once per call, being as small as one row or column."""
 
     __slots__ = ("_by_column",)
@@ -219,7 +219,7 @@ class _Scale(_Derived):
         return _rounded(product, self.dtype)
 
 
-class _Sum(_Derived):
+class _Sum(Derived):
     __slots__ = ()
 
     def rows(self, start: int, stop: int) -> np.ndarray:
@@ -230,11 +230,32 @@ class _Sum(_Derived):
         return _rounded(total, self.dtype)
 
 
-class _Cast(_Derived):
+class _Cast(Derived):
     __slots__ = ()
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         return _rounded(self.sources[0].rows(start, stop), self.dtype)
+
+
+class _Computed(Derived):
+    """A small tensor that is computed as a whole when it is first read, and kept."""
+
+    __slots__ = ("_function", "_values")
+
+    def __init__(
+        self, shape: Sequence[int], dtype: DType, function: Callable[..., np.ndarray], *sources: LazyTensor
+    ) -> None:
+        super().__init__(shape, dtype, *sources)
+        self._function = function
+        self._values: np.ndarray | None = None
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        if self._values is None:  # two threads may both compute it: they find the same
+            values = np.asarray(self._function(*self.sources), self.dtype.numpy)
+            if values.shape != self.shape:
+                raise AssertionError(f"Bug: computed {values.shape} instead of {self.shape}")
+            self._values = values
+        return self._values[start:stop] if self.shape else self._values
 
 
 def _rounded(values: np.ndarray, dtype: DType) -> np.ndarray:
@@ -355,3 +376,10 @@ def add(tensors: Sequence[LazyTensor]) -> LazyTensor:
 def cast(tensor: LazyTensor, dtype: DType) -> LazyTensor:
     """The same values in another dtype, rounded to nearest even."""
     return tensor if tensor.dtype == dtype else _Cast(tensor.shape, dtype, tensor)
+
+
+def computed(
+    shape: Sequence[int], dtype: DType, function: Callable[..., np.ndarray], *sources: LazyTensor
+) -> LazyTensor:
+    """A tensor as small as a row that `function` computes from `sources` (given to it lazy) when it is first read."""
+    return _Computed(shape, dtype, function, *sources)

@@ -9,16 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from exporter.dtypes import BY_NAME
+from exporter.dtypes import BY_NAME, INT8, DType
 from exporter.errors import GraphError
-from exporter.graph import Activation, Attention, Block, LinearSublayer, ModelGraph, ParallelBlocks, members
+from exporter.graph import (
+    Activation,
+    Attention,
+    Block,
+    KVQuantization,
+    Linear,
+    ModelGraph,
+    ParallelBlocks,
+    members,
+)
 from exporter.lazy import LazyTensor
+from exporter.lazy_quantized import dequantized
+from exporter.numerics import LARGEST
+
+# Is shown tensors on their way through a sublayer, each with a name:
+#   "norm"       x / rms(x), [B, S, D]: before the norm's weight, so that it stays true when a weight is moved there
+#   "o_proj"     the input of that projection, [B, S, Hq * d]
+#   "down_proj"  likewise, [B, S, F]
+#   "key", "value"  as they go to the KV cache, [B, Hkv, S, d]
+Observe = Callable[[str, torch.Tensor], None]
+BlockObserver = Callable[[int, str, str, torch.Tensor], None]  # the same after (member, "attention" or "ffn")
 
 ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     Activation.SILU: F.silu,
@@ -181,38 +201,67 @@ class LoadedBlock:
         self.members: tuple[Block, ...] = tuple(_on_device(block, device, dtype) for block in members(entry))
         self._slots = _slots_of(self.members, first_slot)
 
-    def __call__(self, x: torch.Tensor, span: Span) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, span: Span, observe: BlockObserver | None = None) -> torch.Tensor:
         """f(x), for parallel blocks x + sum_j (f_j(x) - x): [B, S, D] -> [B, S, D]."""
-        attention, ffn = self.contributions(x, span)
+        attention, ffn = self.contributions(x, span, observe=observe)
         return x + attention + ffn
 
     def contributions(
-        self, x: torch.Tensor, span: Span, *, attention: bool = True, ffn: bool = True
+        self,
+        x: torch.Tensor,
+        span: Span,
+        *,
+        attention: bool = True,
+        ffn: bool = True,
+        observe: BlockObserver | None = None,
     ) -> tuple[torch.Tensor | float, torch.Tensor | float]:
-        """What attention and FFN (of all members) add to x: f(x) = x + both, [B, S, D] each, 0.0 where there is none.
-
-        With `attention` or `ffn` false the block runs without that sublayer.
-        """
-        from_attention: torch.Tensor | float = 0.0
-        from_ffn: torch.Tensor | float = 0.0
-        for block, slot in zip(self.members, self._slots, strict=True):
-            mixed = x
-            if attention and block.attention is not None:
-                contribution = attend(block.attention, x, span, slot)
-                mixed, from_attention = x + contribution, from_attention + contribution
-            if ffn and block.ffn is not None:
-                from_ffn = from_ffn + feed_forward(block.ffn, mixed)
-        return from_attention, from_ffn
+        """See the function `contributions`; with `attention` or `ffn` false the block runs without that sublayer."""
+        return contributions(self.members, self._slots, x, span, attention=attention, ffn=ffn, observe=observe)
 
 
-def attend(sublayer: Any, x: torch.Tensor, span: Span, slot: int | None) -> torch.Tensor:
+def contributions(
+    blocks: Sequence[Any],
+    slots: Sequence[int | None],
+    x: torch.Tensor,
+    span: Span,
+    *,
+    attention: bool = True,
+    ffn: bool = True,
+    observe: BlockObserver | None = None,
+) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+    """What attention and FFN (of all `blocks`) add to x: f(x) = x + both, [B, S, D] each, 0.0 where there is none.
+
+    Args:
+        blocks: a block or the members of a parallel group, with torch tensors; see `attend` and `feed_forward`.
+        slots: the KV slot of each.
+        attention, ffn: if false, run without that sublayer.
+    """
+
+    def observer(member: int, sublayer: str) -> Observe | None:
+        return None if observe is None else partial(observe, member, sublayer)
+
+    from_attention: torch.Tensor | float = 0.0
+    from_ffn: torch.Tensor | float = 0.0
+    for member, (block, slot) in enumerate(zip(blocks, slots, strict=True)):
+        mixed = x
+        if attention and block.attention is not None:
+            contribution = attend(block.attention, x, span, slot, observer(member, "attention"))
+            mixed, from_attention = x + contribution, from_attention + contribution
+        if ffn and block.ffn is not None:
+            from_ffn = from_ffn + feed_forward(block.ffn, mixed, observer(member, "ffn"))
+    return from_attention, from_ffn
+
+
+def attend(
+    sublayer: Any, x: torch.Tensor, span: Span, slot: int | None, observe: Observe | None = None
+) -> torch.Tensor:
     """What an attention (or the linear in its place) adds to the residual: [B, S, D] -> [B, S, D].
 
-    `sublayer` is an Attention or LinearSublayer whose tensors are torch tensors. With a cache, new keys and values
-    go to `slot` at each sequence's length.
+    `sublayer` has the fields of an Attention or a LinearSublayer, with torch tensors and, for linears, the fields of
+    `LoadedLinear`. With a cache, new keys and values go to `slot` at each sequence's length.
     """
-    normed = rms_norm(x, sublayer.norm.weight, sublayer.norm.eps)
-    if isinstance(sublayer, LinearSublayer):
+    normed = _normed(sublayer.norm, x, observe)
+    if hasattr(sublayer, "linear"):
         return _linear(sublayer.linear, normed)
     batch, tokens, _ = x.shape
 
@@ -227,6 +276,12 @@ def attend(sublayer: Any, x: torch.Tensor, span: Span, slot: int | None) -> torc
     query = _rotate(heads(sublayer.q_proj, sublayer.q_norm, sublayer.num_attention_heads), span.cos, span.sin)
     key = _rotate(heads(sublayer.k_proj, sublayer.k_norm, sublayer.num_key_value_heads), span.cos, span.sin)
     value = heads(sublayer.v_proj, None, sublayer.num_key_value_heads)
+    if observe is not None:
+        observe("key", key)
+        observe("value", value)
+    if sublayer.kv_quantization is not None:
+        kv = sublayer.kv_quantization
+        key, value = _fake_quantized(key, kv.dtype, kv.k_scale), _fake_quantized(value, kv.dtype, kv.v_scale)
     key_positions = span.positions[:, None, :]  # [B, 1, T]
     if span.cache is not None:
         if slot is None:
@@ -243,27 +298,58 @@ def attend(sublayer: Any, x: torch.Tensor, span: Span, slot: int | None) -> torc
     if sublayer.sliding_window is not None:
         visible = visible & (key_positions > span.positions[:, :, None] - sublayer.sliding_window)
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible[:, None], enable_gqa=True)
-    return _linear(sublayer.o_proj, mixed.transpose(1, 2).reshape(batch, tokens, -1))
+    mixed = mixed.transpose(1, 2).reshape(batch, tokens, -1)
+    if observe is not None:
+        observe("o_proj", mixed)
+    return _linear(sublayer.o_proj, mixed)
 
 
-def feed_forward(sublayer: Any, x: torch.Tensor) -> torch.Tensor:
+def feed_forward(sublayer: Any, x: torch.Tensor, observe: Observe | None = None) -> torch.Tensor:
     """What an FFN (or the linear in its place) adds to the residual: [..., D] -> [..., D]."""
-    normed = rms_norm(x, sublayer.norm.weight, sublayer.norm.eps)
-    if isinstance(sublayer, LinearSublayer):
+    normed = _normed(sublayer.norm, x, observe)
+    if hasattr(sublayer, "linear"):
         return _linear(sublayer.linear, normed)
-    gate = ACTIVATIONS[sublayer.activation](_linear(sublayer.gate_proj, normed))
-    return _linear(sublayer.down_proj, gate * _linear(sublayer.up_proj, normed))
+    inner = ACTIVATIONS[sublayer.activation](_linear(sublayer.gate_proj, normed)) * _linear(sublayer.up_proj, normed)
+    if observe is not None:
+        observe("down_proj", inner)
+    return _linear(sublayer.down_proj, inner)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """weight * (x / rms(x)), normalized in float32 and rounded to x's dtype before the weight, as Llama does."""
+    return weight * _over_rms(x, eps)
+
+
+def _over_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     wide = x.to(torch.float32) if x.dtype != torch.float64 else x
-    normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * normalized.to(x.dtype)
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _normed(norm: Any, x: torch.Tensor, observe: Observe | None) -> torch.Tensor:
+    over_rms = _over_rms(x, norm.eps)
+    if observe is not None:
+        observe("norm", over_rms)
+    return norm.weight * over_rms
 
 
 def _linear(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    if linear.input is not None:
+        x = _fake_quantized(x, linear.input.dtype, linear.input.scale)
     return F.linear(x, linear.weight, linear.bias)
+
+
+def _fake_quantized(x: torch.Tensor, dtype: DType, scale: torch.Tensor | None) -> torch.Tensor:
+    """Round x to codes and back, in float32, under one scale ([]) or (None) one per token, the last axis being one."""
+    wide = x.to(torch.float32)
+    if scale is None:
+        largest = wide.abs().amax(-1, keepdim=True)
+        scale = torch.where(largest == 0, 1.0, largest / LARGEST[dtype])
+    scale = scale.to(torch.float32)
+    if dtype == INT8:
+        codes = (wide / scale).round().clamp(-128, 127)
+    else:
+        codes = (wide / scale).clamp(-LARGEST[dtype], LARGEST[dtype]).to(getattr(torch, dtype.torch)).to(torch.float32)
+    return (codes * scale).to(x.dtype)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -295,10 +381,62 @@ def torch_from_numpy(values: np.ndarray, device: torch.device, dtype: torch.dtyp
     return torch.from_numpy(bits).view(source).to(device=device, dtype=dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedInput:
+    """An `InputQuantization` with a torch tensor."""
+
+    dtype: DType
+    scale: torch.Tensor | None  # float32 []
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedLinear:
+    """A `Linear` with torch tensors; a weight that was codes holds the values that they stand for."""
+
+    weight: torch.Tensor  # [out, in]
+    bias: torch.Tensor | None = None  # [out]
+    input: LoadedInput | None = None
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedKV:
+    """A `KVQuantization` with torch tensors."""
+
+    dtype: DType
+    k_scale: torch.Tensor  # float32 []
+    v_scale: torch.Tensor
+
+
+def _loaded_linear(linear: Linear, device: torch.device, dtype: torch.dtype) -> LoadedLinear:
+    bias = None if linear.bias is None else torch_from_lazy(linear.bias, device, dtype)
+    quantization = linear.quantization
+    if quantization is None:
+        return LoadedLinear(torch_from_lazy(linear.weight, device, dtype), bias)
+    weight = torch_from_lazy(dequantized(linear.weight, quantization.weight_scale), device, dtype)
+    if quantization.input is None:
+        return LoadedLinear(weight, bias)
+    scale = quantization.input.scale
+    loaded = None if scale is None else torch_from_lazy(scale, device, torch.float32)
+    return LoadedLinear(weight, bias, LoadedInput(quantization.input.dtype, loaded))
+
+
 def _on_device(part: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """The same dataclasses with torch tensors, which have shapes too, in place of lazy ones."""
     if isinstance(part, LazyTensor):
         return torch_from_lazy(part, device, dtype)
+    if isinstance(part, Linear):
+        return _loaded_linear(part, device, dtype)
+    if isinstance(part, KVQuantization):
+        scales = (torch_from_lazy(scale, device, torch.float32) for scale in (part.k_scale, part.v_scale))
+        return LoadedKV(part.dtype, *scales)
     if is_dataclass(part) and not isinstance(part, type):
         return type(part)(**{f.name: _on_device(getattr(part, f.name), device, dtype) for f in fields(part)})
     return part
@@ -322,4 +460,14 @@ def _first_slots(graph: ModelGraph) -> list[int]:
     return slots
 
 
-__all__ = ["ACTIVATIONS", "Cache", "LoadedBlock", "Reference", "Span", "attend", "feed_forward", "rms_norm"]
+__all__ = [
+    "ACTIVATIONS",
+    "Cache",
+    "LoadedBlock",
+    "Reference",
+    "Span",
+    "attend",
+    "contributions",
+    "feed_forward",
+    "rms_norm",
+]

@@ -15,11 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -28,16 +25,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from exporter.errors import CheckpointError, OutputError, PlanError
-from exporter.graph import ModelGraph, ParallelBlocks, members, structure, weights
-from exporter.lazy import LazyTensor
+from exporter.errors import PlanError
+from exporter.graph import ModelGraph, ParallelBlocks, members, structure
+from exporter.hidden_states import HiddenStates, check_finite, states_folder
 from exporter.reference import LoadedBlock, Reference
 
 Kind = Literal["block", "attention", "ffn"]
 KINDS: tuple[Kind, ...] = ("block", "attention", "ffn")
 DEFAULT_BUDGET_BYTES = 4 << 30
 DEFAULT_BATCH = 8  # windows that go through a block at a time
-PROGRESS_FILE = "progress.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,17 +117,11 @@ def measure_dependency(
     reference = Reference(graph, device=device, dtype=dtype)
     removals = [Removal(kind, index) for index in range(first, last + 1) for kind in _removable(graph, index, kinds)]
     shape = (*tokens.shape, graph.hidden_size)
-    itemsize = torch.empty((), dtype=dtype).element_size()
-    needs_files = (len(removals) + 1) * math.prod(shape) * itemsize > budget_bytes
+    needed_bytes = (len(removals) + 1) * math.prod(shape) * torch.empty((), dtype=dtype).element_size()
     stop = len(graph.blocks) if importance or kl else last + 1
-    with ExitStack() as stack:
-        folder = work
-        if folder is None and needs_files:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fuselage-analysis-")))
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+    with states_folder(work, needed_bytes, budget_bytes) as folder:
         key = _key(graph, tokens, removals, dtype)
-        run = _Run(graph, reference, tokens, first, last, removals, _States(shape, dtype, folder, key), batch)
+        run = _Run(graph, reference, tokens, first, last, removals, HiddenStates(shape, dtype, folder, key), batch)
         for index in run.remaining(stop):
             if progress is not None:
                 progress(index, stop)
@@ -173,7 +163,7 @@ class _Run:
         first: int,
         last: int,
         removals: Sequence[Removal],
-        states: _States,
+        states: HiddenStates,
         batch: int,
     ) -> None:
         self._graph, self._reference, self._states = graph, reference, states
@@ -211,7 +201,7 @@ class _Run:
             x = self._states.read("base", part, self._reference.device)
             attention, ffn = block.contributions(x, self._span)
             y = x + attention + ffn
-            _check_finite(y, self._graph, index)
+            check_finite(y, self._graph, index)
             if in_range:
                 curves += _curves(x, y)
             for removal in older:
@@ -299,85 +289,6 @@ def summed_kl(reference: torch.Tensor, other: torch.Tensor) -> float:
     log_p = F.log_softmax(reference.float(), dim=-1)
     log_q = F.log_softmax(other.float(), dim=-1)
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1).double().sum().item()
-
-
-def _check_finite(y: torch.Tensor, graph: ModelGraph, index: int) -> None:
-    """Raise CheckpointError if a block's output is not finite; names the weight to blame if it is one."""
-    if torch.isfinite(y).all():
-        return
-    for tensor in weights(graph.blocks[index]):
-        for source, name in _named_sources(tensor):
-            if not all(np.isfinite(chunk.astype(np.float32)).all() for chunk in source.chunks()):
-                raise CheckpointError("weight is NaN or infinite", tensor=name, block=index)
-    raise CheckpointError("the output of this block is NaN or infinite, and its weights are not", block=index)
-
-
-def _named_sources(tensor: LazyTensor) -> Iterator[tuple[LazyTensor, str | None]]:
-    sources = getattr(tensor, "sources", None)
-    if sources is None:
-        yield tensor, getattr(tensor, "name", None)
-        return
-    for source in sources:
-        yield from _named_sources(source)
-
-
-class _States:
-    """Hidden states [N, S, D] by name: in memory, or in two files each, of which one is complete at any time.
-
-    With files, what `write` gives for block k is read only after `commit(k + 1)`; a run that is killed in between
-    reads the file of the commit before.
-    """
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None, key: str) -> None:
-        self._shape, self._dtype, self._key = shape, dtype, key
-        self._memory: dict[str, torch.Tensor] = {}
-        self._folder = folder  # None: in memory
-        self._commits = 0
-
-    def progress(self) -> dict[str, Any] | None:
-        """What the last commit of an interrupted run said, None if there was none."""
-        if self._folder is None or not (self._folder / PROGRESS_FILE).exists():
-            return None
-        saved = json.loads((self._folder / PROGRESS_FILE).read_text())
-        if saved["key"] != self._key:
-            raise OutputError(
-                "the folder holds hidden states of another measurement", file=self._folder, hint="give another folder"
-            )
-        self._commits = saved["commits"]
-        return saved
-
-    def read(self, name: str, part: slice, device: torch.device) -> torch.Tensor:
-        if self._folder is None:
-            return self._memory[name][part].to(device)
-        return torch.from_numpy(np.array(self._mapped(name, self._commits, "r")[part])).to(device, self._dtype)
-
-    def write(self, name: str, part: slice, values: torch.Tensor) -> None:
-        if self._folder is None:
-            if name not in self._memory:
-                self._memory[name] = torch.empty(self._shape, dtype=self._dtype)
-            self._memory[name][part] = values.cpu()
-            return
-        self._mapped(name, self._commits + 1, "r+")[part] = values.float().cpu().numpy()
-
-    def commit(self, next_block: int, sums: Mapping[str, Any]) -> None:
-        self._commits += 1
-        if self._folder is None:
-            return
-        path = self._folder / PROGRESS_FILE
-        temporary = path.with_suffix(".new")
-        temporary.write_text(
-            json.dumps({"key": self._key, "next_block": next_block, "commits": self._commits, "sums": sums})
-        )
-        os.replace(temporary, path)
-
-    def _mapped(self, name: str, commit: int, mode: Literal["r", "r+"]) -> np.memmap:
-        if self._folder is None:
-            raise AssertionError("Bug: hidden states in memory have no files")
-        path = self._folder / f"{name}.{commit % 2}.float32"
-        if mode == "r+" and not path.exists():
-            with path.open("wb") as file:
-                file.truncate(4 * math.prod(self._shape))
-        return np.memmap(path, np.float32, mode, shape=self._shape)
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Literal
 
 from exporter.errors import PlanError
-from exporter.graph import FFN, Block, Linear, ModelGraph, RMSNorm
+from exporter.graph import FFN, Block, Linear, ModelGraph, RMSNorm, linears
 from exporter.lazy import LazyTensor, add, concat, full, pad, scale_columns, slice_columns, slice_rows
 from exporter.passes.find_blocks import blocks_of_range, check_disjoint, plain_block
 
@@ -75,6 +75,8 @@ def _fused(blocks: Sequence[Block], span: range, norm: NormRule, multiple: int) 
     ):
         if len(set(values)) > 1:
             raise PlanError(f"the FFNs of a run have different {what}", block=span.start, found=values)
+    if any(linear.quantization is not None for ffn in ffns for linear in linears(ffn).values()):
+        raise PlanError("a quantized FFN cannot be fused", block=span.start, hint="fuse first, then quantize")
     ffns = [_without_padding(ffn) for ffn in ffns]
     width = sum(ffn.intermediate_size for ffn in ffns)
     padded = -(-width // multiple) * multiple

@@ -1,0 +1,292 @@
+"""Activation ranges over text, in one pass over the weights: what static scales and smoothing are made of.
+
+Every block is loaded once and sees all windows; kept is one number per channel and site (`exporter.ranges`), the
+largest magnitude or, on request, a percentile of it over the tokens. Sites are filed under the source layers they came
+from, so the ranges of a model also serve what passes make of it: fused FFNs put their layers' inner channels side by
+side, and take the larger of their inputs, which is exact for what was measured and needs no second calibration.
+
+Shape letters: N = windows, S = tokens per window, C = channels of a site.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from exporter.dtypes import FLOAT32
+from exporter.errors import FuselageError
+from exporter.graph import FFN, Attention, Block, LinearSublayer, ModelGraph, members, structure, weights
+from exporter.hidden_states import HiddenStates, check_finite, states_folder
+from exporter.lazy import LazyTensor, array, concat, full
+from exporter.ranges import DOWN_PROJ, BlockRanges, Ranges, SublayerRanges
+from exporter.reference import Reference
+from exporter.safetensors_io import SkippedTensor, read_json, read_safetensors
+from exporter.writers.files import Content, json_bytes
+
+DEFAULT_BUDGET_BYTES = 4 << 30
+DEFAULT_BATCH = 8  # windows that go through a block at a time
+RANGES_FILE = "ranges.safetensors"
+CALIBRATION_FILE = "calibration.json"
+CALIBRATION_KIND = "calibration"
+
+
+class CalibrationError(FuselageError):
+    """Ranges that cannot be used: of another model, incomplete, or not numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """The ranges of one model over one text."""
+
+    fingerprint: str  # of the graph that was measured, see `fingerprint`
+    text: str  # what was read, for people
+    tokens: int
+    percentile: float | None  # None: the largest magnitude
+    ranges: Mapping[str, np.ndarray]  # "<source layers>.<sublayer>.<site>", e.g. "8+9.ffn.down_proj": float32 [C]
+
+
+def fingerprint(graph: ModelGraph) -> str:
+    """Tell one model's weights from another's without reading them: structure, and the first row of every tensor."""
+    found = hashlib.sha256(json.dumps(structure(graph), sort_keys=True).encode())
+    for tensor in weights(graph):
+        found.update(tensor.rows(0, 1).tobytes())
+    return found.hexdigest()
+
+
+def calibrate(
+    graph: ModelGraph,
+    tokens: np.ndarray,
+    *,
+    text: str,
+    percentile: float | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    work: Path | None = None,
+    batch: int = DEFAULT_BATCH,
+    progress: Callable[[int, int], None] | None = None,
+) -> Calibration:
+    """Measure every site of a graph on tokens int64 [N, S].
+
+    Args:
+        percentile: of the tokens, per channel, e.g. 99.9: what lies above is clipped. None: nothing is.
+        budget_bytes: hidden states beyond this go to files.
+        work: folder for those files; an interrupted calibration goes on from there when called again with the same
+            arguments. Removed at the end.
+
+    Raises:
+        CalibrationError: a quantized graph, or a percentile out of range.
+        CheckpointError: a weight is NaN or infinite; names the tensor.
+    """
+    if percentile is not None and not 50 <= percentile <= 100:
+        raise CalibrationError("a percentile of activations", expected="50 to 100", found=percentile)
+    reference = Reference(graph, device=device, dtype=dtype)
+    shape = (*tokens.shape, graph.hidden_size)
+    identity = fingerprint(graph)
+    key = hashlib.sha256(f"{identity} {percentile} {dtype}".encode() + tokens.tobytes()).hexdigest()
+    with states_folder(work, 4 * math.prod(shape), budget_bytes) as folder:
+        states = HiddenStates(shape, dtype, folder, key)
+        found: dict[str, np.ndarray] = {}
+        slices = [slice(start, start + batch) for start in range(0, len(tokens), batch)]
+        saved = states.progress()
+        if saved is None:
+            for part in slices:
+                states.write("x", part, next(iter(reference.residuals(torch.from_numpy(tokens[part]), None))))
+            states.commit(0, {})
+        else:
+            found = {name: np.asarray(values, np.float32) for name, values in saved["sums"].items()}
+        span = reference.span((1, tokens.shape[1]), None)
+        for index in range(0 if saved is None else saved["next_block"], len(graph.blocks)):
+            if progress is not None:
+                progress(index, len(graph.blocks))
+            found |= _measured_block(reference, index, states, slices, span, percentile, tokens.size)
+            states.commit(index + 1, {name: values.tolist() for name, values in found.items()} if folder else {})
+    if progress is not None:
+        progress(len(graph.blocks), len(graph.blocks))
+    if work is not None:
+        shutil.rmtree(work)
+    return Calibration(fingerprint=identity, text=text, tokens=tokens.size, percentile=percentile, ranges=found)
+
+
+@torch.inference_mode()
+def _measured_block(
+    reference: Reference,
+    index: int,
+    states: HiddenStates,
+    slices: Sequence[slice],
+    span: Any,
+    percentile: float | None,
+    tokens: int,
+) -> dict[str, np.ndarray]:
+    """Move the hidden states through one block and return the ranges of its sites."""
+    blocks = members(reference.graph.blocks[index])
+    # The range leaves out so many tokens; rounded first, because 100 - 99.9 is a little less than 0.1.
+    above = 0 if percentile is None else math.floor(round((100 - percentile) * tokens / 100, 6))
+    kept = above + 1
+    largest: dict[str, torch.Tensor] = {}  # [kept, C], descending
+
+    def observe(member: int, sublayer: str, site: str, values: torch.Tensor) -> None:
+        if values.dim() == 4:  # [B, H, S, d]: the heads' channels side by side
+            values = values.transpose(1, 2).flatten(2)
+        magnitudes = values.flatten(0, 1).abs().float()
+        name = _name(blocks[member], sublayer, site)
+        if kept == 1:
+            magnitudes = magnitudes.amax(0, keepdim=True)
+        before = largest.get(name)
+        pool = magnitudes if before is None else torch.cat([before, magnitudes])
+        largest[name] = pool.topk(min(kept, len(pool)), dim=0).values if kept > 1 else pool.amax(0, keepdim=True)
+
+    block = reference.block(index)
+    for part in slices:
+        x = states.read("x", part, reference.device)
+        y = block(x, span, observe)
+        check_finite(y, reference.graph, index)
+        states.write("x", part, y)
+    return {name: values[-1].cpu().numpy() for name, values in largest.items()}
+
+
+def _name(block: Block, sublayer: str, site: str) -> str:
+    return f"{'+'.join(map(str, _layers(block, sublayer)))}.{sublayer}.{site}"
+
+
+def _layers(block: Block, sublayer: str) -> tuple[int, ...]:
+    ffn = block.ffn
+    return ffn.source_layers if sublayer == "ffn" and isinstance(ffn, FFN) else block.source_layers
+
+
+def ranges_of(calibration: Calibration, graph: ModelGraph) -> Ranges:
+    """Find the ranges of a graph's sites: its own, or merged from those of the layers that it was fused from.
+
+    Raises:
+        CalibrationError: a site has no range, or one of another size; names the block and the source layers.
+    """
+    found = []
+    for index, block in enumerate(graph.flat_blocks):
+        try:
+            attention = {} if block.attention is None else _attention_ranges(calibration, block, block.attention)
+            ffn = {} if block.ffn is None else _ffn_ranges(calibration, block, block.ffn)
+        except CalibrationError as error:
+            error.block = index
+            raise
+        found.append(BlockRanges(attention, ffn))
+    return tuple(found)
+
+
+def _attention_ranges(calibration: Calibration, block: Block, attention: Attention | LinearSublayer) -> SublayerRanges:
+    sizes = {"norm": attention.hidden_size}
+    if isinstance(attention, Attention):
+        kv = attention.num_key_value_heads * attention.head_dim
+        sizes |= {"o_proj": attention.o_proj.in_features, "key": kv, "value": kv}
+    layers = "+".join(map(str, block.source_layers))
+    return {site: _range(calibration, f"{layers}.attention.{site}", size) for site, size in sizes.items()}
+
+
+def _ffn_ranges(calibration: Calibration, block: Block, ffn: FFN | LinearSublayer) -> SublayerRanges:
+    if not isinstance(ffn, FFN):
+        layers = "+".join(map(str, block.source_layers))
+        return {"norm": _range(calibration, f"{layers}.ffn.norm", ffn.hidden_size)}
+    norms, inner = [], []
+    start = 0
+    while start < len(ffn.segments):
+        run = _longest_known(calibration, ffn.source_layers[start:])
+        layers = "+".join(map(str, ffn.source_layers[start : start + run]))
+        norms.append(_range(calibration, f"{layers}.ffn.norm", ffn.hidden_size))
+        width = sum(segment.width for segment in ffn.segments[start : start + run])
+        inner.append(_range(calibration, f"{layers}.ffn.{DOWN_PROJ}", width))
+        start += run
+    if ffn.padding:
+        inner.append(full((ffn.padding,), 0.0, FLOAT32))
+    largest = np.max([norm.numpy() for norm in norms], axis=0)
+    return {"norm": array(largest), DOWN_PROJ: concat(inner, axis=0)}
+
+
+def _longest_known(calibration: Calibration, layers: Sequence[int]) -> int:
+    """How many of these layers were measured as one FFN; 1 if none were."""
+    known = (
+        run
+        for run in range(len(layers), 0, -1)
+        if f"{'+'.join(map(str, layers[:run]))}.ffn.{DOWN_PROJ}" in calibration.ranges
+    )
+    return next(known, 1)
+
+
+def _range(calibration: Calibration, name: str, size: int) -> LazyTensor:
+    values = calibration.ranges.get(name)
+    if values is None:
+        raise CalibrationError(
+            "the calibration has no range for this site",
+            found=f"nothing for {name}",
+            hint="calibrate this model, or the one it was made from",
+        )
+    if len(values) > size:  # an FFN that was measured with its padding
+        if values[size:].any():
+            raise CalibrationError(f"the range of {name} has another size", expected=size, found=len(values))
+        values = values[:size]
+    if len(values) != size:
+        raise CalibrationError(f"the range of {name} has another size", expected=size, found=len(values))
+    if not np.isfinite(values).all() or (values < 0).any():
+        raise CalibrationError(f"the range of {name} is not made of finite numbers", found=values.max())
+    if not values.any():
+        raise CalibrationError(
+            f"the range of {name} is zero in all channels",
+            found=0.0,
+            hint="a dead input has no scale: calibrate on more text, or exclude the linear",
+        )
+    return array(values)
+
+
+def check_belongs(calibration: Calibration, *graphs: ModelGraph) -> None:
+    """Raise CalibrationError unless one of `graphs` is the model that was measured."""
+    if calibration.fingerprint not in map(fingerprint, graphs):
+        raise CalibrationError(
+            "this calibration is of another model",
+            expected=f"fingerprint {fingerprint(graphs[0])[:16]}",
+            found=calibration.fingerprint[:16],
+            hint="calibrate this model",
+        )
+
+
+def calibration_files(calibration: Calibration) -> dict[str, Content | bytes]:
+    """The files of a calibration folder: a small safetensors file and a JSON file."""
+    from safetensors.numpy import save
+
+    described = {
+        "fingerprint": calibration.fingerprint,
+        "text": calibration.text,
+        "tokens": calibration.tokens,
+        "percentile": calibration.percentile,
+    }
+    return {CALIBRATION_FILE: json_bytes(described), RANGES_FILE: save(dict(calibration.ranges))}
+
+
+def read_calibration(folder: Path) -> Calibration:
+    """Read a calibration folder.
+
+    Raises:
+        CalibrationError, CheckpointError: a file is missing or malformed.
+    """
+    described = read_json(folder / CALIBRATION_FILE)
+    ranges = {}
+    for name, tensor in read_safetensors(folder / RANGES_FILE).items():
+        if isinstance(tensor, SkippedTensor) or tensor.dtype != FLOAT32 or len(tensor.shape) != 1:
+            raise CalibrationError("a range is a row of float32 numbers", file=folder / RANGES_FILE, tensor=name)
+        ranges[name] = tensor.numpy()
+    try:
+        return Calibration(
+            fingerprint=str(described["fingerprint"]),
+            text=str(described["text"]),
+            tokens=int(described["tokens"]),
+            percentile=None if described["percentile"] is None else float(described["percentile"]),
+            ranges=ranges,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CalibrationError(f"malformed calibration ({error!r})", file=folder / CALIBRATION_FILE) from error

@@ -1,0 +1,238 @@
+"""Ranges against hooks on transformers; what fusing makes of them; files, resuming, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from exporter import calibration as module
+from exporter.calibration import (
+    Calibration,
+    CalibrationError,
+    calibrate,
+    calibration_files,
+    check_belongs,
+    ranges_of,
+    read_calibration,
+)
+from exporter.errors import CheckpointError, FuselageError
+from exporter.graph import FFN, ModelGraph
+from exporter.lazy import array
+from exporter.passes.fuse_ffn import fuse_ffn
+from exporter.ranges import input_range
+from exporter.read import open_model
+from exporter.safetensors_io import FileTensor
+from exporter.writers.files import save_folder
+from tests.tiny import tiny_graph
+
+TOKENS = np.random.default_rng(1).integers(0, 97, (5, 16))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, transformers.LlamaForCausalLM]:
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=97, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.weight.data.normal_(1, 0.2)
+    folder = tmp_path_factory.mktemp("calibration") / "llama"
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def inputs_of_linears(model: transformers.LlamaForCausalLM) -> dict[str, np.ndarray]:
+    """|input| of every linear by module name, [tokens, in]."""
+    found: dict[str, np.ndarray] = {}
+
+    def hook(name: str):
+        def keep(_module: object, arguments: tuple[torch.Tensor, ...]) -> None:
+            found[name] = arguments[0].detach().abs().flatten(0, 1).numpy()
+
+        return keep
+
+    handles = [
+        child.register_forward_pre_hook(hook(name))
+        for name, child in model.named_modules()
+        if isinstance(child, torch.nn.Linear)
+    ]
+    with torch.no_grad():
+        model(torch.from_numpy(TOKENS))
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("percentile", [None, 90.0])
+def test_against_hooks(percentile: float | None, llama: tuple[Path, transformers.LlamaForCausalLM]) -> None:
+    folder, model = llama
+    graph = open_model(folder, need_weights=True).graph
+    ranges = ranges_of(calibrate(graph, TOKENS, text="random", percentile=percentile, batch=2), graph)
+    inputs = inputs_of_linears(model)
+    for layer, block in enumerate(graph.flat_blocks):
+        for sublayer, module_name, names in (
+            ("attention", "self_attn", ["q_proj", "k_proj", "v_proj", "o_proj"]),
+            ("ffn", "mlp", ["gate_proj", "up_proj", "down_proj"]),
+        ):
+            for name in names:
+                magnitudes = inputs[f"model.layers.{layer}.{module_name}.{name}"]
+                above = 0 if percentile is None else 8  # 10 % of 80 tokens
+                expected = np.sort(magnitudes, axis=0)[-1 - above]
+                found = input_range(getattr(block, sublayer), getattr(ranges[layer], sublayer), name).numpy()
+                np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_keys_and_values(llama: tuple[Path, transformers.LlamaForCausalLM]) -> None:
+    folder, model = llama
+    graph = open_model(folder, need_weights=True).graph
+    found = calibrate(graph, TOKENS, text="random").ranges
+    with torch.no_grad():
+        cache = model(torch.from_numpy(TOKENS), use_cache=True).past_key_values
+    for layer in range(3):
+        for name, values in (("key", cache.layers[layer].keys), ("value", cache.layers[layer].values)):
+            expected = values.abs().amax(dim=(0, 2)).flatten().numpy()
+            np.testing.assert_allclose(found[f"{layer}.attention.{name}"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_fused_layers_share_what_was_measured() -> None:
+    graph = tiny_graph("AF F F F", intermediate_size=[100, 128, 60, 90])
+    measured = calibrate(graph, TOKENS, text="random")
+    fused = fuse_ffn(graph, [(1, 2)])
+    once, twice = ranges_of(measured, fused), ranges_of(measured, fuse_ffn(fused, [(1, 3)]))
+    inner = [measured.ranges[f"{layer}.ffn.down_proj"] for layer in (1, 2, 3)]
+    np.testing.assert_array_equal(once[1].ffn["down_proj"].numpy()[:188], np.concatenate(inner[:2]))
+    np.testing.assert_array_equal(twice[1].ffn["down_proj"].numpy()[:278], np.concatenate(inner))
+    assert not twice[1].ffn["down_proj"].numpy()[278:].any()
+    outer = np.max([measured.ranges[f"{layer}.ffn.norm"] for layer in (1, 2, 3)], axis=0)
+    np.testing.assert_array_equal(twice[1].ffn["norm"].numpy(), outer)
+    # What was measured on the fused model itself is used first, and serves what is made of that.
+    again = calibrate(fused, TOKENS, text="random")
+    assert "1+2.ffn.down_proj" in again.ranges
+    merged = ranges_of(again, fuse_ffn(fused, [(1, 3)]))[1].ffn["down_proj"].numpy()
+    np.testing.assert_array_equal(merged[:188], again.ranges["1+2.ffn.down_proj"][:188])
+
+
+def test_files(tmp_path: Path) -> None:
+    graph = tiny_graph("AF (AF AF) L -")
+    measured = calibrate(graph, TOKENS, text="random", percentile=99.0)
+    save_folder(tmp_path / "c", calibration_files(measured).items(), kind="calibration", details={})
+    back = read_calibration(tmp_path / "c")
+    assert replace(back, ranges={}) == replace(measured, ranges={})
+    assert back.ranges.keys() == measured.ranges.keys()
+    assert all((back.ranges[name] == measured.ranges[name]).all() for name in back.ranges)
+
+
+def test_one_pass_over_the_weights(
+    llama: tuple[Path, transformers.LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = open_model(llama[0], need_weights=True).graph
+    monkeypatch.setattr(module, "fingerprint", lambda graph: "")
+    read = 0
+    rows = FileTensor.rows
+
+    def counted(tensor: FileTensor, start: int, stop: int) -> np.ndarray:
+        nonlocal read
+        read += (stop - start) * tensor.row_nbytes
+        return rows(tensor, start, stop)
+
+    monkeypatch.setattr(FileTensor, "rows", counted)
+    calibrate(graph, TOKENS, text="random", batch=1)
+    blocks = sum(t.nbytes for entry in graph.blocks for t in module.weights(entry))
+    assert blocks <= read <= blocks + graph.embedding.nbytes
+
+
+class Killed(Exception):
+    pass
+
+
+def test_resumes_where_it_was_interrupted(tmp_path: Path) -> None:
+    graph = tiny_graph("AF F AF F")
+    whole = calibrate(graph, TOKENS, text="random", percentile=99.0)
+    seen: list[int] = []
+
+    def progress(done: int, _total: int) -> None:
+        seen.append(done)
+        if seen == [0, 1, 2]:
+            raise Killed
+
+    with pytest.raises(Killed):
+        calibrate(graph, TOKENS, text="random", percentile=99.0, work=tmp_path / "w", progress=progress)
+    with pytest.raises(FuselageError, match="another measurement"):
+        calibrate(graph, TOKENS[:2], text="random", percentile=99.0, work=tmp_path / "w")
+    again = calibrate(graph, TOKENS, text="random", percentile=99.0, work=tmp_path / "w", progress=progress)
+    assert seen[3:] == [2, 3, 4]
+    assert not (tmp_path / "w").exists()
+    assert again.ranges.keys() == whole.ranges.keys()
+    assert all(np.allclose(again.ranges[name], whole.ranges[name], rtol=1e-6) for name in whole.ranges)
+
+
+def test_spilled_states_change_nothing() -> None:
+    graph = tiny_graph("AF F")
+    whole, spilled = (calibrate(graph, TOKENS, text="random", budget_bytes=budget) for budget in (1 << 30, 1))
+    assert all((spilled.ranges[name] == whole.ranges[name]).all() for name in whole.ranges)
+
+
+def with_range(measured: Calibration, name: str, values: np.ndarray | None) -> Calibration:
+    ranges = {**measured.ranges, name: values}
+    return replace(measured, ranges={key: one for key, one in ranges.items() if one is not None})
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("1.ffn.down_proj", None, "block 1: the calibration has no range"),
+        ("0.attention.norm", np.ones(63, np.float32), "block 0: .*another size"),
+        ("1.ffn.down_proj", np.full(256, np.nan, np.float32), "finite"),
+        ("1.ffn.down_proj", np.full(256, -1, np.float32), "finite"),
+        ("1.ffn.norm", np.zeros(64, np.float32), "zero in all channels"),
+        ("1.ffn.down_proj", np.ones(300, np.float32), "another size"),
+    ],
+)
+def test_ranges_that_cannot_be_used(name: str, values: np.ndarray | None, message: str) -> None:
+    graph = tiny_graph("AF F")
+    measured = with_range(calibrate(graph, TOKENS, text="random"), name, values)
+    with pytest.raises(CalibrationError, match=message):
+        ranges_of(measured, graph)
+
+
+def test_another_model_is_refused() -> None:
+    graph, other = tiny_graph("AF F"), tiny_graph("AF F", seed=1)
+    measured = calibrate(graph, TOKENS, text="random")
+    check_belongs(measured, other, graph)
+    with pytest.raises(CalibrationError, match="another model"):
+        check_belongs(measured, other)
+
+
+def test_nan_weights_are_named(tmp_path: Path) -> None:
+    graph: ModelGraph = tiny_graph("AF F")
+    ffn = graph.flat_blocks[1].ffn
+    assert isinstance(ffn, FFN)
+    bad = ffn.up_proj.weight.numpy().copy()
+    bad[3, 4] = np.nan
+    broken = replace(ffn, up_proj=replace(ffn.up_proj, weight=array(bad)))
+    blocks = (graph.blocks[0], replace(graph.flat_blocks[1], ffn=broken))
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        calibrate(replace(graph, blocks=blocks), TOKENS, text="random")
+
+
+@pytest.mark.parametrize("percentile", [0.0, 49.0, 100.5, float("nan")])
+def test_a_percentile_that_is_none(percentile: float) -> None:
+    with pytest.raises(CalibrationError, match="percentile"):
+        calibrate(tiny_graph("AF"), TOKENS, text="random", percentile=percentile)
+
+
+@pytest.mark.parametrize(
+    "content", [b"{}", b"[]", b'{"fingerprint": 1, "text": "", "tokens": "x", "percentile": null}']
+)
+def test_malformed_files(content: bytes, tmp_path: Path) -> None:
+    files = calibration_files(calibrate(tiny_graph("AF"), TOKENS, text="random"))
+    save_folder(tmp_path / "c", {**files, "calibration.json": content}.items(), kind="calibration", details={})
+    with pytest.raises(CalibrationError, match="malformed"):
+        read_calibration(tmp_path / "c")
