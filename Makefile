@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 # torch goes in first and alone: its pinned build must be in place before anything that depends on it is resolved.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-peers lint clean
 
 demo: $(VENV)/.run
 	$(BIN)/python build.py demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# Against programs that are too large for every run of the tests; they go into an environment of their own.
+test-peers:
+	$(MAKE) VENV=.venv-peers .venv-peers/.peers
+	.venv-peers/bin/python -m pytest -m peers
 
 lint: $(VENV)/.lint
 	$(BIN)/python -m ruff check .
@@ -30,9 +35,13 @@ $(VENV)/.test: $(VENV)/.run
 	$(PIP) --editable '.[test]'
 	touch $@
 
+$(VENV)/.peers: $(VENV)/.test
+	$(PIP) --editable '.[peers]'
+	touch $@
+
 $(VENV)/.lint: $(VENV)/.test
 	$(PIP) --editable '.[lint]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) .venv-peers out

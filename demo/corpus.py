@@ -60,3 +60,13 @@ def split_documents(others: list[str]) -> tuple[list[str], list[str], list[str]]
         return ["\n\n".join(filter(is_fresh, unwrapped(text).split("\n\n"))) for text in texts]
 
     return held_out_texts, fresh([topics[name] for name in sorted(topics) if name not in held_out]), fresh(others)
+
+
+def calibration_text(training_topics: list[str], characters: int = 120_000) -> str:
+    """Return training topics for calibration, as many as fit, in an order that mixes long and short ones."""
+    chosen, length = [], 0
+    for text in sorted(filter(str.strip, training_topics), key=lambda text: hashlib.sha256(text.encode()).digest()):
+        if length + len(text) <= characters:
+            chosen.append(text)
+            length += len(text)
+    return "\n\n\n".join(chosen) + "\n"

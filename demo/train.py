@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from corpus import docstrings, split_documents
+from corpus import calibration_text, docstrings, split_documents
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -201,6 +201,7 @@ def main():
     args.output.mkdir(parents=True, exist_ok=True)
     write_model(model, tokenizer, args.output)
     (args.output / "heldout.txt").write_text(held_out_text, encoding="utf-8")
+    (args.output / "calibration.txt").write_text(calibration_text(topic_texts), encoding="utf-8")
     saved = LlamaForCausalLM.from_pretrained(args.output, dtype=torch.float32)
     training = {
         "parameters": saved.num_parameters(),

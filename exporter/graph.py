@@ -23,6 +23,8 @@ from exporter.lazy import LazyTensor
 from exporter.rope import Rope
 
 CODES = (FLOAT8_E4M3FN, INT8)  # dtypes of quantized weights
+# Linears of a sublayer that read one input, and that engines run as one GEMM.
+FUSED_GEMMS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class Activation(enum.Enum):

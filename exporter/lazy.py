@@ -76,6 +76,10 @@ class LazyTensor(ABC):
         for start in range(0, self.num_rows, step):
             yield np.ascontiguousarray(self.rows(start, min(start + step, self.num_rows)))
 
+    def cut_columns(self, start: int, stop: int) -> LazyTensor:
+        """Columns [start, stop) of a matrix; see `slice_columns`. A node that can leave the others unread does so."""
+        return _SliceColumns(self, start, stop)
+
     def numpy(self) -> np.ndarray:
         """Read the whole tensor into a new array."""
         out = np.empty(self.shape, self.dtype.numpy)
@@ -128,6 +132,9 @@ class _Full(LazyTensor):
         shape = (stop - start, *self.shape[1:]) if self.shape else ()
         return np.full(shape, self._value, self.dtype.numpy)
 
+    def cut_columns(self, start: int, stop: int) -> LazyTensor:
+        return _Full((self.shape[0], stop - start), self._value, self.dtype)
+
 
 class Derived(LazyTensor):
     """A node that computes its rows from `sources`."""
@@ -164,6 +171,9 @@ class _ConcatRows(Derived):
             return np.empty((0, *self.shape[1:]), self.dtype.numpy)
         return np.concatenate(pieces)
 
+    def cut_columns(self, start: int, stop: int) -> LazyTensor:
+        return concat([slice_columns(source, start, stop) for source in self.sources], axis=0)
+
 
 class _ConcatColumns(Derived):
     __slots__ = ()
@@ -176,6 +186,16 @@ class _ConcatColumns(Derived):
             first += source.shape[1]
         return out
 
+    def cut_columns(self, start: int, stop: int) -> LazyTensor:
+        pieces = []
+        first = 0  # this source's first column in the result
+        for source in self.sources:
+            lo, hi = max(start, first), min(stop, first + source.shape[1])
+            if lo < hi:
+                pieces.append(slice_columns(source, lo - first, hi - first))
+            first += source.shape[1]
+        return concat(pieces, axis=1) if pieces else super().cut_columns(start, stop)
+
 
 class _SliceRows(Derived):
     __slots__ = ("_start",)
@@ -187,6 +207,9 @@ class _SliceRows(Derived):
     def rows(self, start: int, stop: int) -> np.ndarray:
         return self.sources[0].rows(self._start + start, self._start + stop)
 
+    def cut_columns(self, start: int, stop: int) -> LazyTensor:
+        return slice_rows(slice_columns(self.sources[0], start, stop), self._start, self._start + self.shape[0])
+
 
 class _SliceColumns(Derived):
     __slots__ = ("_start",)
@@ -197,6 +220,9 @@ class _SliceColumns(Derived):
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         return self.sources[0].rows(start, stop)[:, self._start : self._start + self.shape[1]]
+
+    def cut_columns(self, start: int, stop: int) -> LazyTensor:
+        return slice_columns(self.sources[0], self._start + start, self._start + stop)
 
 
 class _Scale(Derived):
@@ -218,6 +244,11 @@ class _Scale(Derived):
             product *= factors.rows(start, stop).astype(wide.numpy)[:, None]
         return _rounded(product, self.dtype)
 
+    def cut_columns(self, start: int, stop: int) -> LazyTensor:
+        source, factors = self.sources
+        own = slice_rows(factors, start, stop) if self._by_column else factors
+        return _Scale(slice_columns(source, start, stop), own, self._by_column)
+
 
 class _Sum(Derived):
     __slots__ = ()
@@ -229,12 +260,30 @@ class _Sum(Derived):
             total += source.rows(start, stop).astype(wide.numpy)
         return _rounded(total, self.dtype)
 
+    def cut_columns(self, start: int, stop: int) -> LazyTensor:
+        return add([slice_columns(source, start, stop) for source in self.sources])
+
 
 class _Cast(Derived):
     __slots__ = ()
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         return _rounded(self.sources[0].rows(start, stop), self.dtype)
+
+    def cut_columns(self, start: int, stop: int) -> LazyTensor:
+        return cast(slice_columns(self.sources[0], start, stop), self.dtype)
+
+
+class _Reshape(Derived):
+    __slots__ = ()
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        (source,) = self.sources
+        if not self.shape:
+            return source.rows(0, 1).reshape(())
+        if not source.shape:
+            return source.rows(0, 1).reshape(self.shape)[start:stop]
+        return source.rows(start, stop).reshape((stop - start, *self.shape[1:]))
 
 
 class _Computed(Derived):
@@ -333,7 +382,7 @@ def slice_columns(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
         raise GraphError(
             "column slice out of range", expected=f"within [0, {tensor.shape[1]}]", found=f"[{start}, {stop})"
         )
-    return tensor if (start, stop) == (0, tensor.shape[1]) else _SliceColumns(tensor, start, stop)
+    return tensor if (start, stop) == (0, tensor.shape[1]) else tensor.cut_columns(start, stop)
 
 
 def scale_rows(tensor: LazyTensor, factors: LazyTensor) -> LazyTensor:
@@ -376,6 +425,14 @@ def add(tensors: Sequence[LazyTensor]) -> LazyTensor:
 def cast(tensor: LazyTensor, dtype: DType) -> LazyTensor:
     """The same values in another dtype, rounded to nearest even."""
     return tensor if tensor.dtype == dtype else _Cast(tensor.shape, dtype, tensor)
+
+
+def reshape(tensor: LazyTensor, shape: Sequence[int]) -> LazyTensor:
+    """The same values in another shape with as many rows, so that it is read row by row: [] as [1], [n] as [n, 1]."""
+    reshaped = _Reshape(shape, tensor.dtype, tensor)
+    if (reshaped.num_rows, reshaped.size) != (tensor.num_rows, tensor.size):
+        raise GraphError("a tensor cannot be reshaped row by row", expected=list(shape), found=list(tensor.shape))
+    return tensor if reshaped.shape == tensor.shape else reshaped
 
 
 def computed(

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from exporter.dtypes import FLOAT32, DType
-from exporter.errors import GraphError
-from exporter.lazy import Derived, LazyTensor, computed
+from exporter.errors import CheckpointError, GraphError
+from exporter.lazy import Derived, LazyTensor, computed, reshape, slice_columns
 from exporter.numerics import LARGEST, amax, dequantize, quantize, scale_from_amax
 
 
@@ -58,6 +58,10 @@ class _Codes(Derived):
             scales = scale.rows(start, stop)
         return quantize(values, scales, self.dtype)
 
+    def cut_columns(self, start: int, stop: int) -> LazyTensor:
+        source, scale = self.sources
+        return _Codes(slice_columns(source, start, stop), scale, self.dtype)
+
 
 class _Values(Derived):
     __slots__ = ()
@@ -68,6 +72,28 @@ class _Values(Derived):
     def rows(self, start: int, stop: int) -> np.ndarray:
         codes, scale = self.sources
         return dequantize(codes.rows(start, stop), scale.rows(start, stop))
+
+    def cut_columns(self, start: int, stop: int) -> LazyTensor:
+        codes, scale = self.sources
+        return _Values(slice_columns(codes, start, stop), scale)
+
+
+class _StoredScale(Derived):
+    __slots__ = ("_file", "_tensor")
+
+    def __init__(self, source: LazyTensor, file: object, tensor: str) -> None:
+        super().__init__(source.shape, FLOAT32, source)
+        self._file = file
+        self._tensor = tensor
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        scales = self.sources[0].rows(start, stop).astype(np.float32)
+        wrong = scales[~(np.isfinite(scales) & (scales > 0))]
+        if wrong.size:
+            raise CheckpointError(
+                "a scale is a positive number", file=self._file, tensor=self._tensor, found=wrong.flat[0]
+            )
+        return scales
 
 
 def tensor_scale(sources: Sequence[LazyTensor], dtype: DType) -> LazyTensor:
@@ -97,3 +123,17 @@ def quantized(source: LazyTensor, scale: LazyTensor, dtype: DType) -> LazyTensor
 def dequantized(codes: LazyTensor, scale: LazyTensor) -> LazyTensor:
     """codes * scale in float32."""
     return _Values(codes, scale)
+
+
+def stored_scale(source: LazyTensor, shape: Sequence[int], *, file: object, tensor: str) -> LazyTensor:
+    """A scale as a folder has it, in any float dtype and with or without a last axis of one: float32 [] or [out].
+
+    Its values are held against their rule when they are read, not before.
+
+    Args:
+        file, tensor: where it comes from, for the error.
+
+    Raises:
+        CheckpointError: when it is read, if a number is zero, negative, NaN or infinite.
+    """
+    return _StoredScale(reshape(source, shape), file, tensor)

@@ -91,6 +91,10 @@ class QuantizationRecipe(_Table):
         static = any(isinstance(one, InputFormat) and one.scale == "tensor" for one in inputs)
         return static or self.smoothing is not None or self.kv_cache is not None
 
+    @property
+    def searches_alpha(self) -> bool:
+        return self.smoothing is not None and self.smoothing.alpha == "search"
+
     def check_patterns(self, linears: Iterable[str]) -> None:
         """Raise PlanError if a pattern matches none of a model's linears."""
         names = list(linears)
@@ -138,6 +142,16 @@ def read_quantization(name: str | Path) -> QuantizationRecipe:
         return QuantizationRecipe.model_validate(data)
     except ValidationError as error:
         raise validation_error(error, path) from error
+
+
+def recipe_with(
+    recipe: QuantizationRecipe, *, kv_cache: str | None = None, exclude: Iterable[str] = ()
+) -> QuantizationRecipe:
+    """A recipe with a quantized KV cache ("fp8" or "int8") or further exclusions."""
+    changes: dict[str, object] = {"exclude": [*recipe.exclude, *exclude]}
+    if kv_cache is not None:
+        changes["kv_cache"] = {"fp8": "float8_e4m3fn", "int8": "int8"}[kv_cache]
+    return recipe.model_copy(update=changes)
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from exporter.dtypes import FLOAT32
-from exporter.graph import FFN, Attention, LinearSublayer
-from exporter.lazy import LazyTensor, computed
+from exporter.graph import FFN, Attention, LinearSublayer, ModelGraph, linears
+from exporter.lazy import LazyTensor, computed, shape_only
 
 NORM, O_PROJ, DOWN_PROJ, KEY, VALUE = "norm", "o_proj", "down_proj", "key", "value"
 
@@ -53,3 +53,17 @@ def input_range(sublayer: Attention | FFN | LinearSublayer, ranges: SublayerRang
         return over_rms.numpy() * np.abs(weight.numpy().astype(np.float32))
 
     return computed(ranges[NORM].shape, FLOAT32, with_weight, ranges[NORM], sublayer.norm.weight)
+
+
+def unmeasured_ranges(graph: ModelGraph) -> Ranges:
+    """Ranges of a graph that have shapes and no values: enough for the structure of what they would be used for."""
+
+    def sites(sublayer: Attention | FFN | LinearSublayer | None) -> SublayerRanges:
+        if sublayer is None:
+            return {}
+        sizes = {SITE_OF[name]: linear.in_features for name, linear in linears(sublayer).items()}
+        if isinstance(sublayer, Attention):
+            sizes |= dict.fromkeys((KEY, VALUE), sublayer.num_key_value_heads * sublayer.head_dim)
+        return {site: shape_only((size,), FLOAT32) for site, size in sizes.items()}
+
+    return tuple(BlockRanges(attention=sites(block.attention), ffn=sites(block.ffn)) for block in graph.flat_blocks)

@@ -1,4 +1,8 @@
-"""A model folder, a config or a structure file in; a ModelGraph with lazy weights out. No tensor data is read."""
+"""A model folder, a config or a structure file in; a ModelGraph with lazy weights out. No tensor data is read.
+
+That holds for the scales of quantized folders too: names, shapes and dtypes are checked here, their values when
+something reads them (`exporter.lazy_quantized.stored_scale`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import json
 import os.path
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +25,25 @@ from exporter.architectures.base import (
     LinearSpec,
     ModelSpec,
 )
-from exporter.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32, FLOAT64
+from exporter.architectures.quantization import HF_QUANT_CONFIG, QuantizationSpec, Scheme, quantization_from_config
+from exporter.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32, FLOAT64, DType
 from exporter.errors import CheckpointError, FuselageError, raise_all
 from exporter.graph import (
+    CODES,
     FFN,
     Attention,
     Block,
+    InputQuantization,
+    KVQuantization,
     Linear,
     LinearSublayer,
     ModelGraph,
+    Quantization,
     RMSNorm,
     Segment,
 )
-from exporter.lazy import LazyTensor, shape_only
+from exporter.lazy import LazyTensor, full, shape_only
+from exporter.lazy_quantized import stored_scale
 from exporter.safetensors_io import SkippedTensor, has_checkpoint, path_inside, read_checkpoint, read_json
 from exporter.writers.files import check_files, read_manifest
 
@@ -42,6 +52,14 @@ STRUCTURE_SUFFIX = ".structure.json"
 MAX_CONFIG_BYTES = 4 << 20  # the longest we know has 60 KB
 MAX_SHOWN = 80  # characters of a value from a config in an error
 WEIGHT_DTYPES = (FLOAT32, FLOAT16, BFLOAT16, FLOAT64)
+SCALE_DTYPES = (FLOAT32, BFLOAT16, FLOAT16)
+# Why a tensor that belongs to a quantized linear may be one too many.
+SCALE_HINTS = {
+    "pre_quant_scale": "the input is multiplied by it before it is rounded; quantize again with the factors moved "
+    "into the layer in front",
+    "zero_point": "only symmetric codes are read",
+    "scale": "the quantization config says nothing of it",
+}
 
 # Files beside the weights that belong to a model and that a writer copies along.
 ASSET_NAMES = (
@@ -90,6 +108,8 @@ def open_model(path: Path, *, need_weights: bool) -> Checkpoint:
         config_path = path if is_file else path_inside(folder, CONFIG)
         config = read_json(config_path, MAX_CONFIG_BYTES)
     family, spec = _understand(config, config_path)
+    if not is_file and os.path.lexists(folder / HF_QUANT_CONFIG):
+        spec = replace(spec, quantization=_quantization_beside(spec.quantization, path_inside(folder, HF_QUANT_CONFIG)))
     structure_only = is_file or not has_checkpoint(folder)
     if structure_only:
         _refuse_pickles(None if is_file else folder)
@@ -128,6 +148,20 @@ def _understand(config: Any, path: Path) -> tuple[Family, ModelSpec]:
         error.file = path
         error.found = None if error.found is None else str(error.found)[:MAX_SHOWN]
         raise
+
+
+def _quantization_beside(in_config: QuantizationSpec | None, path: Path) -> QuantizationSpec:
+    """What hf_quant_config.json says; where config.json says it too, the same."""
+    try:
+        found = quantization_from_config(read_json(path, MAX_CONFIG_BYTES))
+    except CheckpointError as error:
+        error.file = path
+        raise
+    if in_config not in (None, found):
+        raise CheckpointError(
+            "the quantization is described twice, and differently", file=path, expected=f"what {CONFIG} says"
+        )
+    return found
 
 
 def _config_error(problem: Any, path: Path) -> FuselageError:
@@ -186,6 +220,9 @@ class _Expected:
     shape: tuple[int, ...]
     block: int | None
     origin: str  # where in the config the shape comes from
+    dtypes: tuple[DType, ...] = WEIGHT_DTYPES
+    also: tuple[int, ...] | None = None  # another shape in use
+    optional: bool = False
 
 
 def _expected_tensors(family: Family, spec: ModelSpec) -> Iterator[_Expected]:
@@ -195,9 +232,18 @@ def _expected_tensors(family: Family, spec: ModelSpec) -> Iterator[_Expected]:
 
     def linear(role: str, layer: int, shape: tuple[int, int], bias: bool, origin: str) -> Iterator[_Expected]:
         stem = table[role].format(layer=layer)
-        yield _Expected(f"{stem}.weight", shape, layer, origin)
+        scheme = _scheme_of(spec, stem)
+        dtypes = WEIGHT_DTYPES if scheme is None else (scheme.codes,)
+        yield _Expected(f"{stem}.weight", shape, layer, origin, dtypes)
         if bias:
             yield _Expected(f"{stem}.bias", shape[:1], layer, origin)
+        if scheme is not None:
+            yield scale(f"{stem}.weight_scale", () if scheme.weight == "tensor" else shape[:1], layer)
+        if scheme is not None and scheme.input == "tensor":
+            yield scale(f"{stem}.input_scale", (), layer)
+
+    def scale(name: str, shape: tuple[int, ...], layer: int, optional: bool = False) -> _Expected:
+        return _Expected(name, shape, layer, "the quantization config", SCALE_DTYPES, (*shape, 1), optional)
 
     yield _Expected(table["embedding"], (spec.vocab_size, size), None, "vocab_size, hidden_size")
     for layer, entry in enumerate(spec.layers):
@@ -217,6 +263,8 @@ def _expected_tensors(family: Family, spec: ModelSpec) -> Iterator[_Expected]:
             if attention.qk_norm:
                 for role in ("attention.q_norm", "attention.k_norm"):
                     yield _Expected(table[role].format(layer=layer), (attention.head_dim,), layer, "head_dim")
+            for name in _kv_scale_names(family, spec, layer):
+                yield scale(name, (), layer, optional=True)
         if ffn is not None:
             yield _Expected(table["ffn.norm"].format(layer=layer), (size,), layer, "hidden_size")
         if isinstance(ffn, LinearSpec):
@@ -237,7 +285,23 @@ def _shapes_only(family: Family, spec: ModelSpec, path: Path) -> dict[str, LazyT
         raise CheckpointError(
             "unknown dtype", file=path, expected=", ".join(known.name for known in WEIGHT_DTYPES), found=spec.dtype[:40]
         )
-    return {expected.name: shape_only(expected.shape, dtype) for expected in _expected_tensors(family, spec)}
+    return {
+        expected.name: shape_only(expected.shape, dtype if dtype in expected.dtypes else expected.dtypes[0])
+        for expected in _expected_tensors(family, spec)
+    }
+
+
+def _scheme_of(spec: ModelSpec, module: str) -> Scheme | None:
+    return None if spec.quantization is None else spec.quantization.scheme_of(module)
+
+
+def _kv_scale_names(family: Family, spec: ModelSpec, layer: int) -> tuple[str, ...]:
+    """The scales of a layer's keys and values, none where the cache is not quantized."""
+    if spec.quantization is None or spec.quantization.kv_codes is None:
+        return ()
+    layout = spec.quantization.layout
+    attention = family.tensors["attention.k_proj"].format(layer=layer).rpartition(".")[0]
+    return tuple(name.format(attention=attention) for name in (layout.k_scale, layout.v_scale))
 
 
 def _check_tensors(
@@ -246,25 +310,38 @@ def _check_tensors(
     """Hold what is there against what the config calls for; raise all differences at once."""
     problems: list[FuselageError] = []
     weights: dict[str, LazyTensor] = {}
-    for expected in _expected_tensors(family, spec):
+    if not spec.tie_word_embeddings and _scheme_of(spec, family.tensors["lm_head"]) is not None:
+        problems.append(
+            CheckpointError(
+                "a quantized lm_head is not supported",
+                file=path,
+                expected=f"{family.tensors['lm_head']} among the modules that the quantization config leaves out",
+            )
+        )
+    expected_tensors = list(_expected_tensors(family, spec))
+    has_optional = any(expected.optional and expected.name in tensors for expected in expected_tensors)
+    for expected in expected_tensors:
         found = tensors.get(expected.name)
         where = getattr(found, "path", path.parent)
+        if found is None and expected.optional and not has_optional:
+            continue
         if found is None:
             problems.append(
                 CheckpointError("tensor is missing", file=where, tensor=expected.name, block=expected.block)
             )
-        elif isinstance(found, SkippedTensor) or found.dtype not in WEIGHT_DTYPES:
+        elif isinstance(found, SkippedTensor) or found.dtype not in expected.dtypes:
             problems.append(
                 CheckpointError(
                     "wrong dtype for a weight",
                     file=where,
                     tensor=expected.name,
                     block=expected.block,
-                    expected=" or ".join(dtype.name for dtype in WEIGHT_DTYPES),
+                    expected=" or ".join(dtype.name for dtype in expected.dtypes),
                     found=found.dtype,
+                    hint=_dtype_hint(expected, found),
                 )
             )
-        elif found.shape != expected.shape:
+        elif found.shape not in (expected.shape, expected.also):
             problems.append(
                 CheckpointError(
                     "wrong shape",
@@ -278,15 +355,14 @@ def _check_tensors(
             )
         else:
             weights[expected.name] = found
-    unknown = _unknown_names(
-        set(tensors) - {expected.name for expected in _expected_tensors(family, spec)}, family, spec
-    )
+    unknown = _unknown_names(set(tensors) - {expected.name for expected in expected_tensors}, family, spec)
     for name in unknown:
         problems.append(
             CheckpointError(
                 f"tensor is not part of a {family.name} model with this config",
                 file=getattr(tensors[name], "path", path.parent),
                 tensor=name,
+                hint=next((hint for end, hint in SCALE_HINTS.items() if name.endswith(end)), None),
             )
         )
     raise_all(problems)
@@ -310,6 +386,14 @@ def _shape_hint(expected: tuple[int, ...], found: tuple[int, ...]) -> str | None
     return None
 
 
+def _dtype_hint(expected: _Expected, found: LazyTensor | SkippedTensor) -> str | None:
+    if expected.dtypes == WEIGHT_DTYPES and found.dtype in CODES:
+        return "codes need a quantization config that names this module"
+    if expected.dtypes != WEIGHT_DTYPES and found.dtype in WEIGHT_DTYPES:
+        return "the quantization config says that this module is quantized"
+    return None
+
+
 def _graph_from_tensors(
     family: Family, spec: ModelSpec, tensors: Mapping[str, LazyTensor | SkippedTensor], path: Path
 ) -> ModelGraph:
@@ -324,7 +408,31 @@ def _graph_from_tensors(
 
     def linear(role: str, layer: int = 0) -> Linear:
         stem = table[role].format(layer=layer)
-        return Linear(weight=weights[f"{stem}.weight"], bias=weights.get(f"{stem}.bias"))
+        weight = weights[f"{stem}.weight"]
+        return Linear(weight=weight, bias=weights.get(f"{stem}.bias"), quantization=quantization(stem, weight.shape[0]))
+
+    def quantization(stem: str, rows: int) -> Quantization | None:
+        scheme = _scheme_of(spec, stem)
+        if scheme is None:
+            return None
+        inputs = None
+        if scheme.input is not None:
+            static = scale(f"{stem}.input_scale") if scheme.input == "tensor" else None
+            inputs = InputQuantization(dtype=scheme.codes, scale=static)
+        shape = () if scheme.weight == "tensor" else (rows,)
+        return Quantization(weight_scale=scale(f"{stem}.weight_scale", shape), input=inputs)
+
+    def scale(name: str, shape: tuple[int, ...] = ()) -> LazyTensor:
+        if name not in weights:  # of a KV cache that was not calibrated: every reader takes 1
+            return full(shape, 1.0, FLOAT32)
+        return stored_scale(weights[name], shape, file=getattr(weights[name], "path", path), tensor=name)
+
+    def kv_quantization(layer: int) -> KVQuantization | None:
+        names = _kv_scale_names(family, spec, layer)
+        if spec.quantization is None or spec.quantization.kv_codes is None:
+            return None
+        k_scale, v_scale = (scale(name) for name in names)
+        return KVQuantization(dtype=spec.quantization.kv_codes, k_scale=k_scale, v_scale=v_scale)
 
     def attention(layer: int, entry: AttentionSpec | LinearSpec | None) -> Attention | LinearSublayer | None:
         if entry is None:
@@ -342,6 +450,7 @@ def _graph_from_tensors(
             q_norm=norm("attention.q_norm", layer) if entry.qk_norm else None,
             k_norm=norm("attention.k_norm", layer) if entry.qk_norm else None,
             sliding_window=entry.sliding_window,
+            kv_quantization=kv_quantization(layer),
         )
 
     def ffn(layer: int, entry: FFNSpec | LinearSpec | None) -> FFN | LinearSublayer | None:

@@ -83,6 +83,7 @@ class Reference:
         self._kept: dict[int, LoadedBlock] | None = {} if resident else None
         self._first_slots = _first_slots(graph)
         self._ends: dict[str, torch.Tensor] = {}
+        self._lm_head: LoadedLinear | None = None
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """Empty caches with room for `capacity` tokens per sequence."""
@@ -146,11 +147,12 @@ class Reference:
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and lm_head: [..., D] -> [..., V]."""
         norm, head = self.graph.norm, self.graph.lm_head
-        logits = (
-            rms_norm(hidden, self._end("norm", norm.weight), norm.eps)
-            @ self._end("head", self.graph.embedding if head is None else head.weight).T
-        )
-        return logits if head is None or head.bias is None else logits + self._end("bias", head.bias)
+        normed = rms_norm(hidden, self._end("norm", norm.weight), norm.eps)
+        if head is None:
+            return F.linear(normed, self._end("head", self.graph.embedding))
+        if self._lm_head is None:
+            self._lm_head = _loaded_linear(head, self.device, self.dtype)
+        return apply_linear(self._lm_head, normed)
 
     def span(self, shape: Sequence[int], cache: Cache | None) -> Span:
         """Positions and rotations of a call that appends `shape` = [B, S] tokens to `cache`."""
@@ -262,11 +264,11 @@ def attend(
     """
     normed = _normed(sublayer.norm, x, observe)
     if hasattr(sublayer, "linear"):
-        return _linear(sublayer.linear, normed)
+        return apply_linear(sublayer.linear, normed)
     batch, tokens, _ = x.shape
 
     def heads(projection: Any, norm: Any, count: int) -> torch.Tensor:
-        y = _linear(projection, normed).view(batch, tokens, count, -1)
+        y = apply_linear(projection, normed).view(batch, tokens, count, -1)
         if norm is not None:
             y = rms_norm(y, norm.weight, norm.eps)
         return y.transpose(1, 2)  # [B, count, S, d]
@@ -281,7 +283,7 @@ def attend(
         observe("value", value)
     if sublayer.kv_quantization is not None:
         kv = sublayer.kv_quantization
-        key, value = _fake_quantized(key, kv.dtype, kv.k_scale), _fake_quantized(value, kv.dtype, kv.v_scale)
+        key, value = fake_quantized(key, kv.dtype, kv.k_scale), fake_quantized(value, kv.dtype, kv.v_scale)
     key_positions = span.positions[:, None, :]  # [B, 1, T]
     if span.cache is not None:
         if slot is None:
@@ -301,18 +303,19 @@ def attend(
     mixed = mixed.transpose(1, 2).reshape(batch, tokens, -1)
     if observe is not None:
         observe("o_proj", mixed)
-    return _linear(sublayer.o_proj, mixed)
+    return apply_linear(sublayer.o_proj, mixed)
 
 
 def feed_forward(sublayer: Any, x: torch.Tensor, observe: Observe | None = None) -> torch.Tensor:
     """What an FFN (or the linear in its place) adds to the residual: [..., D] -> [..., D]."""
     normed = _normed(sublayer.norm, x, observe)
     if hasattr(sublayer, "linear"):
-        return _linear(sublayer.linear, normed)
-    inner = ACTIVATIONS[sublayer.activation](_linear(sublayer.gate_proj, normed)) * _linear(sublayer.up_proj, normed)
+        return apply_linear(sublayer.linear, normed)
+    gate = ACTIVATIONS[sublayer.activation](apply_linear(sublayer.gate_proj, normed))
+    inner = gate * apply_linear(sublayer.up_proj, normed)
     if observe is not None:
         observe("down_proj", inner)
-    return _linear(sublayer.down_proj, inner)
+    return apply_linear(sublayer.down_proj, inner)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -332,13 +335,14 @@ def _normed(norm: Any, x: torch.Tensor, observe: Observe | None) -> torch.Tensor
     return norm.weight * over_rms
 
 
-def _linear(linear: Any, x: torch.Tensor) -> torch.Tensor:
+def apply_linear(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    """x @ weight.T + bias, [..., in] -> [..., out], of a `LoadedLinear` or anything with its fields."""
     if linear.input is not None:
-        x = _fake_quantized(x, linear.input.dtype, linear.input.scale)
+        x = fake_quantized(x, linear.input.dtype, linear.input.scale)
     return F.linear(x, linear.weight, linear.bias)
 
 
-def _fake_quantized(x: torch.Tensor, dtype: DType, scale: torch.Tensor | None) -> torch.Tensor:
+def fake_quantized(x: torch.Tensor, dtype: DType, scale: torch.Tensor | None) -> torch.Tensor:
     """Round x to codes and back, in float32, under one scale ([]) or (None) one per token, the last axis being one."""
     wide = x.to(torch.float32)
     if scale is None:
@@ -466,6 +470,7 @@ __all__ = [
     "LoadedBlock",
     "Reference",
     "Span",
+    "apply_linear",
     "attend",
     "contributions",
     "feed_forward",

@@ -23,7 +23,7 @@ import numpy as np
 
 from exporter.dtypes import BY_SAFETENSORS, SAFETENSORS_BITS, DType
 from exporter.errors import CheckpointError
-from exporter.lazy import LazyTensor
+from exporter.lazy import LazyTensor, slice_columns
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -34,6 +34,7 @@ MAX_JSON_DEPTH = 32  # a config has 5 levels
 MAX_RANK = 8
 # Data starts at a multiple of this in files we write, so that a mapped file gives aligned tensors.
 DATA_ALIGNMENT = 64
+LEAST_PIECE = 2048  # bytes of a row that are worth a system call of their own
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
@@ -167,6 +168,35 @@ class FileTensor(LazyTensor):
         first = self.offset + start * self.row_nbytes if self.shape else self.offset
         self._file.read_into(out.reshape(-1).view(np.uint8).data, first, self.name)
         return out
+
+    def cut_columns(self, start: int, stop: int) -> LazyTensor:
+        if (stop - start) * self.dtype.itemsize < LEAST_PIECE:
+            return super().cut_columns(start, stop)
+        return _FileColumns(self._file, self, start, stop)
+
+
+class _FileColumns(LazyTensor):
+    """Columns of a matrix in a file: of every row the piece that is asked for is read, and nothing else."""
+
+    __slots__ = ("_file", "_matrix", "_start")
+
+    def __init__(self, file: _OpenFile, matrix: FileTensor, start: int, stop: int) -> None:
+        super().__init__((matrix.shape[0], stop - start), matrix.dtype)
+        self._file = file
+        self._matrix = matrix
+        self._start = start
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        matrix = self._matrix
+        out = np.empty((stop - start, self.shape[1]), self.dtype.numpy)
+        pieces = out.view(np.uint8)
+        first = matrix.offset + start * matrix.row_nbytes + self._start * self.dtype.itemsize
+        for row, piece in enumerate(pieces):
+            self._file.read_into(piece.data, first + row * matrix.row_nbytes, matrix.name)
+        return out
+
+    def cut_columns(self, start: int, stop: int) -> LazyTensor:
+        return slice_columns(self._matrix, self._start + start, self._start + stop)
 
 
 class _OpenFile:

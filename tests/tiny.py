@@ -132,3 +132,14 @@ def tiny_graph(
         rope=rope or Rope(theta=10000.0),
         max_position_embeddings=max_position_embeddings,
     )
+
+
+def quantized_graph(graph: ModelGraph, format_name: str, *, seed: int = 0) -> ModelGraph:
+    """The graph in one of the formats of recipes/quantization, calibrated on random tokens and not smoothed."""
+    from exporter.calibration import calibrate, ranges_of
+    from exporter.passes.quantize_linears import quantize_linears
+    from exporter.quantization import read_quantization
+
+    tokens = np.random.default_rng(seed).integers(0, graph.vocab_size, (4, 64))
+    ranges = ranges_of(calibrate(graph, tokens, text="random tokens"), graph)
+    return quantize_linears(graph, read_quantization(format_name), ranges)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
+from exporter.architectures.quantization import QuantizationSpec, quantization_from_config
 from exporter.errors import CheckpointError
 from exporter.graph import Activation
 from exporter.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
@@ -69,6 +70,7 @@ class ModelSpec:
     tie_word_embeddings: bool
     dtype: str  # of a structure-only graph; with weights the tensors' own dtype counts
     layers: tuple[LayerSpec, ...]
+    quantization: QuantizationSpec | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,7 +231,7 @@ class DecoderConfig(_Table):
     dtype: str | None = Field(None, validation_alias=AliasChoices("torch_dtype", "dtype"))
     block_configs: list[BlockConfig] | None = None
     per_layer_config: Any = None
-    quantization_config: dict[str, Any] | None = None
+    quantization_config: Any = None
 
     qk_norm: ClassVar[bool] = False
 
@@ -256,12 +258,6 @@ class DecoderConfig(_Table):
         Raises:
             CheckpointError: sizes that contradict each other, or a feature that would change the arithmetic.
         """
-        if self.quantization_config is not None:
-            raise CheckpointError(
-                "quantized checkpoints are not read",
-                found=self.quantization_config.get("quant_method", "a quantization_config"),
-                hint="give the unquantized checkpoint",
-            )
         if self.partial_rotary_factor != 1.0:
             raise CheckpointError("partial rotary embedding is not supported", found=self.partial_rotary_factor)
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
@@ -279,6 +275,9 @@ class DecoderConfig(_Table):
             tie_word_embeddings=self.tie_word_embeddings,
             dtype=self.dtype or "bfloat16",
             layers=self.layers(),
+            quantization=None
+            if self.quantization_config is None
+            else quantization_from_config(self.quantization_config),
         )
 
     def rope(self) -> Rope:

@@ -11,6 +11,7 @@ import numpy as np
 from exporter.dtypes import BY_NAME, FLOAT32, DType
 from exporter.errors import PlanError
 from exporter.graph import (
+    FUSED_GEMMS,
     Attention,
     Block,
     InputQuantization,
@@ -27,9 +28,6 @@ from exporter.lazy_quantized import quantized, row_scales, tensor_scale
 from exporter.numerics import scale_from_amax
 from exporter.quantization import LinearFormat, QuantizationRecipe, WeightFormat, dtype_of
 from exporter.ranges import KEY, SITE_OF, VALUE, Ranges, SublayerRanges, input_range
-
-# Linears that engines run as one GEMM: with one scale per tensor they share it, or a reader would round them again.
-FUSED_GEMMS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def quantize_linears(graph: ModelGraph, recipe: QuantizationRecipe, ranges: Ranges | None = None) -> ModelGraph:
@@ -102,7 +100,10 @@ def _sublayer(sublayer: Any, ranges: SublayerRanges | None, recipe: Quantization
 
 
 def _weight_scales(parts: Mapping[str, Linear], formats: Mapping[str, LinearFormat]) -> dict[str, LazyTensor]:
-    """The weight scale of every linear that has a format."""
+    """The weight scale of every linear that has a format; one per GEMM, where it is one per tensor.
+
+    A reader that runs several linears as one GEMM would otherwise round their codes again, under one scale.
+    """
     scales: dict[str, LazyTensor] = {}
     for name, wanted in formats.items():
         if name in scales:

@@ -108,15 +108,21 @@ def _factors(inputs: LazyTensor, readers: list[Linear], alpha: float) -> LazyTen
             raise PlanError("a quantized linear cannot be smoothed", hint="smooth first, then quantize")
 
     def find(inputs: LazyTensor, *weights: LazyTensor) -> np.ndarray:
-        of_inputs = inputs.numpy()
-        columns = [amax(piece, axis=0) for weight in weights for piece in weight.chunks()]
-        of_weights = np.max(columns, axis=0)
-        alive = (of_inputs > 0) & (of_weights > 0)
-        found = np.ones(inputs.shape, np.float32)
-        found[alive] = of_inputs[alive] ** alpha / of_weights[alive] ** (1 - alpha)
-        return np.clip(found, LEAST, MOST)
+        columns = np.zeros(inputs.shape, np.float32)
+        for weight in weights:
+            for piece in weight.chunks():
+                np.maximum(columns, amax(piece, axis=0), out=columns)
+        return smoothing_factors(inputs.numpy(), columns, alpha)
 
     return computed(inputs.shape, FLOAT32, find, inputs, *(linear.weight for linear in readers))
+
+
+def smoothing_factors(inputs: np.ndarray, columns: np.ndarray, alpha: float) -> np.ndarray:
+    """s of every channel, float32 [C], from the largest |input| and |weight| of each; 1 where either is 0."""
+    alive = (inputs > 0) & (columns > 0)
+    found = np.ones(inputs.shape, np.float32)
+    found[alive] = inputs[alive] ** alpha / columns[alive] ** (1 - alpha)
+    return np.clip(found, LEAST, MOST)
 
 
 def _divided_norm(norm: RMSNorm, factors: LazyTensor) -> RMSNorm:

@@ -8,7 +8,7 @@ entry per layer. What it has no word for goes two ways:
  - the `fuselage` key of config.json (`WrittenModel`): source layers, segments, q/k norms, sliding windows. Our reader
    and our modeling code, which lies beside the weights, read it; `hf_readers` knows who else would miss what.
 Everything else is refused by `check`. Tensors keep their dtypes; `torch_dtype` is that of the embedding, and readers
-that know one dtype only cast to it.
+that know one dtype only cast to it. Quantized linears have scales beside their codes, see `hf_quantization`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from exporter.architectures.base import (
     ffn_mult_from_width,
     width_from_ffn_mult,
 )
+from exporter.architectures.quantization import HF_QUANT_CONFIG, MODELOPT, Layout
 from exporter.dtypes import DType
 from exporter.errors import FuselageError, TargetError, raise_all
 from exporter.graph import (
@@ -34,17 +35,21 @@ from exporter.graph import (
     Activation,
     Attention,
     Block,
+    KVQuantization,
     Linear,
     LinearSublayer,
     ModelGraph,
     ParallelBlocks,
     RMSNorm,
+    linear_names,
+    linears,
     members,
     weights,
 )
-from exporter.lazy import LazyTensor, full, pad
+from exporter.lazy import LazyTensor, concat, full, pad
 from exporter.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from exporter.safetensors_io import INDEX_FILE, shard_tensors
+from exporter.writers import hf_quantization
 from exporter.writers.files import Content, FileCopy, json_bytes
 
 CONFIG = "config.json"
@@ -67,15 +72,16 @@ class Options:
     assets: Mapping[str, Path] = field(default_factory=dict)  # tokenizer files and the like, copied by name
     config: Mapping[str, Any] = field(default_factory=dict)  # the source's config.json; see TAKEN_OVER
     family: str = llama.FAMILY.name  # the source's; a graph that still fits it is written as such
+    quantization_layout: str | None = None  # "modelopt" or "compressed-tensors"; None: by the graph's quantization
 
 
 def check(graph: ModelGraph, options: Options) -> list[FuselageError]:
     """Return everything a Hugging Face folder cannot express, block by block; `block` counts `graph.blocks`."""
-    return list(_problems(graph))
+    return [*_problems(graph), *hf_quantization.check(graph, options.quantization_layout)]
 
 
 def plan(graph: ModelGraph, options: Options) -> dict[str, int]:
-    """Return the bytes of every file that `emit` would give, by name; reads no tensor.
+    """Return the bytes of every file that `emit` would give, by name; reads no weight.
 
     Raises:
         TargetError: `check` finds a problem.
@@ -104,18 +110,30 @@ def layout_of(graph: ModelGraph, options: Options) -> str:
 
 def config_of(graph: ModelGraph, options: Options) -> dict[str, Any]:
     """Return config.json for a graph that `check` accepts."""
-    layout = layout_of(graph, options)
+    layout, written = folder_of(graph, options)
     if layout == NEMOTRON_NAS:
-        return _nemotron_nas_config(as_written(graph), options)
-    return _config(graph, options, layout) | (_plain_keys(graph, layout) or {})
+        config = _nemotron_nas_config(written, options)
+    else:
+        config = _config(written, options, layout) | (_plain_keys(written, layout) or {})
+    table = FAMILIES[layout].tensors
+    quantization = hf_quantization.quantization_of(written, table, options.quantization_layout)
+    if quantization is not None:
+        config["quantization_config"] = hf_quantization.quantization_config(quantization, table)
+    return config
+
+
+def folder_of(graph: ModelGraph, options: Options) -> tuple[str, ModelGraph]:
+    """Return the family a graph is written as and the graph that the folder's readers see."""
+    layout = layout_of(graph, options)
+    return layout, as_written(graph) if layout == NEMOTRON_NAS else graph
 
 
 def as_written(graph: ModelGraph) -> ModelGraph:
     """Return the graph that a reader of the Nemotron-NAS folder sees; it computes the same (see the module's text)."""
     attention_bias = any(
-        linear.bias is not None for _, part in _sublayers(graph, Attention) for linear in _linears(part)
+        linear.bias is not None for _, part in _sublayers(graph, Attention) for linear in linears(part).values()
     )
-    ffn_bias = any(linear.bias is not None for _, part in _sublayers(graph, FFN) for linear in _linears(part))
+    ffn_bias = any(linear.bias is not None for _, part in _sublayers(graph, FFN) for linear in linears(part).values())
 
     def written(block: Block) -> Block:
         attention, ffn = block.attention, block.ffn
@@ -129,13 +147,17 @@ def as_written(graph: ModelGraph) -> ModelGraph:
 
 
 def _files(graph: ModelGraph, options: Options) -> Iterator[tuple[str, Content | bytes]]:
-    layout = layout_of(graph, options)
+    layout, written = folder_of(graph, options)
+    table = FAMILIES[layout].tensors
     yield CONFIG, json_bytes(config_of(graph, options))
     if layout == NEMOTRON_NAS:
-        graph = as_written(graph)
         for path in sorted(REMOTE_CODE.glob("*.py")):
             yield path.name, FileCopy(path)
-    shards = shard_tensors(dict(_named_tensors(graph, FAMILIES[layout].tensors)), options.shard_bytes)
+    quantization = hf_quantization.quantization_of(written, table, options.quantization_layout)
+    if quantization is not None and quantization.layout is MODELOPT:
+        yield HF_QUANT_CONFIG, json_bytes(hf_quantization.hf_quant_config(quantization, table))
+    scales = None if quantization is None else quantization.layout
+    shards = shard_tensors(dict(_named_tensors(written, table, scales)), options.shard_bytes)
     if shards.index is not None:
         yield INDEX_FILE, json_bytes(shards.index)
     yield from shards.files.items()
@@ -143,10 +165,13 @@ def _files(graph: ModelGraph, options: Options) -> Iterator[tuple[str, Content |
         yield name, FileCopy(path)
 
 
-def _named_tensors(graph: ModelGraph, table: Mapping[str, str]) -> Iterator[tuple[str, LazyTensor]]:
+def _named_tensors(
+    graph: ModelGraph, table: Mapping[str, str], quantized: Layout | None
+) -> Iterator[tuple[str, LazyTensor]]:
     """Yield every tensor with its name, in the order of the forward pass.
 
-    The roles in `table` are the field names of the graph's classes, so a sublayer needs no list of its own here.
+    `quantized` is the layout of the scales, None if there are none. The roles in `table` are the field names of the
+    graph's classes, so a sublayer needs no list of its own here.
     """
 
     def named(role: str, layer: int, part: Any) -> Iterator[tuple[str, LazyTensor]]:
@@ -157,6 +182,11 @@ def _named_tensors(graph: ModelGraph, table: Mapping[str, str]) -> Iterator[tupl
             yield f"{stem}.weight", part.weight
             if part.bias is not None:
                 yield f"{stem}.bias", part.bias
+            if quantized is not None:
+                yield from hf_quantization.scales(quantized, stem, part)
+        elif isinstance(part, KVQuantization) and quantized is not None:
+            attention = table["attention.k_proj"].format(layer=layer).rpartition(".")[0]
+            yield from hf_quantization.kv_scales(quantized, attention, part)
 
     yield table["embedding"], graph.embedding
     for layer, block in enumerate(graph.flat_blocks):
@@ -356,7 +386,7 @@ def _layer_shape(layer: int, entry: Block | ParallelBlocks) -> _LayerShape | Non
     if not isinstance(attention, Attention) or not isinstance(ffn, FFN) or ffn.padding or len(ffn.segments) > 1:
         return None
     qkv_biases = {linear.bias is not None for linear in (attention.q_proj, attention.k_proj, attention.v_proj)}
-    ffn_biases = {linear.bias is not None for linear in _linears(ffn)}
+    ffn_biases = {linear.bias is not None for linear in linears(ffn).values()}
     if len(qkv_biases) > 1 or len(ffn_biases) > 1:
         return None
     return _LayerShape(
@@ -378,20 +408,26 @@ def _with_biases(part: Any) -> Any:
     """The same sublayer with a zero bias on every linear that has none."""
 
     def with_bias(linear: Linear) -> Linear:
-        zeros = full((linear.out_features,), 0.0, linear.weight.dtype)
+        dtype = linear.weight.dtype if linear.quantization is None else part.norm.weight.dtype
+        zeros = full((linear.out_features,), 0.0, dtype)
         return linear if linear.bias is not None else replace(linear, bias=zeros)
 
-    names = [entry.name for entry in fields(part) if isinstance(getattr(part, entry.name), Linear)]
-    return replace(part, **{name: with_bias(getattr(part, name)) for name in names})
+    return replace(part, **{name: with_bias(linear) for name, linear in linears(part).items()})
 
 
 def _padded(ffn: FFN) -> FFN:
     """The same FFN with zero channels up to a multiple of 256: act(0) * 0 = 0, and down has zero columns there."""
     width = _padded_width(ffn)
+    if width == ffn.intermediate_size:
+        return ffn
 
     def rows(linear: Linear) -> Linear:
         bias = None if linear.bias is None else pad(linear.bias, 0, width)
-        return Linear(weight=pad(linear.weight, 0, width), bias=bias)
+        quantization = linear.quantization
+        if quantization is not None and quantization.weight_scale.shape:
+            ones = full((width - linear.out_features,), 1.0, quantization.weight_scale.dtype)
+            quantization = replace(quantization, weight_scale=concat([quantization.weight_scale, ones], axis=0))
+        return replace(linear, weight=pad(linear.weight, 0, width), bias=bias, quantization=quantization)
 
     return replace(
         ffn,
@@ -477,15 +513,18 @@ def _qk_norm(attention: Attention) -> str:
 
 
 def _unreadable_dtypes(graph: ModelGraph) -> Iterator[FuselageError]:
-    """Without scales, a code of 8 bits is no weight; quantized folders are another format."""
+    """Without scales, a code of 8 bits is no weight."""
 
     def refused(dtype: DType) -> bool:
         return not dtype.is_float or dtype.itemsize < 2
 
+    codes = {id(linear.weight) for linear in linear_names(graph).values() if linear.quantization is not None}
+
     parts: list[tuple[int | None, Any]] = [(None, (graph.embedding, graph.norm, graph.lm_head))]
     parts += [(index, members(entry)) for index, entry in enumerate(graph.blocks)]
     for index, part in parts:
-        for name in sorted({tensor.dtype.name for tensor in weights(part) if refused(tensor.dtype)}):
+        found = (tensor for tensor in weights(part, scales=False) if id(tensor) not in codes)
+        for name in sorted({tensor.dtype.name for tensor in found if refused(tensor.dtype)}):
             yield TargetError(
                 "weights of this dtype need a quantized format", block=index, expected="a float of 16+ bits", found=name
             )
@@ -496,8 +535,3 @@ def _sublayers(graph: ModelGraph, kind: type) -> Iterator[tuple[int, Any]]:
     for index, entry in enumerate(graph.blocks):
         for block in members(entry):
             yield from ((index, part) for part in (block.attention, block.ffn) if isinstance(part, kind))
-
-
-def _linears(part: Attention | FFN) -> list[Linear]:
-    values = (getattr(part, entry.name) for entry in fields(part))
-    return [value for value in values if isinstance(value, Linear)]

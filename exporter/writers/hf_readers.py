@@ -1,8 +1,9 @@
-"""What the readers of a Nemotron-NAS folder would reject or, worse, silently get wrong: rules as data.
+"""What the readers of a folder would reject or, worse, silently get wrong: rules as data.
 
-A folder in a plain family (Llama, Mistral, Qwen) is what every reader was made for, and no rule concerns it. The rules
-were established for the versions in `READERS`, by running the reader where `evidence` says so, else by reading its
-model file (`nemotron_nas.py`, `nemotron-nas.py`, `modeling_nemotron_nas.py`, `conversion/deci.py`).
+A folder in a plain family (Llama, Mistral, Qwen) is what every reader was made for: only the rules for quantized
+folders concern it. The rules were established for the versions in `READERS`, by running the reader where `evidence`
+says so, else by reading its model file (`nemotron_nas.py`, `nemotron-nas.py`, `modeling_nemotron_nas.py`,
+`conversion/deci.py`) and what it does with `quantization_config`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,27 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from exporter.dtypes import FLOAT64
+from exporter.architectures import FAMILIES
+from exporter.architectures.quantization import COMPRESSED_TENSORS, MODELOPT, Layout, Scheme
+from exporter.dtypes import FLOAT8_E4M3FN, FLOAT64, INT8
 from exporter.errors import TargetError
-from exporter.graph import FFN, Activation, Attention, Block, LinearSublayer, ModelGraph, weights
+from exporter.graph import (
+    CODES,
+    FFN,
+    FUSED_GEMMS,
+    Activation,
+    Attention,
+    Block,
+    Linear,
+    LinearSublayer,
+    ModelGraph,
+    linears,
+    weights,
+)
 from exporter.rope import Llama3Scaling, YarnScaling
 from exporter.safetensors_io import read_json
-from exporter.writers.hf import NEMOTRON_NAS, Options, as_written, layout_of
+from exporter.writers.hf import NEMOTRON_NAS, Options, folder_of
+from exporter.writers.hf_quantization import FolderQuantization, differ, quantization_of, scheme_of
 
 
 class Severity(enum.Enum):
@@ -65,6 +81,8 @@ class Folder:
     graph: ModelGraph
     blocks: tuple[int, ...]  # index in the caller's `graph.blocks`, of every layer
     options: Options
+    family: str  # "nemotron-nas", or a plain one
+    quantization: FolderQuantization | None
 
     @property
     def layers(self) -> tuple[Block, ...]:
@@ -97,7 +115,8 @@ def check_for(graph: ModelGraph, options: Options, readers: Iterable[str]) -> li
     """Return what each of `readers` would make of the folder that `hf.emit` writes, reader by reader.
 
     Args:
-        graph: `hf.check` accepts it. Only shapes are read, and tokenizer.json for llama.cpp.
+        graph: `hf.check` accepts it. Only shapes are read, tokenizer.json for llama.cpp, and scales that must be equal
+            and are not one object.
         readers: keys of `READERS`.
 
     Raises:
@@ -107,11 +126,12 @@ def check_for(graph: ModelGraph, options: Options, readers: Iterable[str]) -> li
     for name in names:
         if name not in READERS:
             raise TargetError("unknown reader", expected=", ".join(READERS), found=name)
-    if layout_of(graph, options) != NEMOTRON_NAS:
-        return []
+    family, written = folder_of(graph, options)
     kept = tuple(index for index, entry in enumerate(graph.blocks) if not entry.is_empty)
-    folder = Folder(as_written(graph), kept, options)
-    found = [(rule, rule.find(folder)) for rule in RULES]
+    quantization = quantization_of(written, FAMILIES[family].tensors, options.quantization_layout)
+    folder = Folder(written, kept, options, family, quantization)
+    rules = (*(RULES if family == NEMOTRON_NAS else ()), *(QUANTIZATION_RULES if quantization is not None else ()))
+    found = [(rule, rule.find(folder)) for rule in rules]
     return [
         ReaderProblem(rule, READERS[name], what)
         for name in names
@@ -209,13 +229,54 @@ def _gelu_tanh(folder: Folder) -> str | None:
 
 
 def _several_dtypes(folder: Folder) -> str | None:
-    names = sorted({tensor.dtype.name for tensor in weights(folder.graph)} - {folder.graph.dtype.name})
+    found = {tensor.dtype for tensor in weights(folder.graph, scales=False)} - {*CODES, folder.graph.dtype}
+    names = sorted(dtype.name for dtype in found)
     return f"{', '.join(names)} beside {folder.graph.dtype.name}" if names else None
 
 
 def _float64(folder: Folder) -> str | None:
     found = any(tensor.dtype is FLOAT64 for tensor in weights(folder.graph))
     return FLOAT64.name if found else None
+
+
+def _schemes(folder: Folder, layout: Layout, matches: Callable[[Scheme], bool] = lambda scheme: True) -> str | None:
+    """Name the schemes that match, None if none does or the folder has another layout."""
+    quantization = folder.quantization
+    if quantization is None or quantization.layout is not layout:
+        return None
+    return "; ".join(str(scheme) for scheme in quantization.modules if matches(scheme)) or None
+
+
+def _modelopt_and_nemotron_nas(folder: Folder) -> str | None:
+    return _schemes(folder, MODELOPT) if folder.family == NEMOTRON_NAS else None
+
+
+def _several_schemes(folder: Folder) -> str | None:
+    several = folder.quantization is not None and len(folder.quantization.modules) > 1
+    return _schemes(folder, COMPRESSED_TENSORS) if several else None
+
+
+def _quantized_cache(folder: Folder) -> str | None:
+    cached = folder.quantization is not None and folder.quantization.kv_cache
+    return _schemes(folder, COMPRESSED_TENSORS) if cached else None
+
+
+def _gemms(block: Block) -> list[list[Linear]]:
+    """The linears of a block that engines run as one GEMM."""
+    parts = [linears(part) for part in (block.attention, block.ffn) if part is not None]
+    return [[part[name] for name in group] for part in parts for group in FUSED_GEMMS if group[0] in part]
+
+
+def _unlike_in_a_gemm(folder: Folder) -> str | None:
+    return folder.where(lambda block: any(len({scheme_of(one) for one in group}) > 1 for group in _gemms(block)))
+
+
+def _unequal_scales_in_a_gemm(folder: Folder) -> str | None:
+    def unequal(group: list[Linear]) -> bool:
+        scales = [one.quantization.weight_scale for one in group if one.quantization is not None]
+        return all(scale.shape == () for scale in scales) and differ(scales)
+
+    return folder.where(lambda block: any(unequal(group) for group in _gemms(block)))
 
 
 LLAMA3_VOCAB_SIZE = 128256
@@ -403,5 +464,119 @@ RULES: tuple[Rule, ...] = (
         _float64,
         {"mlx-lm": (REJECTS, "it has no such dtype")},
         "cast the model to float32",
+    ),
+)
+
+_OTHER_LAYOUT = f"choose the layout {COMPRESSED_TENSORS.name}"
+_OTHER_SCHEME = "quantize in another format, or use another reader"
+_NO_MLX = (REJECTS, "it knows no quantization but its own")
+_ROUNDS_AGAIN = (WRONG_RESULTS, "it rounds the codes once more, under the largest of the scales")
+
+QUANTIZATION_RULES: tuple[Rule, ...] = (
+    Rule(
+        "quantized in the layout modelopt",
+        lambda folder: _schemes(folder, MODELOPT),
+        {
+            "transformers": (WRONG_RESULTS, "it warns that it skips the quantization, and takes codes for weights"),
+            "mlx-lm": _NO_MLX,
+        },
+        _OTHER_LAYOUT,
+    ),
+    Rule(
+        "quantized in the layout compressed-tensors",
+        lambda folder: _schemes(folder, COMPRESSED_TENSORS),
+        {"mlx-lm": _NO_MLX},
+        "write the unquantized model, and let mlx-lm quantize it",
+    ),
+    Rule(
+        "quantized in the layout modelopt and not plain",
+        _modelopt_and_nemotron_nas,
+        {"sglang": (REJECTS, "its model code asks for get_cache_scale, which only compressed-tensors has there")},
+        _OTHER_LAYOUT,
+    ),
+    Rule(
+        "FP8 weights per channel in the layout modelopt",
+        lambda folder: _schemes(folder, MODELOPT, lambda s: (s.codes, s.weight) == (FLOAT8_E4M3FN, "channel")),
+        {"sglang": (REJECTS, "it takes FP8 per tensor only")},
+        _OTHER_LAYOUT,
+    ),
+    Rule(
+        "INT8 in the layout modelopt",
+        lambda folder: _schemes(folder, MODELOPT, lambda s: s.codes == INT8),
+        {
+            "vllm": (REJECTS, "it does not know the quant_algo"),
+            "sglang": (REJECTS, "it takes FP8 per tensor only"),
+        },
+        _OTHER_LAYOUT,
+    ),
+    Rule(
+        "INT8 inputs in the layout modelopt",
+        lambda folder: _schemes(folder, MODELOPT, lambda s: s.codes == INT8 and s.input is not None),
+        {"tensorrt-llm": (REJECTS, "its PyTorch backend multiplies no INT8 inputs")},
+        _OTHER_SCHEME,
+    ),
+    Rule(
+        "weights per tensor in the layout compressed-tensors",
+        lambda folder: _schemes(folder, COMPRESSED_TENSORS, lambda s: s.weight == "tensor"),
+        {
+            "tensorrt-llm": (REJECTS, "it takes scales per channel or block there"),
+            "llama.cpp": (REJECTS, "its converter takes scales per channel or block there"),
+        },
+        f"choose the layout {MODELOPT.name}",
+    ),
+    Rule(
+        "FP8 weights per channel in the layout compressed-tensors",
+        lambda folder: _schemes(folder, COMPRESSED_TENSORS, lambda s: s == Scheme(FLOAT8_E4M3FN, "channel", "token")),
+        {"tensorrt-llm": (REJECTS, "it copies scales of shape [out, 1] into [out]")},
+        f"choose the layout {MODELOPT.name}",
+    ),
+    Rule(
+        "INT8 in the layout compressed-tensors",
+        lambda folder: _schemes(folder, COMPRESSED_TENSORS, lambda s: s == Scheme(INT8, "channel", "token")),
+        {"tensorrt-llm": (WRONG_RESULTS, "it takes the codes for FP8")},
+        _OTHER_SCHEME,
+    ),
+    Rule(
+        "static inputs in the layout compressed-tensors",
+        lambda folder: _schemes(folder, COMPRESSED_TENSORS, lambda s: s.input == "tensor"),
+        {
+            "tensorrt-llm": (REJECTS, "it takes inputs per token there"),
+            "llama.cpp": (REJECTS, "its converter does not know input_scale there"),
+        },
+        _OTHER_SCHEME,
+    ),
+    Rule(
+        "static INT8 inputs in the layout compressed-tensors",
+        lambda folder: _schemes(folder, COMPRESSED_TENSORS, lambda s: (s.codes, s.input) == (INT8, "tensor")),
+        {"sglang": (WRONG_RESULTS, "it ignores input_scale and scales every token by itself")},
+        "quantize inputs per token",
+    ),
+    Rule(
+        "a quantized KV cache in the layout compressed-tensors",
+        _quantized_cache,
+        {"llama.cpp": (REJECTS, "its converter does not know k_scale there")},
+        f"choose the layout {MODELOPT.name}, or leave the KV cache as it is",
+    ),
+    Rule(
+        "several quantizations in one model",
+        _several_schemes,
+        {"llama.cpp": (REJECTS, "its converter takes one group")},
+        "quantize all linears alike",
+    ),
+    Rule(
+        "q, k, v or gate, up quantized differently",
+        _unlike_in_a_gemm,
+        {
+            "vllm": (REJECTS, "it runs them as one GEMM"),
+            "sglang": (REJECTS, "it runs them as one GEMM"),
+            "tensorrt-llm": (WRONG_RESULTS, "it goes by q_proj and gate_proj alone"),
+        },
+        "quantize them alike",
+    ),
+    Rule(
+        "q, k, v or gate, up with weight scales of their own, per tensor",
+        _unequal_scales_in_a_gemm,
+        dict.fromkeys(("vllm", "sglang", "tensorrt-llm"), _ROUNDS_AGAIN),
+        "quantize from the unquantized model: they share a scale then",
     ),
 )

@@ -282,7 +282,9 @@ CONFIGS_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "known type under an unknown architecture": (LLAMA | {"architectures": ["LlamaForX"]}, "unknown architecture"),
     "neither": (LLAMA | {"architectures": None, "model_type": None}, "unknown architecture"),
-    "quantized": (LLAMA | {"quantization_config": {"quant_method": "fp8"}}, "quantized checkpoints.*found fp8"),
+    "quantized otherwise": (
+        LLAMA | {"quantization_config": {"quant_method": "fp8"}}, "unknown quantization method.*found fp8",
+    ),
     "per_layer_config": (LLAMA | {"per_layer_config": {"0": {}}}, "per_layer_config"),
     "no width": ({k: v for k, v in LLAMA.items() if k != "intermediate_size"}, "no intermediate_size"),
     "heads do not divide": (LLAMA | {"num_attention_heads": 5}, "num_attention_heads divides hidden_size"),

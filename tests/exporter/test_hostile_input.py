@@ -533,7 +533,10 @@ CONFIGS: dict[str, tuple[str | dict[str, Any], tuple[str, ...]]] = {
     "theta zero": ({"rope_theta": 0}, ("rope_theta: ", "found 0")),
     "rope scaling a list": ({"rope_scaling": [1]}, ("rope_scaling: ",)),
     "rope type of megabytes": ({"rope_scaling": {"rope_type": "x" * 1_000_000}}, ("RoPE scaling", "xxxx")),
-    "quantized": ({"quantization_config": {"quant_method": "x" * 1_000_000}}, ("quantized checkpoints are not read",)),
+    "quantized in megabytes": (
+        {"quantization_config": {"quant_method": "x" * 1_000_000}},
+        ("unknown quantization method", "modelopt or compressed-tensors", "xxxx"),
+    ),
     "blocks of nothing": ({"block_configs": [None, {}]}, ("problems", "block_configs.0", "block_configs.1.attention")),
     "blocks of megabytes": ({"block_configs": ["x" * 10] * 50_000}, ("50000 problems", "and 49988 more")),
     "too many heads for the matrix": (

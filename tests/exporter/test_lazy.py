@@ -22,6 +22,7 @@ from exporter.lazy import (
     concat,
     full,
     pad,
+    reshape,
     scale_columns,
     scale_rows,
     shape_only,
@@ -67,11 +68,16 @@ NODES: dict[str, Case] = {
     "slice of nothing": lambda a, b, c, r, k: (slice_rows(array(a), 3, 3), a[3:3]),
     "scale columns": lambda a, b, c, r, k: (scale_columns(array(a), array(k)), scaled(a, k[None, :])),
     "scale rows": lambda a, b, c, r, k: (scale_rows(array(a), array(r)), scaled(a, r[:, None])),
+    "cast": lambda a, b, c, r, k: (cast(cast(array(a), FLOAT64), BY_NAME[a.dtype.name]), a),
+    "sum": lambda a, b, c, r, k: (add([array(a)]), a),
     "pad rows": lambda a, b, c, r, k: (pad(array(a), 0, 9), np.pad(a, ((0, 3), (0, 0)))),
     "pad columns": lambda a, b, c, r, k: (pad(array(a), 1, 8), np.pad(a, ((0, 0), (0, 3)))),
     "pad vector": lambda a, b, c, r, k: (pad(array(r), 0, 8), np.pad(r, (0, 2))),
     "full": lambda a, b, c, r, k: (full((4, 3), 1.5 if BY_NAME[a.dtype.name].is_float else 7, BY_NAME[a.dtype.name]),
                                    np.array([[1.5 if BY_NAME[a.dtype.name].is_float else 7] * 3] * 4, a.dtype)),
+    "vector as matrix": lambda a, b, c, r, k: (reshape(array(r), (6, 1)), r[:, None]),
+    "matrix as vector": lambda a, b, c, r, k: (reshape(array(c[:, :1]), (6,)), c[:, 0]),
+    "number as vector": lambda a, b, c, r, k: (reshape(array(r[0].reshape(())), (1,)), r[:1]),
     "fused": lambda a, b, c, r, k: (
         pad(concat([scale_columns(array(a), array(k)), slice_rows(array(b), 0, 2)], 0), 0, 10),
         np.concatenate([scaled(a, k[None, :]), b[:2], np.zeros((2, 5), a.dtype)]),
@@ -108,6 +114,14 @@ def test_node_equals_numpy_in_any_pieces(node: str, dtype: str, data: st.DataObj
     assert all(piece.nbytes <= max_bytes or len(piece) == 1 for piece in pieces)
     assert all(piece.flags.c_contiguous for piece in pieces)
     assert bits(lazy.numpy()) == bits(expected)
+    if lazy.num_rows and len(lazy.shape) == 2:
+        left = data.draw(st.integers(0, lazy.shape[1]))
+        right = data.draw(st.integers(left, lazy.shape[1]))
+        columns = slice_columns(lazy, left, right)
+        assert (columns.shape, columns.dtype) == (expected[:, left:right].shape, kind)
+        assert bits(columns.numpy()) == bits(expected[:, left:right])
+        half = slice_columns(columns, 0, columns.shape[1] // 2)
+        assert bits(half.rows(start, stop)) == bits(expected[start:stop, left:right][:, : half.shape[1]])
 
 
 @pytest.mark.parametrize("source", DTYPE_NAMES)
@@ -202,6 +216,7 @@ REFUSED: dict[str, Callable[[], object]] = {
     "padding that shrinks": lambda: pad(full((2, 3), 0, FLOAT32), 1, 2),
     "sum of two shapes": lambda: add([full((2,), 0, FLOAT32), full((3,), 0, FLOAT32)]),
     "integers as weights": lambda: array(np.zeros(3, np.int64)),
+    "reshape that moves rows": lambda: reshape(full((6,), 1.0, FLOAT32), (3, 2)),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from exporter.dtypes import BFLOAT16, BY_NAME, FLOAT8_E4M3FN, FLOAT32, INT8
 from exporter.errors import CheckpointError
-from exporter.lazy import LazyTensor, array, concat, full
+from exporter.lazy import LazyTensor, array, concat, full, slice_columns
 from exporter.safetensors_io import (
     DATA_ALIGNMENT,
+    LEAST_PIECE,
     FileTensor,
     SafetensorsFile,
     SkippedTensor,
@@ -294,3 +296,19 @@ def test_json_size_is_bounded(tmp_path: Path) -> None:
     assert len(read_json(tmp_path / "x.json")) == 101
     with pytest.raises(CheckpointError, match="too large: expected at most 100 bytes, found 203"):
         read_json(tmp_path / "x.json", max_bytes=100)
+
+
+def test_columns_are_read_without_the_rest_of_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    width = 3 * LEAST_PIECE
+    matrix = np.random.default_rng(0).integers(-100, 100, (5, width)).astype(np.int8)
+    tensors = {"first": torch.zeros(3, dtype=torch.int8), "matrix": torch.from_numpy(matrix)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    tensor = read_safetensors(tmp_path / "model.safetensors")["matrix"]
+    assert isinstance(tensor, FileTensor)
+    read: list[int] = []
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *arguments: read.append(preadv(*arguments)) or read[-1])
+    columns = slice_columns(slice_columns(tensor, 10, width), LEAST_PIECE, 2 * LEAST_PIECE)
+    np.testing.assert_array_equal(columns.rows(1, 4), matrix[1:4, LEAST_PIECE + 10 : 2 * LEAST_PIECE + 10])
+    assert sum(read) == 3 * LEAST_PIECE
+    np.testing.assert_array_equal(slice_columns(tensor, 7, 9).numpy(), matrix[:, 7:9])

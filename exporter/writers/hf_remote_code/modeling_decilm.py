@@ -126,8 +126,13 @@ class DeciLMBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden, masks, position_embeddings, cache_position, past_key_values=None):
         if self.has_attention:
-            normed = self.input_layernorm(hidden)
-            hidden = hidden + self.self_attn(normed, masks, position_embeddings, cache_position, past_key_values)
+            hidden = hidden + self.self_attn(
+                self.input_layernorm(hidden),
+                masks,
+                position_embeddings,
+                cache_position,
+                past_key_values=past_key_values,  # by name: compressed-tensors puts its own cache there
+            )
         elif self.self_attn is not None:
             hidden = hidden + self.self_attn(self.input_layernorm(hidden))
         if self.mlp is not None:

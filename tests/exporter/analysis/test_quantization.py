@@ -1,0 +1,199 @@
+"""Errors, smoothing strengths and the table of schemes, each against whole graphs that are quantized and run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from exporter.analysis.quantization import (
+    SCHEMES,
+    SMOOTHINGS,
+    compare_smoothing,
+    inputs_of_blocks,
+    linear_errors,
+    search_strengths,
+)
+from exporter.calibration import calibrate, ranges_of
+from exporter.dtypes import INT8
+from exporter.graph import FFN, ModelGraph, linear_names
+from exporter.lazy import array
+from exporter.passes.fuse_ffn import fuse_ffn
+from exporter.passes.quantize_linears import quantize_linears
+from exporter.passes.smooth_channels import Strengths, smooth_channels
+from exporter.quantization import QuantizationRecipe, read_quantization
+from exporter.quantize import error_files, quantize, split_windows
+from exporter.ranges import Ranges
+from exporter.reference import Reference
+from tests.tiny import tiny_graph
+
+CALIBRATION = np.random.default_rng(1).integers(0, 320, (6, 24))
+OTHERS = np.random.default_rng(2).integers(0, 320, (3, 24))
+ALPHAS = (0.3, 0.6)
+
+
+def fused_graph() -> ModelGraph:
+    """A wide FFN of two layers, the second of which is eight times as loud inside."""
+    graph = tiny_graph("AF F F", intermediate_size=128)
+    block = graph.flat_blocks[2]
+    ffn = block.ffn
+    assert isinstance(ffn, FFN)
+    up = replace(ffn.up_proj, weight=array(ffn.up_proj.weight.numpy() * np.float32(8)))
+    down = replace(ffn.down_proj, weight=array(ffn.down_proj.weight.numpy() / np.float32(8)))
+    loud = replace(block, ffn=replace(ffn, up_proj=up, down_proj=down))
+    return fuse_ffn(replace(graph, blocks=(*graph.blocks[:2], loud)), [(1, 2)])
+
+
+def measured(graph: ModelGraph) -> Ranges:
+    return ranges_of(calibrate(graph, CALIBRATION, text="random"), graph)
+
+
+def ffn_output(graph: ModelGraph, plain: ModelGraph, index: int) -> np.ndarray:
+    """What an FFN adds on the hidden states of the plain model, [tokens, D]."""
+    reference, tokens = Reference(plain), torch.from_numpy(OTHERS)
+    x = list(reference.residuals(tokens, None))[index]
+    _, ffn = Reference(graph).block(index).contributions(x, reference.span(tokens.shape, None))
+    assert isinstance(ffn, torch.Tensor)
+    return ffn.flatten(0, 1).double().numpy()
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def test_inputs_are_what_linears_read() -> None:
+    graph = tiny_graph("AF (AF AF) LF AL -", qk_norm=True)
+    found = list(inputs_of_blocks(graph, OTHERS, batch=2))
+    assert [inputs.index for inputs in found] == list(range(len(graph.flat_blocks)))
+    for inputs, block in zip(found, graph.flat_blocks, strict=True):
+        assert {sublayer for sublayer, _ in inputs.sites} == {
+            name for name in ("attention", "ffn") if getattr(block, name) is not None
+        }
+    states = list(Reference(graph).residuals(torch.from_numpy(OTHERS), None))
+    ffn = found[0].block.ffn
+    inner = found[0].sites["ffn", "down_proj"]
+    attention = found[0].sites["attention", "o_proj"] @ found[0].block.attention.o_proj.weight.T
+    rebuilt = states[0].flatten(0, 1) + attention + inner @ ffn.down_proj.weight.T
+    assert torch.allclose(rebuilt, states[1].flatten(0, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8-smoothquant", "int8-smoothquant-token", "int8-weight-only"])
+def test_linear_errors(name: str) -> None:
+    graph = fused_graph()
+    ranges = measured(graph)
+    quantized = quantize_linears(graph, read_quantization(name), ranges)
+    errors = {error.name: error for error in linear_errors(graph, quantized, OTHERS)}
+    assert errors.keys() == linear_names(graph).keys() - {"lm_head"}
+    assert list(errors) == sorted(errors, key=lambda name: -errors[name].relative_error)
+    # down_proj of the wide FFN by hand: its input from the plain model, everything else in numpy
+    plain, codes = (linear_names(one)["blocks.1.ffn.down_proj"] for one in (graph, quantized))
+    x = next(i for i in inputs_of_blocks(graph, OTHERS) if i.index == 1).sites["ffn", "down_proj"].double().numpy()
+    assert codes.quantization is not None
+    scale = codes.quantization.weight_scale.numpy().astype(np.float64)
+    weight = codes.weight.numpy().astype(np.float64) * (scale[:, None] if scale.ndim else scale)
+    rounded, saturation = x, None
+    inputs = codes.quantization.input
+    if inputs is not None and inputs.dtype == INT8:
+        step = np.abs(x).max(1, keepdims=True) / 127 if inputs.scale is None else inputs.scale.numpy()
+        rounded = np.clip(np.rint(x / step), -128, 127) * step
+        saturation = None if inputs.scale is None else (np.abs(x) > 127 * step).mean()
+    if name == "fp8":
+        assert inputs is not None
+        assert inputs.scale is not None
+        step = inputs.scale.numpy()
+        saturation = (np.abs(x) > 448 * step).mean()
+        codes_of_x = torch.from_numpy(np.clip(x / step, -448, 448)).to(torch.float8_e4m3fn)
+        rounded = codes_of_x.double().numpy() * step
+    expected = relative(rounded @ weight.T, x @ plain.weight.numpy().astype(np.float64).T)
+    found = errors["blocks.1.ffn.down_proj"]
+    assert found.relative_error == pytest.approx(expected, rel=2e-2)
+    assert found.sqnr_db == pytest.approx(-20 * np.log10(found.relative_error))
+    assert (found.saturation is None) == (saturation is None)
+    if saturation is not None:
+        assert found.saturation == pytest.approx(saturation, abs=1e-9)
+
+
+def brute_force_error(graph: ModelGraph, ranges: Ranges, recipe: QuantizationRecipe, strengths: Strengths) -> float:
+    """Mean over tokens of the squared error of the wide FFN's down_proj alone."""
+    smoothed, new = smooth_channels(graph, ranges, strengths)
+    only = recipe.model_copy(update={"exclude": ["*_proj"][:0]})
+    quantized = quantize_linears(smoothed, only, new)
+    x = next(i for i in inputs_of_blocks(smoothed, OTHERS) if i.index == 1).sites["ffn", "down_proj"]
+    plain = linear_names(smoothed)["blocks.1.ffn.down_proj"]
+    loaded = Reference(quantized).block(1).members[0].ffn
+    assert loaded is not None
+    from exporter.reference import fake_quantized
+
+    down = loaded.down_proj  # type: ignore[union-attr]
+    y = fake_quantized(x, down.input.dtype, down.input.scale) @ down.weight.T  # type: ignore[attr-defined, operator]
+    exact = x @ torch.from_numpy(plain.weight.numpy()).T
+    return float(((y - exact).square().sum(-1) / exact.square().sum(-1)).mean())
+
+
+@pytest.mark.parametrize("name", ["int8-smoothquant", "int8-smoothquant-token"])
+def test_the_search_takes_the_best_of_all(name: str) -> None:
+    graph, recipe = fused_graph(), read_quantization(name)
+    ranges = measured(graph)
+    site = (1, "ffn", "down_proj")
+    errors = {
+        alpha: brute_force_error(graph, ranges, recipe, {} if alpha is None else {site: alpha})
+        for alpha in (None, *ALPHAS)
+    }
+    best = min(errors, key=lambda alpha: errors[alpha])
+    assert best is not None  # the uneven layers are worth smoothing
+    found = search_strengths(graph, ranges, recipe, OTHERS, alphas=ALPHAS)
+    assert found[site] == best
+
+
+def test_the_search_leaves_excluded_linears_alone() -> None:
+    graph = fused_graph()
+    recipe = read_quantization("int8-smoothquant").model_copy(update={"exclude": ["blocks.1.*"]})
+    assert {index for index, _, _ in search_strengths(graph, measured(graph), recipe, OTHERS)} == {0}
+
+
+def test_schemes_against_quantized_graphs() -> None:
+    graph = fused_graph()
+    ranges = measured(graph)
+    cells = {(c.scheme, c.smoothing): c for c in compare_smoothing(graph, ranges, OTHERS)}
+    assert cells.keys() == {(label, smoothing) for label, _, _ in SCHEMES for smoothing in SMOOTHINGS}
+    expected = ffn_output(graph, graph, 1)
+    inner, outer = (1, "ffn", "down_proj"), (1, "ffn", "norm")
+    cases: list[tuple[str, str, str, Strengths]] = [
+        ("FP8, per tensor", "none", "fp8", {}),
+        ("FP8, per row and token", "both inputs", "fp8-rowwise", {inner: 0.5, outer: 0.5}),
+        ("INT8, static", "none", "int8-smoothquant", {}),
+        ("INT8, static", "per channel", "int8-smoothquant", {inner: 0.65}),
+        ("INT8, static", "both inputs", "int8-smoothquant", {inner: 0.65, outer: 0.65}),
+        ("INT8, per token", "per channel", "int8-smoothquant-token", {inner: 0.5}),
+    ]
+    for scheme, smoothing, name, strengths in cases:
+        smoothed, new = smooth_channels(graph, ranges, strengths)
+        error = relative(ffn_output(quantize_linears(smoothed, read_quantization(name), new), graph, 1), expected)
+        assert cells[scheme, smoothing].relative_error == pytest.approx(error, rel=0.03), (scheme, smoothing)
+    assert cells["INT8, static", "per segment"].relative_error < cells["INT8, static", "none"].relative_error
+
+
+def test_quantize_and_its_report() -> None:
+    graph = fused_graph()
+    calibration = calibrate(graph, CALIBRATION, text="random")
+    found = quantize(graph, read_quantization("int8-smoothquant"), calibration=calibration, tokens=OTHERS)
+    assert found.strengths
+    files = error_files(found, graph, OTHERS, source="random")
+    described = json.loads(files["errors.json"])
+    assert {row["name"] for row in described["linears"]} == linear_names(graph).keys() - {"lm_head"}
+    assert len(described["smoothing"]) == len(SCHEMES) * len(SMOOTHINGS)
+    assert described["alpha"]["blocks.1.ffn.down_proj"] == found.strengths[1, "ffn", "down_proj"]
+    assert files["errors.csv"].count(b"\n") == 1 + len(described["linears"])
+    assert b"| INT8, static |" in files["errors.md"]
+    assert files["errors.png"].startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("count", "kept", "aside"), [(1, 1, 1), (3, 3, 3), (4, 3, 1), (8, 6, 2), (100, 96, 4)])
+def test_split_windows(count: int, kept: int, aside: int) -> None:
+    windows = np.arange(count)[:, None]
+    found, apart = split_windows(windows)
+    assert (len(found), len(apart)) == (kept, aside)
+    assert count < 4 or not set(found[:, 0]) & set(apart[:, 0])

@@ -1,0 +1,148 @@
+"""`build.py quantize` as a user meets it: folders that open again, calibrations that are kept, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner, Result
+
+import build
+from exporter.dtypes import FLOAT8_E4M3FN, INT8, DType
+from exporter.graph import linear_names
+from exporter.read import open_model
+from exporter.reference import Reference
+from tests.exporter.analysis.test_evaluate import word_tokenizer
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(build.main, [str(argument) for argument in arguments])
+
+
+def done(*arguments: object) -> Result:
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "llama"
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=307, max_position_embeddings=128,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    word_tokenizer(folder, 307)
+    words = np.random.default_rng(0).integers(0, 307, 400)
+    (folder.parent / "text.txt").write_text(" ".join(f"w{word}" for word in words))
+    (folder.parent / "plan.yaml").write_text("drop_attention: [1, 2]\nfuse: [[1, 2]]\n")
+    return folder
+
+
+def on_text(model: Path) -> list[object]:
+    return ["--text", model.parent / "text.txt", "--context", 20]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "text"),
+    [
+        ("fp8", FLOAT8_E4M3FN, True),
+        ("fp8-rowwise", FLOAT8_E4M3FN, False),
+        ("int8-smoothquant", INT8, True),
+        ("int8-smoothquant-token", INT8, True),
+        ("int8-weight-only", INT8, False),
+    ],
+)
+def test_a_quantized_folder_opens_again(name: str, dtype: DType, text: bool, model: Path, tmp_path: Path) -> None:
+    arguments = ["quantize", model, "--plan", model.parent / "plan.yaml", "--format", name]
+    done(*arguments, *(on_text(model) if text else []), "-o", tmp_path / "out")
+    graph = open_model(tmp_path / "out", need_weights=True).graph
+    linears = linear_names(graph)
+    assert {linear.weight.dtype for found, linear in linears.items() if found != "lm_head"} == {dtype}
+    assert linears["lm_head"].quantization is None
+    tokens = torch.arange(20)[None]
+    found = Reference(graph).logits(tokens)
+    done("transform", model, "--plan", model.parent / "plan.yaml", "-o", tmp_path / "plain")
+    expected = Reference(open_model(tmp_path / "plain", need_weights=True).graph).logits(tokens)
+    assert 1e-4 < (found - expected).norm() / expected.norm() < 0.15
+
+
+def test_a_calibration_is_kept_and_serves_what_a_plan_makes(model: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "calibration"
+    done("quantize", model, "--format", "fp8", *on_text(model), "--save-calibration", kept, "-o", tmp_path / "a")
+    plan = ["--plan", model.parent / "plan.yaml"]
+    done("quantize", model, *plan, "--format", "fp8", "--calibration", kept, "-o", tmp_path / "b")
+    done("quantize", model, *plan, "--format", "fp8", *on_text(model), "-o", tmp_path / "c")
+    b, c = (open_model(tmp_path / name, need_weights=True).graph for name in "bc")
+    for name, linear in linear_names(b).items():
+        other = linear_names(c)[name]
+        assert (linear.weight.numpy() == other.weight.numpy()).all()
+        if linear.quantization is not None and linear.quantization.input is not None:
+            assert other.quantization is not None
+            assert other.quantization.input is not None
+            assert linear.quantization.input.scale is not None
+            assert other.quantization.input.scale is not None
+            assert linear.quantization.input.scale.numpy() == other.quantization.input.scale.numpy()
+
+
+def test_options(model: Path, tmp_path: Path) -> None:
+    arguments = ["--kv-cache", "fp8", "--exclude", "blocks.0.*", "--percentile", 99.5, "--report", tmp_path / "report"]
+    printed = done("quantize", model, "--format", "fp8", *on_text(model), *arguments, "-o", tmp_path / "out").output
+    graph = open_model(tmp_path / "out", need_weights=True).graph
+    assert all(attention.kv_quantization is not None for _, attention in graph.attentions)
+    quantized = {name for name, linear in linear_names(graph).items() if linear.quantization is not None}
+    assert quantized == {name for name in linear_names(graph) if name.startswith(("blocks.1", "blocks.2", "blocks.3"))}
+    assert "| blocks." in printed
+    described = json.loads((tmp_path / "report" / "errors.json").read_text())
+    assert {row["name"] for row in described["linears"]} == quantized
+    assert described["linears"][0]["relative_error"] > 0
+
+
+def test_a_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
+    printed = done("quantize", model, "--format", "int8-weight-only", "--dry-run", "-o", tmp_path / "out").output
+    assert "model.safetensors" in printed
+    assert not list(tmp_path.iterdir())
+
+
+REFUSED = {
+    "no_text": (["--format", "fp8"], "--text"),
+    "format": (["--format", "int3"], "int8-weight-only"),
+    "recipe": (["--format", "{tmp}/bad.yaml"], "bad.yaml"),
+    "pattern": (["--format", "int8-weight-only", "--exclude", "decoder.*"], "matches no linear"),
+    "short": (["--format", "fp8", "--text", "{text}", "--context", "4000"], "shorter than the context"),
+    "empty": (["--format", "fp8", "--text", "{tmp}/empty.txt"], "empty"),
+    "no_calibration": (["--format", "fp8", "--calibration", "{tmp}/none"], "calibration.json"),
+    "layout": (["--format", "int8-smoothquant", "--text", "{text}", "--context", "20", "--check-for", "mlx-lm"], "mlx"),
+    "report_exists": (["--format", "fp8", "--text", "{text}", "--context", "20", "--report", "{tmp}"], "output exists"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str, model: Path, tmp_path: Path) -> None:
+    arguments, message = REFUSED[case]
+    (tmp_path / "bad.yaml").write_text("weights: int8\n")
+    (tmp_path / "empty.txt").write_text(" \n")
+    before = sorted(tmp_path.rglob("*"))
+    filled = [argument.format(tmp=tmp_path, text=model.parent / "text.txt") for argument in arguments]
+    result = call("quantize", model, *filled, "-o", tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_calibration_of_another_model_is_refused(model: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "calibration"
+    done("quantize", model, "--format", "fp8", *on_text(model), "--save-calibration", kept, "-o", tmp_path / "a")
+    torch.manual_seed(1)
+    other = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(model))
+    other.save_pretrained(tmp_path / "other")
+    result = call("quantize", tmp_path / "other", "--format", "fp8", "--calibration", kept, "-o", tmp_path / "b")
+    assert result.exit_code == 2
+    assert "another model" in result.output
+    assert not (tmp_path / "b").exists()
