@@ -41,7 +41,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,44 +59,55 @@ from exporter.safetensors_io import shard_tensors  # noqa: E402
 from exporter.writers import onnx  # noqa: E402
 from exporter.writers.files import Content, json_bytes, save_folder  # noqa: E402
 
-HIDDEN, WIDTH, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 1024, 2816, 12, 16, 4, 64, 8192
-MAX_POSITIONS = 4096
+HEAD_DIM, VOCAB, MAX_POSITIONS = 64, 8192, 4096
 CAPACITY = 256  # positions; prompt and steps together stay below
 SPIN_KEY = "session.intra_op.spin_duration_us"
 TARGETS = {"transformers": 1.8, "genai": 0.95}  # decode: their time over ours, at least
 
 
-def make_checkpoint(folder: Path) -> None:
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a synthetic Llama, by their names in its config."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+
+
+MID = Sizes(1024, 2816, 12, 16, 4)
+
+
+def make_checkpoint(folder: Path, sizes: Sizes = MID) -> None:
     """Write a Llama folder with a tokenizer that is just enough for GenAI's builder."""
+    hidden, width = sizes.hidden_size, sizes.intermediate_size
+    heads, kv_heads = sizes.num_attention_heads, sizes.num_key_value_heads
     rng = np.random.default_rng(0)
 
     def weight(rows: int, columns: int) -> LazyTensor:
         return array(rng.standard_normal((rows, columns), dtype=np.float32) / np.float32(columns**0.5))
 
     def ones() -> LazyTensor:
-        return full((HIDDEN,), 1.0, FLOAT32)
+        return full((hidden,), 1.0, FLOAT32)
 
-    tensors = {"model.embed_tokens.weight": weight(VOCAB, HIDDEN)}
-    for layer in range(LAYERS):
+    tensors = {"model.embed_tokens.weight": weight(VOCAB, hidden)}
+    for layer in range(sizes.num_hidden_layers):
         stem = f"model.layers.{layer}"
         tensors[f"{stem}.input_layernorm.weight"] = ones()
-        for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
-            tensors[f"{stem}.self_attn.{name}_proj.weight"] = weight(heads * HEAD_DIM, HIDDEN)
-        tensors[f"{stem}.self_attn.o_proj.weight"] = weight(HIDDEN, HEADS * HEAD_DIM)
+        for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+            tensors[f"{stem}.self_attn.{name}_proj.weight"] = weight(count * HEAD_DIM, hidden)
+        tensors[f"{stem}.self_attn.o_proj.weight"] = weight(hidden, heads * HEAD_DIM)
         tensors[f"{stem}.post_attention_layernorm.weight"] = ones()
-        tensors[f"{stem}.mlp.gate_proj.weight"] = weight(WIDTH, HIDDEN)
-        tensors[f"{stem}.mlp.up_proj.weight"] = weight(WIDTH, HIDDEN)
-        tensors[f"{stem}.mlp.down_proj.weight"] = weight(HIDDEN, WIDTH)
+        tensors[f"{stem}.mlp.gate_proj.weight"] = weight(width, hidden)
+        tensors[f"{stem}.mlp.up_proj.weight"] = weight(width, hidden)
+        tensors[f"{stem}.mlp.down_proj.weight"] = weight(hidden, width)
     tensors["model.norm.weight"] = ones()
-    tensors["lm_head.weight"] = weight(VOCAB, HIDDEN)
+    tensors["lm_head.weight"] = weight(VOCAB, hidden)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": WIDTH,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
+        **asdict(sizes),
         "head_dim": HEAD_DIM,
         "hidden_act": "silu",
         "vocab_size": VOCAB,
@@ -220,6 +231,7 @@ class TorchCompile(Transformers):
 
 class GenaiGraph(Contestant):
     name = "genai-graph"
+    precision = "fp32"
 
     def __init__(self, checkpoint: Path, work: Path, threads: int) -> None:
         import onnxruntime
@@ -227,16 +239,19 @@ class GenaiGraph(Contestant):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.add_session_config_entry(SPIN_KEY, str(SPIN_US))
-        model = genai_model(checkpoint, work, threads) / "model.onnx"
-        self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        folder = genai_model(checkpoint, work, threads, self.precision)
+        self._decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+        model = str(folder / "model.onnx")
+        self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
 
     def prefill(self, input_ids: np.ndarray) -> np.ndarray:
         self._filled = 0
-        shape = (len(input_ids), KV_HEADS, CAPACITY, HEAD_DIM)
+        decoder = self._decoder
+        shape = (len(input_ids), decoder["num_key_value_heads"], CAPACITY, decoder["head_size"])
         self._caches = {
             f"{layer}.{kind}": self._value(np.zeros(shape, np.float32))
-            for layer in range(LAYERS)
+            for layer in range(decoder["num_hidden_layers"])
             for kind in ("key", "value")
         }
         return self._step(input_ids)
@@ -262,12 +277,13 @@ class GenaiGraph(Contestant):
 
 class Genai(Contestant):
     name = "genai"
+    precision = "fp32"
 
     def __init__(self, checkpoint: Path, work: Path, threads: int) -> None:
         import onnxruntime_genai
 
         self._genai = onnxruntime_genai
-        self._model = onnxruntime_genai.Model(str(genai_model(checkpoint, work, threads)))
+        self._model = onnxruntime_genai.Model(str(genai_model(checkpoint, work, threads, self.precision)))
 
     def prefill(self, input_ids: np.ndarray) -> np.ndarray:
         parameters = self._genai.GeneratorParams(self._model)
@@ -291,12 +307,12 @@ def fuselage_engine(checkpoint: Path, work: Path) -> Path:
     return output
 
 
-def genai_model(checkpoint: Path, work: Path, threads: int) -> Path:
+def genai_model(checkpoint: Path, work: Path, threads: int, precision: str = "fp32") -> Path:
     """Build GenAI's folder once; returns it."""
-    output = work / "genai"
+    output = work / f"genai-{precision}"
     if not output.exists():
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "mid", "-i", str(checkpoint)]
-        command += ["-o", str(output), "-p", "fp32", "-e", "cpu", "-c", str(work / "genai-cache")]
+        command += ["-o", str(output), "-p", precision, "-e", "cpu", "-c", str(work / "genai-cache")]
         subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True)
         path = output / "genai_config.json"
         config = json.loads(path.read_text())
@@ -313,7 +329,8 @@ def prepare(work: Path, names: list[str], threads: int) -> None:
         genai_model(work / "checkpoint", work, threads)
 
 
-CONTESTANTS: dict[str, tuple[type[Contestant], str | None]] = {  # name -> (class, the package it needs)
+Field = dict[str, tuple[type[Contestant], str | None]]  # name -> (class, the package it needs)
+CONTESTANTS: Field = {
     "fuselage": (Fuselage, None),
     "transformers": (Transformers, "transformers"),
     "torch.compile": (TorchCompile, "transformers"),
@@ -423,11 +440,11 @@ def measure(
 
 
 def measure_one_load(
-    work: Path, names: list[str], load_number: int, args: argparse.Namespace
+    contestants_by_name: Field, work: Path, names: list[str], load_number: int, args: argparse.Namespace
 ) -> tuple[dict[str, float], Tables]:
     """Load everything, in an order of this load's own, and measure; runs in a fresh process."""
     order = random.Random(load_number).sample(names, len(names))
-    loaded = {name: CONTESTANTS[name][0](work / "checkpoint", work, args.threads) for name in order}
+    loaded = {name: contestants_by_name[name][0](work / "checkpoint", work, args.threads) for name in order}
     contestants = [loaded[name] for name in names]
     agreement = check_agreement(contestants)
     tables: Tables = {}
@@ -463,7 +480,22 @@ def check_agreement(contestants: list[Contestant]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, CONTESTANTS)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.work, prefix="compare-") as folder:
+        work = Path(folder)
+        make_checkpoint(work / "checkpoint")
+        names = installed(args.only, CONTESTANTS)
+        prepare(work, names, args.threads)
+        agreement, tables = measure_all(CONTESTANTS, work, names, args)
+    for (batch, what), turns in tables.items():
+        print_table(batch, what, turns, TARGETS)
+    if args.output:
+        write(args.output, document(args, MID, agreement, tables))
+
+
+def argument_parser(description: str | None, contestants: Field) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--prompt", type=int, default=96, help="tokens per sequence")
     parser.add_argument("--steps", type=int, default=5, help="decode steps per turn")
@@ -472,49 +504,56 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
     parser.add_argument("--foreign-load", type=float, default=0.12, help="largest share of the machine others may use")
     parser.add_argument("--patience", type=float, default=600, help="seconds per table until busy turns count, too")
-    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--only", nargs="+", choices=contestants, default=list(contestants))
     parser.add_argument("--work", type=Path, help="folder for about 2 GB of files; default: $TMPDIR")
     parser.add_argument("-o", "--output", type=Path)
-    args = parser.parse_args()
-
-    with tempfile.TemporaryDirectory(dir=args.work, prefix="compare-") as folder:
-        work = Path(folder)
-        make_checkpoint(work / "checkpoint")
-        names = []
-        for name in args.only:
-            package = CONTESTANTS[name][1]
-            if package is None or importlib.util.find_spec(package) is not None:
-                names.append(name)
-            else:
-                print(f"{name} is left out: pip install {package.replace('_', '-')}")
-        prepare(work, names, args.threads)
-        tables: Tables = {}
-        for load_number in range(args.loads):
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                agreement, loaded = process.submit(measure_one_load, work, names, load_number, args).result()
-            print(
-                f"load {load_number + 1} of {args.loads}: greedy tokens equal to {names[0]}'s: {agreement}", flush=True
-            )
-            merge(tables, loaded)
-    for (batch, what), turns in tables.items():
-        print_table(batch, what, turns)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(document(args, agreement, tables), indent=1) + "\n")
-        print(f"written to {args.output}")
+    return parser
 
 
-def print_table(batch: int, what: str, turns: dict[str, Turns]) -> None:
+def installed(names: list[str], contestants: Field) -> list[str]:
+    """Those of `names` whose packages are there; says which are not."""
+    found = []
+    for name in names:
+        package = contestants[name][1]
+        if package is None or importlib.util.find_spec(package) is not None:
+            found.append(name)
+        else:
+            print(f"{name} is left out: pip install {package.replace('_', '-')}")
+    return found
+
+
+def measure_all(
+    contestants: Field, work: Path, names: list[str], args: argparse.Namespace
+) -> tuple[dict[str, float], Tables]:
+    """Measure over all loads; returns the last load's agreement, and the tables."""
+    tables: Tables = {}
+    agreement: dict[str, float] = {}
+    for load_number in range(args.loads):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            load = process.submit(measure_one_load, contestants, work, names, load_number, args)
+            agreement, loaded = load.result()
+        print(f"load {load_number + 1} of {args.loads}: greedy tokens equal to {names[0]}'s: {agreement}", flush=True)
+        merge(tables, loaded)
+    return agreement, tables
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"written to {path}")
+
+
+def print_table(batch: int, what: str, turns: dict[str, Turns], targets: dict[str, float]) -> None:
     ours = next(iter(turns.values()))
     print(f"\n{f'{what}, batch {batch}':20} {'ms':>9} {'theirs / ours':>15}   by load")
     for name, one in turns.items():
         ratios = ratios_by_load(one, ours)
-        target = f"  (target {TARGETS[name]})" if what == "decode" and name in TARGETS else ""
+        target = f"  (target {targets[name]})" if what == "decode" and name in targets else ""
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
         print(f"  {name:18} {one.median_ms:9.2f} {one.median_ms / ours.median_ms:15.2f}   {spread}{target}", flush=True)
 
 
-def document(args: argparse.Namespace, agreement: dict[str, float], tables: Tables) -> dict[str, Any]:
+def document(args: argparse.Namespace, sizes: Sizes, agreement: dict[str, float], tables: Tables) -> dict[str, Any]:
     packages = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "onnx", "numpy")
     versions: dict[str, str | None] = {}
     for package in packages:
@@ -523,15 +562,7 @@ def document(args: argparse.Namespace, agreement: dict[str, float], tables: Tabl
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "model": {
-            "hidden_size": HIDDEN,
-            "intermediate_size": WIDTH,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": KV_HEADS,
-            "vocab_size": VOCAB,
-            "dtype": "float32",
-        },
+        "model": {**asdict(sizes), "vocab_size": VOCAB, "dtype": "float32"},
         "machine": {
             "cpu": cpu_name(),
             "cores": os.cpu_count(),

@@ -34,6 +34,7 @@ class EngineManifest(BaseModel):
     network_file: FileName  # in the folder
     network_sha256: str  # fingerprint of the network folder it was built from (`Manifest.fingerprint`)
     dtype: str  # of activations and KV cache
+    number_format: str | None = None  # of quantized linears as this engine runs them; None: there are none
     vocab_size: Positive
     max_positions: Positive  # tokens a sequence may reach
     batch: Positive | None = None  # fixed number of sequences; None: chosen at run time

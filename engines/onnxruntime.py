@@ -1,14 +1,16 @@
 """ONNX Runtime on CPU: engines from ONNX networks, and a runner whose KV cache is updated in place.
 
-Building copies the network and its weight files and proves that they run; ONNX Runtime optimizes when the engine is
-opened. The cache of a network with symbolic capacity starts small and grows by `CACHE_STEP` positions, because on CPU
-an attention costs what its capacity is, not what it holds.
+Building copies the network and its weight files and proves that they run, quantized linears with the kernels of their
+format (`onnxruntime_kernels`); ONNX Runtime optimizes when the engine is opened. The cache of a network with symbolic
+capacity starts small and grows by `CACHE_STEP` positions, because on CPU an attention costs what its capacity is, not
+what it holds.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engines.base import ENGINE_FILE, ENGINE_KIND, EngineManifest, read_engine_manifest
 from engines.machine import cpu_name
+from engines.onnxruntime_kernels import (
+    QuantizedLinear,
+    check_kernels,
+    executed_format,
+    kernels_from_profile,
+    quantized_linears,
+    session_config,
+)
 from exporter.dtypes import BY_NAME
 from exporter.errors import EngineError, FuselageError, raise_all
 from exporter.network import (
@@ -80,7 +90,8 @@ class OnnxRuntime:
 
         Raises:
             CheckpointError: the network folder is incomplete, altered or malformed.
-            EngineError: ONNX Runtime is missing or too old, or cannot run the network.
+            EngineError: ONNX Runtime is missing or too old, cannot run the network, or runs its quantized linears as
+                float ones.
             OutputError: the output is in the way or cannot be written.
         """
         raise_all([EngineError(problem) for problem in self.missing()])
@@ -88,8 +99,9 @@ class OnnxRuntime:
         folder = check_folder(network, NETWORK_KIND, hashes=True)
         contract = network_manifest_from_json(read_json(network / NETWORK_FILE), network / NETWORK_FILE)
         variant = _runnable(contract, folder, network)
-        manifest = _engine_manifest(contract, variant, folder, label or output.name)
-        _prove(manifest, network)
+        linears = quantized_linears(network / variant.file)
+        manifest = _engine_manifest(contract, variant, folder, label or output.name, linears)
+        _prove(manifest, network, linears)
         contents: list[tuple[str, Content | bytes]] = [(ENGINE_FILE, json_bytes(manifest.model_dump(mode="json")))]
         contents += [(name, FileCopy(network / name)) for name in (variant.file, *variant.weight_files)]
         if details is None:
@@ -114,6 +126,7 @@ class EngineOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     device: Literal["cpu"]
+    emulated: bool = False  # whether a number format is imitated, so that timings say nothing about it
     session: dict[str, str]  # session configuration: every run of an engine has the same
     network: dict[str, Any]  # options of the network's writer
 
@@ -299,7 +312,11 @@ def _runnable(contract: NetworkManifest, folder: Manifest, path: Path) -> Networ
 
 
 def _engine_manifest(
-    contract: NetworkManifest, variant: NetworkVariant, folder: Manifest, label: str
+    contract: NetworkManifest,
+    variant: NetworkVariant,
+    folder: Manifest,
+    label: str,
+    linears: Sequence[QuantizedLinear],
 ) -> EngineManifest:
     import onnxruntime
 
@@ -313,6 +330,7 @@ def _engine_manifest(
         network_file=variant.file,
         network_sha256=folder.fingerprint,
         dtype=variant.dtype,
+        number_format=executed_format(variant.number_format, linears),
         vocab_size=contract.vocab_size,
         max_positions=variant.max_positions,
         batch=variant.batch,
@@ -322,7 +340,10 @@ def _engine_manifest(
         weight_bytes=weight_bytes,
         structure=contract.structure,
         options=EngineOptions(
-            device="cpu", session=_session_config(contract.structure), network=variant.options
+            device="cpu",
+            emulated=any(not linear.is_int8 for linear in linears),
+            session=_session_config(contract.structure) | session_config(linears),
+            network=variant.options,
         ).model_dump(),
     )
 
@@ -339,8 +360,10 @@ def _session_config(structure: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _session(manifest: EngineManifest, folder: Path, threads: int | None) -> onnxruntime.InferenceSession:
-    """Load a network and hold its inputs and outputs against the manifest."""
+def _session(
+    manifest: EngineManifest, folder: Path, threads: int | None, profile: Path | None = None
+) -> onnxruntime.InferenceSession:
+    """Load a network and hold its inputs and outputs against the manifest; `profile` begins a profile's file name."""
     import onnxruntime
 
     path = folder / manifest.network_file
@@ -354,6 +377,8 @@ def _session(manifest: EngineManifest, folder: Path, threads: int | None) -> onn
         raise EngineError("not a dtype that runs here", file=path, expected=" or ".join(DTYPES), found=manifest.dtype)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0  # 0: one per physical core
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     for key, value in ours.session.items():
         options.add_session_config_entry(key, value)
     with _runtime_errors("ONNX Runtime does not load the network", path):
@@ -392,20 +417,24 @@ def _interface(manifest: EngineManifest) -> tuple[Tensors, Tensors]:
     return inputs, outputs
 
 
-def _prove(manifest: EngineManifest, folder: Path) -> None:
-    """Run a prefill of two tokens and one decode step of a network that is not yet an engine."""
-    runner = OnnxRuntimeRunner(manifest, _session(manifest, folder, None))
+def _prove(manifest: EngineManifest, folder: Path, linears: Sequence[QuantizedLinear]) -> None:
+    """Run a prefill of two tokens and one decode step of a network that is not yet an engine; see which kernels ran."""
     path = folder / manifest.network_file
     batch = manifest.batch or 1
     tokens = min(2, manifest.max_positions)
-    try:
-        with _runtime_errors("ONNX Runtime does not run the network", path):
-            runner.start(batch, tokens)
-            steps = [runner.prefill(np.zeros((batch, tokens), np.int64), np.full(batch, tokens)).copy()]
-            if manifest.max_positions > tokens:
-                steps.append(runner.decode(np.zeros(batch, np.int64)).copy())
-    finally:
-        runner.close()
+    with tempfile.TemporaryDirectory() as temporary:
+        session = _session(manifest, folder, None, profile=Path(temporary, "profile"))
+        runner = OnnxRuntimeRunner(manifest, session)
+        try:
+            with _runtime_errors("ONNX Runtime does not run the network", path):
+                runner.start(batch, tokens)
+                steps = [runner.prefill(np.zeros((batch, tokens), np.int64), np.full(batch, tokens)).copy()]
+                if manifest.max_positions > tokens:
+                    steps.append(runner.decode(np.zeros(batch, np.int64)).copy())
+        finally:
+            runner.close()
+            profile = Path(session.end_profiling())
+        check_kernels(linears, kernels_from_profile(profile), path)
     if not all(np.isfinite(logits).all() for logits in steps):
         raise EngineError(
             "the network gives logits that are not finite",

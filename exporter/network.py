@@ -77,6 +77,7 @@ class NetworkVariant(_Strict):
     capacity: Positive | None  # fixed C; None: any
     max_positions: Positive  # tokens a sequence may reach
     weight_files: tuple[FileName, ...]  # those that this network refers to
+    number_format: str | None = None  # of quantized linears, e.g. "int8 (W8A8 static)"; None: there are none
     options: dict[str, Any]  # of the writer, for people and for comparison
 
 

@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from exporter.dtypes import BFLOAT16, FLOAT64, DType
+from exporter.dtypes import BFLOAT16, FLOAT32, FLOAT64, DType
 from exporter.errors import FuselageError, TargetError, raise_all
-from exporter.graph import Block, ModelGraph, structure, weights
+from exporter.graph import Block, ModelGraph, linear_names, structure, weights
 from exporter.network import (
     CACHE_WRITE,
     FILE_NAME,
@@ -37,6 +37,7 @@ from exporter.writers.onnx_options import (
     options_for,
     stored_dtype,
 )
+from exporter.writers.onnx_quantization import number_format, quantization_problems
 from exporter.writers.onnx_weights import STEM, WeightStore
 
 KIND = NETWORK_KIND
@@ -57,6 +58,7 @@ def check(graph: ModelGraph, options: Options) -> list[FuselageError]:
             )
         )
     problems += _dtype_problems(graph, options)
+    problems += quantization_problems(graph)
     problems += _size_problems(graph, options)
     if not options.networks:
         problems.append(TargetError("nothing to write", expected="at least one network"))
@@ -115,7 +117,13 @@ def _lay_out(graph: ModelGraph, options: Options) -> _Layout:
             capacity=form.capacity,
             max_positions=form.max_positions,
             weight_files=builder.weight_files(shards),
-            options={"pack_qkv": form.pack_qkv, "pack_gate_up": form.pack_gate_up},
+            number_format=number_format(graph),
+            options={
+                "pack_qkv": form.pack_qkv,
+                "pack_gate_up": form.pack_gate_up,
+                "share_rounded_inputs": form.share_rounded_inputs,
+                "transpose_weight_only": form.transpose_weight_only,
+            },
         )
         for network, form, builder in zip(options.networks, forms, builders, strict=True)
     ]
@@ -144,6 +152,8 @@ def _form(graph: ModelGraph, network: Network, max_positions: int) -> Form:
         max_positions=min(max_positions, capacity or max_positions),
         pack_qkv=network.pack_qkv,
         pack_gate_up=network.pack_gate_up,
+        share_rounded_inputs=network.share_rounded_inputs,
+        transpose_weight_only=network.transpose_weight_only,
     )
 
 
@@ -153,6 +163,8 @@ def _max_positions(graph: ModelGraph, options: Options) -> int:
 
 def _dtype_problems(graph: ModelGraph, options: Options) -> Iterator[TargetError]:
     names = ", ".join(dtype.name for dtype in NETWORK_DTYPES)
+    codes = [linear.weight for linear in linear_names(graph).values() if linear.quantization is not None]
+    formats = sorted({tensor.dtype.name for tensor in codes})
     for network in options.networks:
         dtype = network_dtype(network, graph.dtype)
         if dtype not in NETWORK_DTYPES:
@@ -164,10 +176,21 @@ def _dtype_problems(graph: ModelGraph, options: Options) -> Iterator[TargetError
                 found=dtype,
                 hint="a float32 network can keep bfloat16 weights in its files",
             )
+        elif network.target == "onnxruntime" and dtype != FLOAT32 and formats:
+            yield TargetError(
+                "ONNX Runtime has 8-bit kernels for float32 networks only", expected="float32", found=dtype
+            )
+        if network.target == "onnxruntime" and len(formats) > 1:
+            yield TargetError(
+                "ONNX Runtime cannot imitate FP8 and use its int8 kernels in one network",
+                expected="one format for all quantized linears",
+                found=" and ".join(formats),
+            )
     if options.weight_dtype is not None and options.weight_dtype not in NETWORK_DTYPES:
         yield TargetError("weights cannot be stored like this", expected=names, found=options.weight_dtype)
+    quantized = {id(tensor) for tensor in codes}
     for index, part in _parts(graph):
-        found = {tensor.dtype for tensor in weights(part)} - set(WEIGHT_DTYPES)
+        found = {tensor.dtype for tensor in weights(part) if id(tensor) not in quantized} - set(WEIGHT_DTYPES)
         if found:
             yield TargetError(
                 "weights of this dtype cannot go into the network",

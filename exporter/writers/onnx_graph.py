@@ -12,12 +12,15 @@ dtype of the network. Inputs and outputs are those of `exporter.network`.
     ffn       x = x + Gemm(act(Gemm(n)) * Gemm(n)),  n = RMSNormalization(x)
     once      logits = Gemm(RMSNormalization(x[logits_index])) float32 [B, V]
 
+What a quantized linear has in place of its Gemm is in `onnx_quantization`.
+
 Why these ops, in TensorRT's words where it has some (importers of 10.15, 10.16 and 11.0):
   - Gemm(transB=1) on [B*S, D] takes weights as Hugging Face stores them, [out, in], without a transpose.
   - A boolean mask instead of `is_causal`: with a static cache TensorRT aligns causality to the upper left corner, and
     it drops `nonpad_kv_seqlen` without a word.
   - q is scaled here and `scale` is 1, because TensorRT multiplies q and k by sqrt(scale), rounded to T.
   - SiLU is x * Sigmoid(x): Swish is not importable before TensorRT 11, and ONNX Runtime has no kernel for it.
+  - ReLU is Max(x, 0): ONNX Runtime leaves a quantized product in front of a Relu unfused.
   - RMSNormalization with input and weight of one dtype: ONNX takes the output's type from the weight, TensorRT from
     the input. stash_type 1 computes in float32.
   - Only the wanted row of hidden states goes through the last norm and the head.
@@ -31,7 +34,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from exporter.dtypes import DType
+from exporter.dtypes import FLOAT32, DType
 from exporter.graph import (
     FFN,
     Activation,
@@ -44,24 +47,25 @@ from exporter.graph import (
     RMSNorm,
     members,
 )
-from exporter.lazy import LazyTensor
 from exporter.network import CACHE_WRITE, INPUT_IDS, LOGITS, LOGITS_INDEX, POSITION_IDS, CacheSlot
 from exporter.safetensors_io import Shards
-from exporter.writers.onnx_weights import Reference, RopeTable, WeightStore, filled_biases, located
+from exporter.writers.onnx_nodes import Nodes
+from exporter.writers.onnx_quantization import OPS as QUANTIZATION_OPS
+from exporter.writers.onnx_quantization import LinearInput, can_be_one, quantized_product
+from exporter.writers.onnx_weights import RopeTable, Stack, WeightStore, filled_biases
 
 OPSET = 24  # TensorScatter needs 24; TensorRT's parser stops there
 IR_VERSION = 11
 INT64, FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
-Attribute = int | float | str | Sequence[int]
 
 # Every op that a network may contain. All of them are in both runtimes (TensorRT >= 10.15, ONNX Runtime).
 OPS = frozenset(
     {
-        "Add", "And", "Attention", "Cast", "Concat", "Gather", "Gelu", "Gemm", "Greater", "LessOrEqual", "Mul",
-        "RMSNormalization", "Range", "Relu", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid", "Split",
+        "Add", "And", "Attention", "Cast", "Concat", "Gather", "Gelu", "Gemm", "Greater", "LessOrEqual", "Max", "Mul",
+        "RMSNormalization", "Range", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid", "Split",
         "Squeeze", "Sub", "TensorScatter", "Transpose", "Unsqueeze",
     }
-)  # fmt: skip
+) | QUANTIZATION_OPS  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +78,8 @@ class Form:
     max_positions: int
     pack_qkv: bool
     pack_gate_up: bool
+    share_rounded_inputs: bool
+    transpose_weight_only: bool
 
 
 def cache_slots(graph: ModelGraph) -> tuple[CacheSlot, ...]:
@@ -91,23 +97,18 @@ def cache_slots(graph: ModelGraph) -> tuple[CacheSlot, ...]:
     )
 
 
-class NetworkBuilder:
+class NetworkBuilder(Nodes):
     """Writes down the nodes of one network.
 
-    Every decision that depends on T is in `parameter`, `table`, `scalar`, `to_network_dtype` and `cache`.
+    Every decision that depends on T is in `Nodes`, in `table` and `cache` below, and in `onnx_quantization`.
     """
 
     def __init__(self, graph: ModelGraph, form: Form, weights: WeightStore, max_positions: int) -> None:
         """Build all nodes; `max_positions` is the length of the stored cos and sin, of which `form` may want less."""
+        super().__init__(form.dtype, weights)
         self._graph = graph
         self._form = form
-        self._weights = weights
         self._table_positions = max_positions
-        self._T = ir.DataType(form.dtype.onnx)
-        self._tape = ir.tape.Tape()
-        self._references: dict[str, tuple[ir.Value, Reference]] = {}  # by initializer name
-        self._small: dict[str, ir.Value] = {}  # constants that are in the file itself, by name
-        self._once: dict[object, ir.Value] = {}  # values that several blocks share
         self._slots = cache_slots(graph)
         self._presents: list[ir.Value] = []
 
@@ -121,16 +122,6 @@ class NetworkBuilder:
 
     def model_bytes(self, shards: Shards) -> bytes:
         """Serialize, with every initializer pointing to where `shards` put it."""
-        for name, (value, reference) in self._references.items():
-            location = located(shards, reference)
-            value.const_value = ir.ExternalTensor(
-                location.file,
-                location.offset,
-                location.length,
-                ir.DataType(reference.dtype.onnx),
-                shape=ir.Shape(reference.shape),
-                name=name,
-            )
         sizes = [self._form.batch or "batch", self._graph.vocab_size]
         self._logits.name, self._logits.shape, self._logits.type = LOGITS, ir.Shape(sizes), ir.TensorType(FLOAT)
         graph = ir.Graph(
@@ -142,17 +133,12 @@ class NetworkBuilder:
                 *(cache for pair in self._caches for cache in pair),
             ],
             outputs=[self._logits, *self._presents],
-            nodes=self._tape.nodes,
-            initializers=[*(value for value, _ in self._references.values()), *self._small.values()],
+            nodes=self.nodes,
+            initializers=self.initializers(shards),
             opset_imports={"": OPSET},
             name="decoder",
         )
         return ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, producer_name="fuselage")).SerializeToString()
-
-    def weight_files(self, shards: Shards) -> tuple[str, ...]:
-        """Return the names of the files that this network refers to, in order."""
-        files = {located(shards, reference).file for _, reference in self._references.values()}
-        return tuple(sorted(files))
 
     # -- the model, top down
 
@@ -164,16 +150,19 @@ class NetworkBuilder:
             x = self._parallel(x, entry, index) if isinstance(entry, ParallelBlocks) else self._block(x, entry, index)
             index += len(members(entry))
         rows = self.op("Gather", x, self._logits_rows(), axis=0, name="logits.rows")
-        tied = Linear(weight=graph.embedding)
-        name, head = ("embedding", tied) if graph.lm_head is None else ("lm_head", graph.lm_head)
-        logits = self._linear(self._normed(rows, graph.norm, "norm"), head, name, node="lm_head")
-        return logits if self._T == FLOAT else self.op("Cast", logits, to=FLOAT, name="logits.float32")
+        rows = self._normed(rows, graph.norm, "norm")
+        if graph.lm_head is not None:
+            logits = self._linear(rows, graph.lm_head, "lm_head")
+        else:
+            table = self.parameter("embedding.weight", [graph.embedding])
+            logits = self.op("Gemm", rows, table, transB=1, name="lm_head")
+        return self.cast(logits, self.dtype, FLOAT32, "logits.float32")
 
     def _embedded(self, ids: ir.Value) -> ir.Value:
         """Look up in the stored dtype and cast the rows: a cast of the table would keep a copy of it in memory."""
-        reference = self._weights.parameter("embedding.weight", [self._graph.embedding])
-        rows = self.op("Gather", self._initializer(reference.tensor, reference), ids, axis=0, name="embedding")
-        return self.to_network_dtype(rows, reference.dtype, "embedding.cast")
+        reference = self.weights.parameter("embedding.weight", [self._graph.embedding])
+        rows = self.op("Gather", self.initializer(reference.tensor, reference), ids, axis=0, name="embedding")
+        return self.cast(rows, reference.dtype, self.dtype, "embedding.cast")
 
     def _logits_rows(self) -> ir.Value:
         """Which rows of [B*S, D] the logits are wanted of: row * S + logits_index, int64 [B]."""
@@ -239,10 +228,10 @@ class NetworkBuilder:
         linears = [attention.q_proj, attention.k_proj, attention.v_proj]
         heads = [linear.out_features // attention.head_dim for linear in linears]
         joined = f"{scope}.qkv_proj"
-        if self._form.pack_qkv:  # heads of all three travel together until the last moment
+        if self._form.pack_qkv and can_be_one(linears):  # heads of all three travel together until the last moment
             y = self._heads(self._packed_linear(x, linears, joined), sum(heads), attention.head_dim, f"{scope}.qkv")
-            return self._split(y, heads, axis=1, name=f"{joined}.split")
-        rows = self._linears_of_rows(x, linears, ["q_proj", "k_proj", "v_proj"], joined)
+            return self.split(y, heads, axis=1, name=f"{joined}.split")
+        rows = self._separate_linears(x, linears, ["q_proj", "k_proj", "v_proj"], joined)
         return [
             self._heads(y, count, attention.head_dim, f"{scope}.{letter}")
             for y, count, letter in zip(rows, heads, "qkv", strict=True)
@@ -257,12 +246,12 @@ class NetworkBuilder:
         """[B, S, heads, d]; one unknown size can be left to Reshape, two cannot."""
         if self._form.batch is not None:
             return self.ints(self._form.batch, -1, heads, d)
-        if "ids.shape" not in self._once:
-            self._once["ids.shape"] = self.op("Shape", self._ids, name="input_ids.shape")
-        if ("heads", heads) not in self._once:
-            shape = self.op("Concat", self._once["ids.shape"], self.ints(heads, d), axis=0, name=f"shape.{heads}_heads")
-            self._once["heads", heads] = shape
-        return self._once["heads", heads]
+        if "ids.shape" not in self.once:
+            self.once["ids.shape"] = self.op("Shape", self._ids, name="input_ids.shape")
+        if ("heads", heads) not in self.once:
+            shape = self.op("Concat", self.once["ids.shape"], self.ints(heads, d), axis=0, name=f"shape.{heads}_heads")
+            self.once["heads", heads] = shape
+        return self.once["heads", heads]
 
     def _rotated(self, x: ir.Value, name: str) -> ir.Value:
         cos, sin = (self.table(function.__name__, function) for function in (np.cos, np.sin))
@@ -276,35 +265,35 @@ class NetworkBuilder:
 
     def _mask(self, window: int | None) -> ir.Value:
         """Which cache positions a token attends to, bool [B, 1, S, C]: computed once per window, not per block."""
-        if ("mask", window) not in self._once:
-            self._once["mask", window] = self._causal_mask() if window is None else self._window_mask(window)
-        return self._once["mask", window]
+        if ("mask", window) not in self.once:
+            self.once["mask", window] = self._causal_mask() if window is None else self._window_mask(window)
+        return self.once["mask", window]
 
     def _causal_mask(self) -> ir.Value:
         if self._form.capacity is not None:
-            kv_pos = self._constant("kv_pos", np.arange(self._form.capacity, dtype=np.int64).reshape(1, 1, 1, -1))
+            kv_pos = self.constant("kv_pos", np.arange(self._form.capacity, dtype=np.int64).reshape(1, 1, 1, -1))
         else:
             capacity = self.op("Shape", self._caches[0][0], start=2, end=3, name="capacity")
             limit = self.op("Squeeze", capacity, self.ints(0), name="capacity.scalar")
             kv_pos = self.op("Range", self.scalar_int(0), limit, self.scalar_int(1), name="kv_pos")  # [C]
         positions = self.op("Unsqueeze", self._positions, self.ints(1, 3), name="query_pos")  # [B, 1, S, 1]
-        self._once["kv_pos"], self._once["query_pos"] = kv_pos, positions
+        self.once["kv_pos"], self.once["query_pos"] = kv_pos, positions
         return self.op("LessOrEqual", kv_pos, positions, name="mask")
 
     def _window_mask(self, window: int) -> ir.Value:
         causal = self._mask(None)
-        start = self.op("Sub", self._once["query_pos"], self.ints(window), name=f"window_{window}.start")
-        inside = self.op("Greater", self._once["kv_pos"], start, name=f"window_{window}.inside")
+        start = self.op("Sub", self.once["query_pos"], self.ints(window), name=f"window_{window}.start")
+        inside = self.op("Greater", self.once["kv_pos"], start, name=f"window_{window}.inside")
         return self.op("And", causal, inside, name=f"mask.window_{window}")
 
     def _ffn(self, x: ir.Value, ffn: FFN, scope: str) -> ir.Value:
         linears = [ffn.gate_proj, ffn.up_proj]
         joined = f"{scope}.gate_up_proj"
-        if self._form.pack_gate_up:
+        if self._form.pack_gate_up and can_be_one(linears):
             y = self._packed_linear(x, linears, joined)
-            gate, up = self._split(y, [ffn.intermediate_size] * 2, axis=1, name=f"{joined}.split")
+            gate, up = self.split(y, [ffn.intermediate_size] * 2, axis=1, name=f"{joined}.split")
         else:
-            gate, up = self._linears_of_rows(x, linears, ["gate_proj", "up_proj"], joined)
+            gate, up = self._separate_linears(x, linears, ["gate_proj", "up_proj"], joined)
         inner = self.op("Mul", self._activated(gate, ffn.activation, scope), up, name=f"{scope}.gated")
         return self._linear(inner, ffn.down_proj, f"{scope}.down_proj")
 
@@ -313,7 +302,7 @@ class NetworkBuilder:
         if activation is Activation.SILU:
             return self.op("Mul", x, self.op("Sigmoid", x, name=f"{scope}.sigmoid"), name=name)
         if activation is Activation.RELU:
-            return self.op("Relu", x, name=name)
+            return self.op("Max", x, self.scalar(0.0), name=name)
         approximate = {Activation.GELU: "none", Activation.GELU_TANH: "tanh"}[activation]
         return self.op("Gelu", x, approximate=approximate, name=name)
 
@@ -321,101 +310,58 @@ class NetworkBuilder:
         weight = self.parameter(f"{name}.weight", [norm.weight])
         return self.op("RMSNormalization", x, weight, axis=-1, epsilon=norm.eps, stash_type=1, name=name)
 
-    def _linear(self, x: ir.Value, linear: Linear, name: str, *, node: str | None = None) -> ir.Value:
-        inputs = [x, self.parameter(f"{name}.weight", [linear.weight])]
-        if linear.bias is not None:
-            inputs.append(self.parameter(f"{name}.bias", [linear.bias]))
-        return self.op("Gemm", *inputs, transB=1, name=node or name)
+    # -- linears
+
+    def _linear(self, x: ir.Value, linear: Linear, name: str) -> ir.Value:
+        return self._product(self._linear_input(x, linear, name), Stack.of([linear], name))
 
     def _packed_linear(self, x: ir.Value, linears: Sequence[Linear], joined: str) -> ir.Value:
         """Several linears of one input as one Gemm; their outputs lie side by side."""
-        inputs = [x, self.parameter(f"{joined}.weight", [linear.weight for linear in linears])]
-        biases = filled_biases(linears)
-        if biases is not None:
-            inputs.append(self.parameter(f"{joined}.bias", biases))
-        return self.op("Gemm", *inputs, transB=1, name=joined)
+        return self._product(self._linear_input(x, linears[0], joined), Stack.of(linears, joined))
 
-    def _linears_of_rows(
+    def _separate_linears(
         self, x: ir.Value, linears: Sequence[Linear], names: Sequence[str], joined: str
     ) -> list[ir.Value]:
-        """The same linears as a Gemm each, over rows of the tensors that a packed network would use whole."""
-        weights, biases = [linear.weight for linear in linears], filled_biases(linears)
+        """The same as a Gemm each; those that could be packed read rows of what a packed network would read whole."""
         scope = joined.rpartition(".")[0]
-        outputs, start = [], 0
-        for linear, name in zip(linears, names, strict=True):
-            rows = (start, start + linear.out_features)
-            inputs = [x, self.parameter(f"{joined}.weight", weights, rows, f"{scope}.{name}.weight")]
-            if linear.bias is not None and biases is not None:
-                inputs.append(self.parameter(f"{joined}.bias", biases, rows, f"{scope}.{name}.bias"))
-            outputs.append(self.op("Gemm", *inputs, transB=1, name=f"{scope}.{name}"))
-            start = rows[1]
-        return outputs
+        names = [f"{scope}.{name}" for name in names]
+        if not can_be_one(linears):
+            return [self._linear(x, linear, name) for linear, name in zip(linears, names, strict=True)]
+        inputs = self._linear_input(x, linears[0], joined)
+        return [self._product(inputs, part) for part in Stack.of(linears, joined).members(names)]
+
+    def _linear_input(self, x: ir.Value, linear: Linear, name: str) -> LinearInput:
+        quantization = None if linear.quantization is None else linear.quantization.input
+        return LinearInput(self, x, quantization, name, shared=self._form.share_rounded_inputs)
+
+    def _product(self, x: LinearInput, stack: Stack) -> ir.Value:
+        """x @ weight.T + bias, [B*S, out]."""
+        bias = None
+        biases = filled_biases(stack.linears) if stack.has_bias else None
+        if biases is not None:
+            bias = self.parameter(f"{stack.stored}.bias", biases, stack.rows, f"{stack.name}.bias")
+        if stack.linears[0].quantization is not None:
+            y = quantized_product(self, x, stack, transpose_weight_only=self._form.transpose_weight_only)
+            return y if bias is None else self.op("Add", y, bias, name=f"{stack.name}.biased")
+        weights = [linear.weight for linear in stack.linears]
+        weight = self.parameter(f"{stack.stored}.weight", weights, stack.rows, f"{stack.name}.weight")
+        inputs = [weight] if bias is None else [weight, bias]
+        return self.op("Gemm", x.values(stack.name), *inputs, transB=1, name=stack.name)
 
     # -- values
-
-    def op(self, op_type: str, *inputs: ir.Value, name: str, **attributes: Attribute) -> ir.Value:
-        return self._tape.op(op_type, inputs, attributes, name=name)
-
-    def _split(self, x: ir.Value, sizes: Sequence[int], *, axis: int, name: str) -> Sequence[ir.Value]:
-        inputs = [x, self.ints(*sizes)]
-        return self._tape.op_multi_out("Split", inputs, {"axis": axis}, num_outputs=len(sizes), name=name)
 
     def cache(self, slot: CacheSlot, name: str) -> ir.Value:
         """A cache input, T [B, n_kv, C, d]."""
         form = self._form
         sizes = [form.batch or "batch", slot.num_key_value_heads, form.capacity or "capacity", slot.head_dim]
-        return _input(name, self._T, sizes)
-
-    def parameter(
-        self, stored: str, parts: Sequence[LazyTensor], rows: tuple[int, int] | None = None, name: str | None = None
-    ) -> ir.Value:
-        """A parameter (or rows of one) in T; it is cast in the network if it is stored in another dtype."""
-        reference = self._weights.parameter(stored, parts, rows)
-        name = name or stored
-        if name not in self._once:
-            value = self._initializer(name, reference)
-            self._once[name] = self.to_network_dtype(value, reference.dtype, f"{name}.cast")
-        return self._once[name]
+        return _input(name, self.T, sizes)
 
     def table(self, kind: str, function: np.ufunc) -> ir.Value:
         """cos or sin of the rotary embedding, T [max_positions, d / 2]: computed in float32, then rounded to T."""
-        dtype = self._form.dtype
         head_dim = self._graph.head_dim
         assert head_dim is not None
-        tensor = RopeTable(self._graph.rope, function, self._table_positions, head_dim, dtype)
-        name = f"rope.{kind}.{dtype.name}"
-        return self._initializer(name, self._weights.table(name, tensor, self._form.max_positions))
-
-    def scalar(self, value: float) -> ir.Value:
-        """A constant of type T, shape []."""
-        return self._constant(f"scalar.{value!r}", np.array(value, dtype=self._form.dtype.numpy))
-
-    def to_network_dtype(self, x: ir.Value, dtype: DType, name: str) -> ir.Value:
-        return x if dtype == self._form.dtype else self.op("Cast", x, to=self._T, name=name)
-
-    def ints(self, *values: int) -> ir.Value:
-        """A constant int64 [len(values)]."""
-        return self._constant(f"ints.{'_'.join(map(str, values))}", np.array(values, dtype=np.int64))
-
-    def scalar_int(self, value: int) -> ir.Value:
-        """A constant int64 []."""
-        return self._constant(f"int.{value}", np.array(value, dtype=np.int64))
-
-    def _constant(self, name: str, values: np.ndarray) -> ir.Value:
-        if name not in self._small:
-            tensor = ir.tensor(values, name=name)
-            self._small[name] = ir.Value(
-                name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-            )
-        return self._small[name]
-
-    def _initializer(self, name: str, reference: Reference) -> ir.Value:
-        if name not in self._references:
-            value = ir.Value(
-                name=name, shape=ir.Shape(reference.shape), type=ir.TensorType(ir.DataType(reference.dtype.onnx))
-            )
-            self._references[name] = value, reference
-        return self._references[name][0]
+        tensor = RopeTable(self._graph.rope, function, self._table_positions, head_dim, self.dtype)
+        return self.tensor(f"rope.{kind}.{self.dtype.name}", [tensor], (0, self._form.max_positions))
 
 
 def _input(name: str, dtype: ir.DataType, sizes: Sequence[int | str]) -> ir.Value:

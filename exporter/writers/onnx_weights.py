@@ -7,18 +7,19 @@ block are stored as one tensor, and so are gate and up: a network that wants the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from exporter.dtypes import DType
+from exporter.dtypes import INT8, DType
 from exporter.graph import Linear
 from exporter.lazy import LazyTensor, cast, concat, full
 from exporter.rope import Rope
 from exporter.safetensors_io import Shards, shard_tensors
 
 STEM = "weights"
+ZERO_POINTS = "zero_points"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,27 +48,38 @@ class WeightStore:
     def __init__(self, stored_dtype: Callable[[DType], DType]) -> None:
         self._stored_dtype = stored_dtype  # dtype of a tensor of the model -> dtype in the file
         self._tensors: dict[str, LazyTensor] = {}
+        self._zero_points = 0  # how many int8 zeros the longest reference to them wants
 
     def parameter(self, name: str, parts: Sequence[LazyTensor], rows: tuple[int, int] | None = None) -> Reference:
         """Refer to (rows of) a parameter: the concatenation of `parts` along axis 0, in the stored dtype."""
+        dtypes = {self._stored_dtype(part.dtype) for part in parts}
+        dtype = dtypes.pop() if len(dtypes) == 1 else max(dtypes, key=lambda dtype: dtype.itemsize)
+        return self.tensor(name, [cast(part, dtype) for part in parts], rows)
+
+    def tensor(self, name: str, parts: Sequence[LazyTensor], rows: tuple[int, int] | None = None) -> Reference:
+        """Refer to (rows of) the same in the parts' own dtype; `name` tells tensors of different dtypes apart."""
         if name not in self._tensors:
-            dtypes = {self._stored_dtype(part.dtype) for part in parts}
-            dtype = dtypes.pop() if len(dtypes) == 1 else max(dtypes, key=lambda dtype: dtype.itemsize)
-            self._tensors[name] = concat([cast(part, dtype) for part in parts], axis=0)
+            self._tensors[name] = concat(parts, axis=0)
         return self._reference(name, rows)
 
-    def table(self, name: str, tensor: LazyTensor, rows: int) -> Reference:
-        """Refer to the first `rows` of a table in its own dtype; `name` tells tables of different dtypes apart."""
-        self._tensors.setdefault(name, tensor)
-        return self._reference(name, (0, rows))
+    def zero_points(self, count: int) -> Reference:
+        """Refer to int8 zeros, [count]: the first of those that all zero points share."""
+        self._zero_points = max(self._zero_points, count)
+        return Reference(ZERO_POINTS, INT8, (count,), 0, count)
 
     def shards(self, shard_bytes: int) -> Shards:
         """Lay out all tensors that were referred to."""
-        return shard_tensors(self._tensors, shard_bytes, stem=STEM)
+        return shard_tensors(self._all, shard_bytes, stem=STEM)
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._tensors.values())
+        return sum(tensor.nbytes for tensor in self._all.values())
+
+    @property
+    def _all(self) -> dict[str, LazyTensor]:
+        # Zeros of any number come last, so that no other tensor begins at an odd byte because of them.
+        zeros = {ZERO_POINTS: full((self._zero_points,), 0.0, INT8)} if self._zero_points else {}
+        return self._tensors | zeros
 
     def _reference(self, name: str, rows: tuple[int, int] | None) -> Reference:
         tensor = self._tensors[name]
@@ -75,7 +87,7 @@ class WeightStore:
         return Reference(
             name,
             tensor.dtype,
-            (stop - start, *tensor.shape[1:]),
+            (stop - start, *tensor.shape[1:]) if tensor.shape else (),
             start * tensor.row_nbytes,
             (stop - start) * tensor.row_nbytes,
         )
@@ -85,6 +97,37 @@ def located(shards: Shards, reference: Reference) -> Location:
     """Find a reference's bytes once the files are laid out."""
     file, offset = shards.locate(reference.tensor)
     return Location(file, offset + reference.start_byte, reference.nbytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stack:
+    """Linears of one input that are stored as one, their rows one after the other; or one of them, as `rows`."""
+
+    linears: tuple[Linear, ...]  # all that are stored together
+    stored: str  # what the stored tensors' names begin with
+    name: str  # of the node, and what the names of its parameters begin with
+    rows: tuple[int, int] | None = None  # [start, stop) of the stored matrix; None: all
+    has_bias: bool
+
+    @staticmethod
+    def of(linears: Sequence[Linear], name: str) -> Stack:
+        """All of `linears`."""
+        has_bias = any(linear.bias is not None for linear in linears)
+        return Stack(linears=tuple(linears), stored=name, name=name, has_bias=has_bias)
+
+    @property
+    def out_features(self) -> int:
+        if self.rows is not None:
+            return self.rows[1] - self.rows[0]
+        return sum(linear.out_features for linear in self.linears)
+
+    def members(self, names: Sequence[str]) -> Iterator[Stack]:
+        """Each linear by itself, under a name of its own."""
+        start = 0
+        for linear, name in zip(self.linears, names, strict=True):
+            rows = (start, start + linear.out_features)
+            yield replace(self, name=name, rows=rows, has_bias=linear.bias is not None)
+            start = rows[1]
 
 
 def filled_biases(linears: Sequence[Linear]) -> list[LazyTensor] | None:

@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import ml_dtypes
@@ -29,12 +30,19 @@ from exporter.writers.onnx import PRESETS, Network, Options, options_for
 from exporter.writers.onnx_graph import IR_VERSION, OPS, OPSET
 from exporter.writers.onnx_options import stored_dtype
 from exporter.writers.onnx_weights import RopeTable
-from tests.tiny import tiny_graph
+from tests.tiny import quantized_graph, tiny_graph
 
 SMALL_BYTES = 64  # constants of shapes, axes and splits may be in the .onnx file; kv_pos is the one larger exception
 
 BOTH = options_for({"tensorrt": BFLOAT16, "onnxruntime": None}, max_positions=64)
 PACKED = Options(networks=(Network(target="onnxruntime", dtype=FLOAT32, pack_qkv=True, pack_gate_up=True),))
+
+
+@cache
+def quantized(format_name: str) -> ModelGraph:
+    graph = tiny_graph("AF F LF (AF AL) A", qkv_bias=True, ffn_bias=True, num_key_value_heads=(1, 4, 2))
+    return quantized_graph(graph, format_name)
+
 
 GRAPHS: dict[str, Callable[[], ModelGraph]] = {
     "llama": lambda: tiny_graph("AF AF"),
@@ -49,6 +57,8 @@ GRAPHS: dict[str, Callable[[], ModelGraph]] = {
         activation=Activation.GELU_TANH,
     ),
     "no attention": lambda: tiny_graph("F"),
+    "int8": lambda: quantized("int8-smoothquant"),
+    "fp8 per token": lambda: quantized("fp8-rowwise"),
 }
 OPTIONS = {
     "onnxruntime": PRESETS["onnxruntime"],
