@@ -82,6 +82,20 @@ def open_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def check_same_tokens(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> None:
+    """Raise TextError if another model folder's tokenizer, where it has one, means other tokens by the same ids."""
+    if not (folder / TOKENIZER).is_file():
+        return
+    ours, theirs = tokenizer.get_vocab(), open_tokenizer(folder, vocab_size).get_vocab()
+    differing = sorted(token for token, _ in ours.items() ^ theirs.items())
+    if differing:
+        raise TextError(
+            "the two models' tokenizers have different tokens",
+            file=folder / TOKENIZER,
+            found=f"{len(differing)} that differ, {differing[0]!r} for one",
+        )
+
+
 def token_windows(path: Path, tokenizer: Tokenizer, *, context: int, max_windows: int | None = None) -> np.ndarray:
     """Encode a text file, its documents one after the other, and cut it into windows: int64 [windows, context].
 
