@@ -6,8 +6,9 @@ The checkpoint is bfloat16 with hidden_size 4096 and intermediate_size 14336: on
 layers without attention, each four of which the plan fuses into one FFN of 57,344; 5 runs are 8.2 GB, 1 run is 2.5 GB.
 Measured as whole processes from outside, in turn, with the source in the page cache: wall time, and the largest
 resident set (`VmHWM`, read every 10 ms). What we write is flushed to the disk (fsync) and hashed, what `cp`
-writes is neither; `cp -r` followed by `sync` is given too. `quantize` reads ranges from a made-up calibration, so that
-only writing is measured; `torch_cast` divides every matrix by its largest value and casts it to FP8 in memory, shard by
+writes is neither; `cp -r` followed by `sync` is given too. `export_trtllm` writes for eight GPUs, the embedding split
+over them and written a second time as lm_head. `quantize` reads ranges from a made-up calibration, so that only
+writing is measured; `torch_cast` divides every matrix by its largest value and casts it to FP8 in memory, shard by
 shard, and writes nothing.
 """
 
@@ -131,7 +132,7 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*.safetensors")):
             (tensor / (tensor.abs().max().float() / 448)).to(torch.float8_e4m3fn)
 pathlib.Path(sys.argv[2]).mkdir()
 """
-COMMANDS = ("transform", "export", "quantize_fp8", "quantize_int8", "torch_cast")
+COMMANDS = ("transform", "export", "export_trtllm", "quantize_fp8", "quantize_int8", "torch_cast")
 
 
 def timed(command: list[str]) -> tuple[float, float]:
@@ -174,6 +175,8 @@ def measure(work: Path, runs: int, rounds: int, names: list[str]) -> dict:
         "export": [*build, "export", str(source), "--plan", str(plan), "--to", "onnx", "--target", "tensorrt"],
     }
     commands["export"] += ["--max-positions", "4096", "-q", "-o", str(target)]
+    commands["export_trtllm"] = [*build, "export", str(source), "--plan", str(plan), "--to", "trtllm", "--tp", "8"]
+    commands["export_trtllm"] += ["--split-embedding", "-q", "-o", str(target)]
     calibration, int8 = work / f"calibration-{runs}", work / "int8.yaml"
     if any(name.startswith("quantize") for name in names):
         make_calibration(source, plan, calibration)

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 from engines.base import Backend
 from engines.onnxruntime import OnnxRuntime
+from engines.tensorrt_llm import TensorRtLlm
 from exporter.errors import EngineError
 
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "onnxruntime": OnnxRuntime,
+    "tensorrt-llm": TensorRtLlm,
 }
 
 

@@ -42,6 +42,8 @@ from exporter.errors import EngineError, FuselageError, raise_all
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 MAX_REPLY_BYTES = 64 * 2**20
 STDERR_TAIL_BYTES = 2000
+# Runtimes that answer whole requests have workers of their own; threads and CPUs are then not ours to choose.
+REQUEST_WORKERS = {"tensorrt-llm": "engines.tensorrt_llm_worker"}
 GOODBYE_S = 10.0  # a worker that said it is done gets this long to exit
 
 Message = TypeVar("Message", bound=BaseModel)
@@ -60,6 +62,8 @@ def python_worker(
     engine: Path, manifest: EngineManifest, threads: int | None, cpus: Sequence[int] | None
 ) -> Sequence[str]:
     """Return the command of the worker that drives a backend of ours from Python."""
+    if manifest.backend in REQUEST_WORKERS:
+        return [sys.executable, "-m", REQUEST_WORKERS[manifest.backend], str(engine)]
     command = [sys.executable, "-m", "engines.worker", str(engine), "--backend", manifest.backend]
     if threads is not None:
         command += ["--threads", str(threads)]
@@ -124,7 +128,7 @@ def bench_engines(
     report(total, total, "done")
 
     return Results(
-        environment=_environment(
+        environment=environment_here(
             clock=", ".join(sorted({turn.ready.clock for turn in workers})),
             threads=threads,
             pinned_cpus=None if cpus is None else tuple(cpus),
@@ -382,7 +386,7 @@ def _cell(label: str, shape: RequestShape, samples: Sequence[Sample]) -> Cell:
     )
 
 
-def _environment(
+def environment_here(
     *,
     clock: str,
     threads: int | None,
@@ -391,6 +395,7 @@ def _environment(
     seed: int,
     utc: datetime,
 ) -> Environment:
+    """Return this machine, its software and the settings of one benchmark."""
     import psutil
 
     return Environment(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from engines.report_words import depth_text, digits, named
-from engines.results import EngineResult, Spread
+from engines.results import EngineResult, EvaluatedModel, Spread
 from engines.structure_strip import Strip, roles_of
 
 if TYPE_CHECKING:
@@ -138,7 +138,8 @@ def bar_layout(chart: Chart, engines: Sequence[EngineResult]) -> dict[str, Any]:
     }
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches that only itself knows of."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -147,7 +148,8 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _png(draw: Callable[[], Figure]) -> bytes:
+def png_of(draw: Callable[[], Figure]) -> bytes:
+    """Draw a figure and save it as PNG."""
     import matplotlib
 
     # Labels are anybody's text: a dollar sign in one must not start a formula.
@@ -159,7 +161,7 @@ def _png(draw: Callable[[], Figure]) -> bytes:
 
 def chart_png(chart: Chart, engines: Sequence[EngineResult]) -> bytes:
     def draw() -> Figure:
-        figure = _figure(6, 3.6)
+        figure = new_figure(6, 3.6)
         axes = figure.subplots()
         colors = SERIES_COLORS["light"]
         width = 0.8 / len(engines)
@@ -183,22 +185,22 @@ def chart_png(chart: Chart, engines: Sequence[EngineResult]) -> bytes:
         _legend(figure, [(named(e), colors[i % len(colors)], None, "-") for i, e in enumerate(engines)])
         return figure
 
-    return _png(draw)
+    return png_of(draw)
 
 
-def structure_png(engines: Sequence[EngineResult], strips: Sequence[Strip]) -> bytes:
+def structure_png(models: Sequence[EngineResult | EvaluatedModel], strips: Sequence[Strip]) -> bytes:
     def draw() -> Figure:
         from matplotlib.patches import Rectangle
 
         inches = 9 / strips[0].width
-        figure = _figure(9, sum(strip.height * inches + 0.3 for strip in strips) + 0.5)
+        figure = new_figure(9, sum(strip.height * inches + 0.3 for strip in strips) + 0.5)
         heights = [strip.height for strip in strips]
         rows = figure.subplots(len(strips), squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-        for engine, strip, axes in zip(engines, strips, rows, strict=True):
+        for model, strip, axes in zip(models, strips, rows, strict=True):
             axes.set_xlim(0, strip.width)
             axes.set_ylim(strip.bottom, strip.top)
             axes.set_axis_off()
-            axes.set_title(f"{engine.label}: {depth_text(engine)}", loc="left", fontsize=9)
+            axes.set_title(f"{model.label}: {depth_text(model)}", loc="left", fontsize=9)
             for mark in strip.marks:
                 face, hatch, style = _png_look(mark.role)
                 axes.add_patch(
@@ -218,7 +220,7 @@ def structure_png(engines: Sequence[EngineResult], strips: Sequence[Strip]) -> b
         _legend(figure, [(text, *_png_look(role)) for role, text in roles_of(strips).items()])
         return figure
 
-    return _png(draw)
+    return png_of(draw)
 
 
 def _png_look(role: str) -> tuple[str, str | None, LineStyle]:

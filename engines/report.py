@@ -9,13 +9,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from markupsafe import Markup
 
+from engines.accuracy import accuracy_table, findings
+from engines.analysis import Analysis, check_same_layers, read_analysis
 from engines.charts import (
     SERIES_COLORS,
     STRIP_COLORS,
@@ -24,7 +26,22 @@ from engines.charts import (
     chart_png,
     structure_png,
 )
-from engines.report_words import NOTHING, Unit, depth_text, digits, formatted, named, spread_text
+from engines.quantization_errors import QuantizationErrors, read_quantization_errors
+from engines.report_words import (
+    NOTHING,
+    Unit,
+    Value,
+    Verdict,
+    compared,
+    depth_text,
+    digits,
+    formatted,
+    is_same,
+    joined,
+    named,
+    pace_of,
+    spread_text,
+)
 from engines.results import (
     Comparison,
     EngineResult,
@@ -39,6 +56,7 @@ from engines.results import (
     statistics,
 )
 from engines.structure_strip import Strip, flat_blocks, roles_of, strips_from_structures
+from engines.tradeoff import Point, Tradeoff, tradeoff_layout, tradeoff_png
 
 TEMPLATES = Path(__file__).parent / "templates"
 CPU_NOTE = (
@@ -59,8 +77,6 @@ MACHINES_NOTE = (
     "The results files differ in machine or settings (see Environment): ratios across them compare those as well."
 )
 DEVICES_NOTE = "The engines are of different devices: ratios across them compare hardware as well as models."
-
-Verdict = Literal["better", "worse", "same", "neutral"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,19 +130,10 @@ METRICS = (
         lambda e, _: sum(block.attention is not None for block in flat_blocks(e.structure)),
     ),
     Metric("Structure", "Parameters", "parameters", 0, lambda e, _: e.structure.num_parameters),
-    Metric("Accuracy", "Perplexity", "number", -1, _accuracy("perplexity")),
+    Metric("Accuracy", "Perplexity", "perplexity", -1, _accuracy("perplexity")),
     Metric("Accuracy", "KL divergence, nats per token", "number", -1, _accuracy("kl_divergence")),
     Metric("Accuracy", "Top-1 agreement", "number", 1, _accuracy("top1_agreement")),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Value:
-    """One cell of the comparison as text."""
-
-    text: str
-    ratio: str = ""
-    verdict: Verdict = "neutral"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +148,12 @@ class Row:
 
 
 def report_from_results(
-    paths: Sequence[Path], *, baseline: str | None, title: str | None = None
+    paths: Sequence[Path],
+    *,
+    baseline: str | None,
+    title: str | None = None,
+    analysis: Path | None = None,
+    quantization: Mapping[str, Path] | None = None,
 ) -> Iterable[tuple[str, bytes]]:
     """Render results files side by side.
 
@@ -149,31 +161,46 @@ def report_from_results(
         paths: results files.
         baseline: label of the engine that ratios refer to; None takes the first one.
         title: headline of the pages; None names the engines.
+        analysis: a folder that `analyze` wrote, whose numbers and plan are shown too.
+        quantization: name -> folder of the errors of a quantized model (`quantize --report`), shown too.
 
     Returns:
         (relative path, content) pairs: `report.html` (self-contained), `report.md` and the PNGs it shows.
 
     Raises:
         EngineError: a file is malformed, or the files do not belong together. Raised before the first pair.
+        CheckpointError, PlanError: a file of the analysis is missing or malformed. Likewise.
     """
     comparison = comparison_from_results([(path.name, read_results(path)) for path in paths], baseline=baseline)
-    return _rendered(comparison, title)
+    study = None
+    if analysis is not None:
+        study = read_analysis(analysis)
+        check_same_layers(study, comparison.models, analysis)
+    return _rendered(comparison, title, study, read_quantization_errors(quantization or {}))
 
 
-def _rendered(comparison: Comparison, title: str | None) -> Iterable[tuple[str, bytes]]:
+def _rendered(
+    comparison: Comparison, title: str | None, study: Analysis | None, rounding: Sequence[QuantizationErrors]
+) -> Iterable[tuple[str, bytes]]:
     figures = {key: statistics(cell) for key, cell in comparison.cells.items()}
     shape = headline_shape(comparison)
     charts = _charts(comparison, figures, shape)
-    strips = strips_from_structures([engine.structure for engine in comparison.engines])
-    context = {
+    tradeoffs = [tradeoff_layout(chart) for chart in _tradeoffs(comparison, figures, shape)]
+    strips = strips_from_structures([model.structure for model in comparison.models])
+    context: dict[str, Any] = {
         "comparison": comparison,
-        "title": title or "Latency of " + _joined([engine.label for engine in comparison.engines]),
+        "title": title or "Latency of " + joined([engine.label for engine in comparison.engines]),
         "summary": summary_sentence(comparison, figures, shape),
         "shape": shape,
         "tiles": [_tile(comparison, figures, shape, engine) for engine in comparison.engines[1:]],
         "notes": _notes(comparison),
         "rows": _rows(comparison, figures, shape),
+        "accuracy": _accuracy_section(comparison, figures, shape),
+        "tradeoffs": tradeoffs,
         "charts": charts,
+        "rounding": rounding,
+        "study": study,
+        "pictures": [] if study is None else [(p, p.draw("light"), p.draw("dark")) for p in study.pictures],
         "cells": _cell_rows(comparison, figures),
         "environments": [(name, _environment_items(results.environment)) for name, results in comparison.sources],
         "commands": list(dict.fromkeys(shlex.join(r.environment.command) for _, r in comparison.sources)),
@@ -181,9 +208,13 @@ def _rendered(comparison: Comparison, title: str | None) -> Iterable[tuple[str, 
     }
     yield "report.html", _html(context, strips, comparison)
     yield "report.md", _markdown(context)
-    yield "structure.png", structure_png(comparison.engines, strips)
+    yield "structure.png", structure_png(comparison.models, strips)
     for chart in charts:
         yield chart.file, chart_png(chart, comparison.engines)
+    for layout in tradeoffs:
+        yield layout.chart.file, tradeoff_png(layout)
+    for picture, light, _ in context["pictures"]:
+        yield picture.file, light
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------
@@ -208,46 +239,32 @@ def summary_sentence(
 ) -> str:
     """Say in one sentence how the variants compare with the baseline, slower ones included."""
     base = comparison.baseline
-    base_ms, what = _pace(figures.get((base.label, shape)))
+    base_ms, what = pace_of(figures.get((base.label, shape)))
     if base_ms is None or len(comparison.engines) == 1:
-        paces = ((engine, _pace(figures.get((engine.label, shape)))[0]) for engine in comparison.engines)
+        paces = ((engine, pace_of(figures.get((engine.label, shape)))[0]) for engine in comparison.engines)
         parts = [f"{named(engine)} takes {digits(pace)} ms {what}" for engine, pace in paces if pace is not None]
-        return f"{_joined(parts)} at {shape}."
+        return f"{joined(parts)} at {shape}."
     parts = []
     for engine in comparison.engines[1:]:
-        pace, _ = _pace(figures.get((engine.label, shape)))
+        pace, _ = pace_of(figures.get((engine.label, shape)))
         if pace is None:
             parts.append(f"{named(engine)} was not timed there")
+            continue
+        if engine.kind == "emulated":
+            parts.append(f"{engine.label} is emulated and its time says nothing about its format")
             continue
         words = _speed_words(base_ms, pace)
         parts.append(
             f"{named(engine)} is {words} {what}" if words != "as fast" else f"{named(engine)} is as fast {what}"
         )
-    return f"At {shape}, compared with {named(base)}: {_joined(parts)}."
-
-
-def _pace(figures: Statistics | None) -> tuple[float | None, str]:
-    """Return the latency that speed is judged by, in ms, and its name: per token if there is a second token."""
-    if figures is None:
-        return None, "per token"
-    if figures.inter_token_ms is None:
-        return figures.ttft_ms.median, "to the first token"
-    return figures.inter_token_ms.median or None, "per token"
+    return f"At {shape}, compared with {named(base)}: {joined(parts)}."
 
 
 def _speed_words(baseline_ms: float, pace_ms: float) -> str:
     faster = baseline_ms / pace_ms
-    if _is_same(faster):
+    if is_same(faster):
         return "as fast"
     return f"{faster:.2f}× faster" if faster > 1 else f"{1 / faster:.2f}× slower"
-
-
-def _joined(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def _is_same(quotient: float) -> bool:
-    return f"{quotient:.2f}" == "1.00"
 
 
 def _tile(
@@ -256,12 +273,14 @@ def _tile(
     shape: RequestShape,
     engine: EngineResult,
 ) -> dict[str, Any]:
-    base_ms, _ = _pace(figures.get((comparison.baseline.label, shape)))
-    pace, what = _pace(figures.get((engine.label, shape)))
+    base_ms, _ = pace_of(figures.get((comparison.baseline.label, shape)))
+    pace, what = pace_of(figures.get((engine.label, shape)))
     if base_ms is None or pace is None:
         return {"engine": engine, "number": NOTHING, "words": "no measurement to compare", "verdict": "neutral"}
+    if engine.kind == "emulated":
+        return {"engine": engine, "number": NOTHING, "words": "its time says nothing", "verdict": "neutral"}
     faster = base_ms / pace
-    verdict: Verdict = "same" if _is_same(faster) else "better" if faster > 1 else "worse"
+    verdict: Verdict = "same" if is_same(faster) else "better" if faster > 1 else "worse"
     words = {"same": "as fast", "better": "faster", "worse": "slower", "neutral": ""}[verdict]
     return {
         "engine": engine,
@@ -300,20 +319,23 @@ def _rows(
         unit, texts = formatted(values, metric.unit)
         cells = [Value(texts[0])]
         for value, text in zip(values[1:], texts[1:], strict=True):
-            cells.append(_compared(text, ratio(value, values[0]), metric.better))
+            cells.append(compared(text, ratio(value, values[0]), metric.better))
         rows.append(Row(metric.group, metric.name, unit, metric.better, tuple(cells)))
     return rows
 
 
-def _compared(text: str, quotient: float | None, better: int) -> Value:
-    if quotient is None:
-        return Value(text)
-    shown = f"{quotient:.2f}×" if quotient < 100 else f"{quotient:,.0f}×"
-    if _is_same(quotient):
-        return Value(text, shown, "same")
-    if better == 0:
-        return Value(text, shown)
-    return Value(text, shown, "better" if (quotient > 1) == (better > 0) else "worse")
+def _accuracy_section(
+    comparison: Comparison, figures: dict[tuple[str, RequestShape], Statistics], shape: RequestShape
+) -> dict[str, Any] | None:
+    """Gather what the table of all variants needs; None where no accuracy was measured."""
+    models = comparison.models
+    if all(model.accuracy is None for model in models):
+        return None
+    _, what = pace_of(figures.get((comparison.baseline.label, shape)))
+    emulated = {engine.label for engine in comparison.engines if engine.kind == "emulated"}
+    paces = [None if m.label in emulated else pace_of(figures.get((m.label, shape)))[0] for m in models]
+    columns, rows = accuracy_table(models, (f"Latency {what}", paces))
+    return {"columns": columns, "rows": rows, "findings": findings(models)}
 
 
 def _cell_rows(
@@ -328,7 +350,7 @@ def _cell_rows(
             found = figures.get((engine.label, shape))
             if found is None:
                 continue
-            quotient = ratio(_pace(found)[0], _pace(base)[0]) if engine is not comparison.baseline else None
+            quotient = ratio(pace_of(found)[0], pace_of(base)[0]) if engine is not comparison.baseline else None
             entries.append(
                 {
                     "engine": engine,
@@ -337,7 +359,7 @@ def _cell_rows(
                     "steps": [digits(p) for p in (found.step_p50_ms, found.step_p90_ms, found.step_p99_ms)],
                     "per_user": digits(found.output_tokens_per_s_per_user),
                     "total": digits(found.output_tokens_per_s_total.median),
-                    "compared": _compared("", quotient, -1),
+                    "compared": compared("", quotient, -1),
                     "rounds": found.rounds,
                 }
             )
@@ -414,6 +436,37 @@ def _charts(
     return [chart for chart in charts if any(bar is not None for row in chart.bars for bar in row)]
 
 
+def _tradeoffs(
+    comparison: Comparison, figures: dict[tuple[str, RequestShape], Statistics], shape: RequestShape
+) -> list[Tradeoff]:
+    """Choose the accuracy-latency charts: one per batch size at the headline's lengths, where two engines have both.
+
+    The time of an emulated number format says nothing, so such an engine is in none.
+    """
+    measures = (("perplexity", "perplexity"), ("kl_divergence", "KL divergence, nats per token"))
+    charts = []
+    for batch in sorted({s.batch for s in comparison.shapes if s[1:] == shape[1:]}):
+        timed = [
+            (index, engine, cell.inter_token_ms or cell.ttft_ms)
+            for index, engine in enumerate(comparison.engines)
+            if engine.kind != "emulated"
+            and (cell := figures.get((engine.label, shape._replace(batch=batch)))) is not None
+        ]
+        for name, y_label in measures:
+            points = tuple(
+                Point(named(engine), index, latency, value)
+                for index, engine, latency in timed
+                if (value := getattr(engine.accuracy, name, None)) is not None
+            )
+            if len(points) > 1 and points[0].series == 0:
+                what = "inter-token latency" if shape.output_len > 1 else "time to first token"
+                subtitle = f"batch {batch}, input {shape.input_len}, output {shape.output_len}; lower left is better"
+                file = f"accuracy_latency_batch_{batch}.png"
+                charts.append(Tradeoff(file, "Accuracy and latency", subtitle, f"{what}, ms", y_label, points))
+                break
+    return charts
+
+
 # --- pages ------------------------------------------------------------------------------------------------------------
 
 
@@ -439,12 +492,18 @@ def _html(context: dict[str, Any], strips: Sequence[Strip], comparison: Comparis
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         drawings=[bar_layout(chart, comparison.engines) for chart in context["charts"]],
-        strips=[(e, depth_text(e), strip) for e, strip in zip(comparison.engines, strips, strict=True)],
+        strips=[(model, depth_text(model), strip) for model, strip in zip(comparison.models, strips, strict=True)],
         roles=roles_of(strips),
+        embedded=[(picture.title, _address(light), _address(dark)) for picture, light, dark in context["pictures"]],
         series_count=len(SERIES_COLORS["light"]),
         downloads=[(name, _json_in_html(json_from_results(results))) for name, results in comparison.sources],
     )
     return page.encode()
+
+
+def _address(png: bytes) -> str:
+    """The address that holds a picture itself."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _json_in_html(content: bytes) -> Markup:

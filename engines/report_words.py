@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-from engines.results import EngineResult, Spread
+from engines.results import EngineResult, EvaluatedModel, Spread, Statistics
 from engines.structure_strip import flat_blocks
 
 NOTHING = "–"
-Unit = Literal["ms", "s", "tokens/s", "bytes", "gib", "count", "parameters", "number"]
+Verdict = Literal["better", "worse", "same", "neutral"]
+Unit = Literal["ms", "s", "tokens/s", "bytes", "gib", "count", "parameters", "perplexity", "number"]
 
 
 def formatted(values: Sequence[float | None], unit: Unit) -> tuple[str, list[str]]:
@@ -19,6 +21,8 @@ def formatted(values: Sequence[float | None], unit: Unit) -> tuple[str, list[str
     largest = max(present, default=0)
     if unit == "count":
         return "", [NOTHING if value is None else f"{value:,.0f}" for value in values]
+    if unit == "perplexity":  # differences that matter are small beside it
+        return "", [NOTHING if value is None else f"{value:,.2f}" for value in values]
     divisor, name = 1.0, {"number": ""}.get(unit, unit)
     if unit == "gib":
         divisor, name = (1.0, "GiB") if largest >= 1 else (2.0**-10, "MiB")
@@ -53,10 +57,48 @@ def spread_text(spread: Spread | None) -> tuple[str, str]:
     return f"{spread.median:,.{decimals}f}", "" if low == high else f"{low}–{high}"
 
 
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One figure as text, and what it is over the baseline's."""
+
+    text: str
+    ratio: str = ""
+    verdict: Verdict = "neutral"
+
+
+def compared(text: str, quotient: float | None, better: int) -> Value:
+    """Put a ratio beside a figure; `better` is 1 where more is better, -1 where less is, 0 where neither."""
+    if quotient is None:
+        return Value(text)
+    shown = f"{quotient:.2f}×" if quotient < 100 else f"{quotient:,.0f}×"
+    if is_same(quotient):
+        return Value(text, shown, "same")
+    if better == 0:
+        return Value(text, shown)
+    return Value(text, shown, "better" if (quotient > 1) == (better > 0) else "worse")
+
+
+def is_same(quotient: float) -> bool:
+    return f"{quotient:.2f}" == "1.00"
+
+
+def joined(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def pace_of(figures: Statistics | None) -> tuple[float | None, str]:
+    """Return the latency that speed is judged by, in ms, and its name: per token if there is a second token."""
+    if figures is None:
+        return None, "per token"
+    if figures.inter_token_ms is None:
+        return figures.ttft_ms.median, "to the first token"
+    return figures.inter_token_ms.median or None, "per token"
+
+
 def named(engine: EngineResult) -> str:
     return engine.label if engine.kind == "measured" else f"{engine.label} ({engine.kind})"
 
 
-def depth_text(engine: EngineResult) -> str:
-    blocks = len(flat_blocks(engine.structure))
-    return f"{blocks} blocks, {engine.structure.sequential_sublayers} sequential sublayers"
+def depth_text(model: EngineResult | EvaluatedModel) -> str:
+    blocks = len(flat_blocks(model.structure))
+    return f"{blocks} blocks, {model.structure.sequential_sublayers} sequential sublayers"

@@ -1,5 +1,7 @@
 """Results files: which engines were timed, on what, and every raw sample; the statistics are derived, never stored.
 
+Beside them stand the models that were only evaluated, for the report to compare in accuracy.
+
 Units are in the keys: `_ms`, `_s`, `_bytes`, `_gib` (2**30 bytes). One *cell* is one engine at one request shape
 (batch x input_len x output_len), one *round* one request of that shape. Of a request's `output_len` tokens prefill
 gives the first, so a round has one `ttft_ms` and `output_len - 1` entries of `step_ms`.
@@ -122,12 +124,24 @@ class Environment(_Strict):
     command: tuple[Text, ...]  # the exact command line, word by word
 
 
+class TaskScore(_Strict):
+    """One metric of one task of the evaluation harness."""
+
+    task: Label
+    metric: Label
+    value: Annotated[float, Field(allow_inf_nan=False)]
+    stderr: Amount | None = None  # standard error over the samples
+    higher_is_better: bool | None = None  # None: the task does not say
+    samples: Count
+
+
 class Accuracy(_Strict):
-    """Quality of an engine's model on held-out text; None is what was not measured."""
+    """Quality of a model on held-out text and tasks; None is what was not measured."""
 
     perplexity: Duration | None = None
     kl_divergence: Amount | None = None  # from the reference model, nats per token
     top1_agreement: Annotated[float, Field(ge=0, le=1)] | None = None  # with the reference model
+    tasks: tuple[TaskScore, ...] = Field(default=(), max_length=1000)
 
 
 class EngineResult(_Strict):
@@ -138,7 +152,8 @@ class EngineResult(_Strict):
     backend: Text
     device: Text  # "cpu", or the accelerator's name
     runtime: dict[str, Text]  # versions of what ran it
-    dtype: Text
+    dtype: Text  # of activations and KV cache
+    number_format: Text | None = None  # of quantized linears, as the engine runs them
     network_sha256: Text | None = None
     engine_bytes: Count | None = None  # the whole folder
     weight_bytes: Count
@@ -147,6 +162,15 @@ class EngineResult(_Strict):
     peak_memory_gib: Duration | None = None  # resident memory of that process, interpreter included
     structure: Structure
     accuracy: Accuracy | None = None
+
+
+class EvaluatedModel(_Strict):
+    """A model that was judged on text or tasks, and not timed."""
+
+    label: Label
+    number_format: Text | None = None  # of quantized linears
+    structure: Structure
+    accuracy: Accuracy
 
 
 class RequestShape(NamedTuple):
@@ -168,19 +192,21 @@ class Cell(_Strict):
     input_len: Positive
     output_len: Positive
     ttft_ms: tuple[Duration, ...] = Field(min_length=1)  # [rounds] prefill and the choice of the first token
-    step_ms: tuple[tuple[Amount, ...], ...]  # [rounds][output_len - 1] decode and the choice of the next token
+    # [rounds][output_len - 1] decode and the choice of the next token; empty if only whole requests were timed
+    step_ms: tuple[tuple[Amount, ...], ...]
     request_ms: tuple[Duration, ...]  # [rounds] from the start of prefill to the last token
 
     @model_validator(mode="after")
     def _samples_fit(self) -> Cell:
         rounds = len(self.ttft_ms)
-        if len(self.step_ms) != rounds or len(self.request_ms) != rounds:
+        if len(self.step_ms) not in (0, rounds) or len(self.request_ms) != rounds:
             raise ValueError(
                 f"{rounds} rounds in ttft_ms, {len(self.step_ms)} in step_ms, {len(self.request_ms)} in request_ms"
             )
         for index, steps in enumerate(self.step_ms):
             if len(steps) != self.output_len - 1:
                 raise ValueError(f"round {index} has {len(steps)} steps instead of output_len - 1")
+        for index in range(rounds):
             # Timestamps only grow, so nothing but rounding can bring the whole below the first part.
             if self.request_ms[index] < self.ttft_ms[index] * (1 - 1e-9):
                 raise ValueError(f"round {index} has a request shorter than its time to first token")
@@ -207,12 +233,13 @@ class Results(_Strict):
     results_schema: Literal[1] = RESULTS_SCHEMA
     environment: Environment
     engines: tuple[EngineResult, ...] = Field(min_length=1, max_length=1000)
+    evaluated: tuple[EvaluatedModel, ...] = Field(default=(), max_length=1000)
     cells: tuple[Cell, ...]
 
     @model_validator(mode="after")
     def _cells_fit_engines(self) -> Results:
         labels = {engine.label for engine in self.engines}
-        if len(labels) != len(self.engines):
+        if len(labels | {model.label for model in self.evaluated}) != len(self.engines) + len(self.evaluated):
             raise ValueError("two engines have the same label")
         seen = set()
         for cell in self.cells:
@@ -235,7 +262,10 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """What one cell's samples say. None where output_len is 1: there is no second token to wait for."""
+    """What one cell's samples say. None where output_len is 1: there is no second token to wait for.
+
+    The steps' percentiles are also None where only whole requests were timed.
+    """
 
     rounds: int
     ttft_ms: Spread
@@ -284,11 +314,17 @@ class Comparison:
 
     sources: tuple[tuple[str, Results], ...]  # (file name, its content)
     engines: tuple[EngineResult, ...]
+    evaluated: tuple[EvaluatedModel, ...] = ()
     cells: dict[tuple[str, RequestShape], Cell]  # by engine label and request shape
 
     @property
     def baseline(self) -> EngineResult:
         return self.engines[0]
+
+    @property
+    def models(self) -> tuple[EngineResult | EvaluatedModel, ...]:
+        """The engines, then what was not timed."""
+        return *self.engines, *self.evaluated
 
     @property
     def shapes(self) -> tuple[RequestShape, ...]:
@@ -306,18 +342,19 @@ def comparison_from_results(sources: Sequence[tuple[str, Results]], *, baseline:
     Raises:
         EngineError: nothing to compare, one label in two files, an unknown baseline, or engines of different models.
     """
-    engines: dict[str, EngineResult] = {}
+    engines = {engine.label: engine for _, results in sources for engine in results.engines}
     origin: dict[str, str] = {}
     for name, results in sources:
-        for engine in results.engines:
-            if engine.label in engines:
+        models: tuple[EngineResult | EvaluatedModel, ...] = (*results.engines, *results.evaluated)
+        for model in models:
+            if model.label in origin:
                 raise EngineError(
-                    f"two results files have an engine labelled {engine.label!r}",
+                    f"two results files have an engine labelled {model.label!r}",
                     file=name,
-                    found=f"the same label in {origin[engine.label]}",
+                    found=f"the same label in {origin[model.label]}",
                     hint="build one of the engines with another label, or report the files separately",
                 )
-            engines[engine.label], origin[engine.label] = engine, name
+            origin[model.label] = name
     cells = {(cell.engine, cell.shape): cell for _, results in sources for cell in results.cells}
     if not cells:
         raise EngineError("there is nothing to report", file=", ".join(origin.values()) or None, found="no cells")
@@ -325,8 +362,10 @@ def comparison_from_results(sources: Sequence[tuple[str, Results]], *, baseline:
     if first not in engines:
         raise EngineError("no engine has the baseline's label", expected=f"one of {sorted(engines)}", found=first)
     ordered = (engines[first], *(engine for label, engine in engines.items() if label != first))
-    check_same_model([(engine.label, engine.structure.model_dump()) for engine in ordered])
-    return Comparison(sources=tuple(sources), engines=ordered, cells=cells)
+    evaluated = tuple(model for _, results in sources for model in results.evaluated)
+    comparison = Comparison(sources=tuple(sources), engines=ordered, evaluated=evaluated, cells=cells)
+    check_same_model([(model.label, model.structure.model_dump()) for model in comparison.models])
+    return comparison
 
 
 def check_same_model(structures: Sequence[tuple[str, dict]]) -> None:
@@ -389,10 +428,10 @@ def results_from_json(content: bytes, *, file: object = None) -> Results:
 
 
 def json_from_results(results: Results) -> bytes:
-    """Serialize to UTF-8 JSON, one line per engine and per cell so that a diff stays readable."""
+    """Serialize to UTF-8 JSON, one line per engine, evaluated model and cell so that a diff stays readable."""
     document = results.model_dump(mode="json")
     parts = [f'"results_schema": {document["results_schema"]}', f'"environment": {json.dumps(document["environment"])}']
-    for key in ("engines", "cells"):
+    for key in ("engines", "evaluated", "cells"):
         lines = ",\n".join(f"  {json.dumps(entry, allow_nan=False)}" for entry in document[key])
         parts.append(f'"{key}": [\n{lines}\n]')
     return ("{\n" + ",\n".join(parts) + "\n}\n").encode()

@@ -3,7 +3,12 @@
 OUTPUT/<variant>/checkpoint     Hugging Face folder, where the plan changes the model and the recipe wants one
 OUTPUT/<variant>/network        network definition
 OUTPUT/<variant>/engine         engine
-OUTPUT/results                  results.json of the benchmark
+OUTPUT/<variant>/evaluation     evaluation.json, where the recipe evaluates
+OUTPUT/<variant>/quantization   what rounding costs, and how each site is smoothed, where the variant is quantized
+OUTPUT/calibration              activation ranges of the model, where a variant is quantized
+OUTPUT/analysis                 measurements and a suggested plan, where the recipe analyzes
+OUTPUT/benchmark                results.json of the benchmark
+OUTPUT/results                  the same with the variants' accuracy
 OUTPUT/report                   report.html, report.md, pictures
 """
 
@@ -11,23 +16,51 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engines.backends import backend_named
+from engines.base import Backend
 from engines.bench import Progress as BenchProgress
 from engines.bench import bench_engines, request_grid
 from engines.machine import cpus_for
 from engines.report import report_from_results
-from engines.results import Accuracy, json_from_results, read_results
+from engines.results import Accuracy, EvaluatedModel, json_from_results, read_results
+from engines.tensorrt_llm import BuildSettings, TensorRtLlm
+from exporter.analysis.tasks import check_tasks, run_tasks
 from exporter.dtypes import BY_NAME
-from exporter.graph import ModelGraph
-from exporter.pipeline import Step, apply_plan, checkpoint_writing, network_writing, run_step, save, source_fingerprint
+from exporter.errors import EngineError, raise_all
+from exporter.graph import ModelGraph, structure
+from exporter.network import NETWORK_KIND
+from exporter.pipeline import (
+    Step,
+    apply_plan,
+    checkpoint_writing,
+    network_writing,
+    run_step,
+    save,
+    source_fingerprint,
+    trtllm_writing,
+)
 from exporter.plan import Plan, read_plan
 from exporter.read import Checkpoint, open_model
-from exporter.recipe import AnalysisRecipe, BenchRecipe, EvaluateRecipe, Recipe, VariantRecipe
+from exporter.recipe import (
+    AnalysisRecipe,
+    BenchRecipe,
+    CalibrationRecipe,
+    EvaluateRecipe,
+    Recipe,
+    TensorRtLlmRecipe,
+    VariantRecipe,
+)
 from exporter.safetensors_io import read_json
+from exporter.writers import trtllm
 from exporter.writers.files import Manifest, check_folder, json_bytes, save_folder
 from exporter.writers.onnx import options_for
+from exporter.writers.onnx_quantization import number_format
+from exporter.writers.trtllm_config import CHECKPOINT_KIND
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Notify = Callable[[str, bool], None]  # (step, whether it was made now; False: it was there already)
 RESULTS_FILE = "results.json"
@@ -41,12 +74,15 @@ def run_recipe(
     """Carry out a recipe; returns the report's folder (the output folder if the recipe has no benchmark).
 
     Every plan is applied to the model's structure before the first file is written, so that a plan that does not fit
-    is known at once. Steps that are complete and whose inputs are the same are not repeated.
+    is known at once, and so is a task that nobody knows. Steps that are complete and whose inputs are the same are not
+    repeated.
 
     Raises:
         FuselageError: of the step that failed; the steps before it stay.
     """
     tell = notify if notify is not None else lambda step, made: None
+    backend = _backend(recipe)
+    raise_all([EngineError(problem) for problem in backend.missing()])
     source = open_model(recipe.model, need_weights=True)
     plans = {variant.name: variant.plan for variant in recipe.variants if variant.plan != "auto"}
     graphs = {
@@ -54,43 +90,75 @@ def run_recipe(
         for variant in recipe.variants
         if variant.name in plans
     }
+    if recipe.evaluate is not None and recipe.evaluate.tasks:
+        wanted = recipe.evaluate
+        check_tasks(
+            recipe.model,
+            wanted.tasks,
+            include_path=wanted.include_path,
+            trust_remote_code=wanted.trust_remote_code,
+        )
     source_key = source_fingerprint(recipe.model)
+    analysis: tuple[Path, Manifest] | None = None
     if recipe.analysis is not None:
         step = _analysis_step(recipe.analysis, output / "analysis", source, source_key)
-        _done(step, tell)
+        analysis = step.folder, _done(step, tell)
         suggested = read_plan(step.folder / PLAN_FILE)
         for variant in recipe.variants:
             if variant.plan == "auto":
                 plans[variant.name] = suggested
                 graphs[variant.name] = apply_plan(source.graph, suggested, norm=variant.norm)
+    calibration: tuple[Path, Manifest] | None = None
+    if recipe.calibration is not None and any(variant.quantize is not None for variant in recipe.variants):
+        step = _calibration_step(recipe.calibration, output / "calibration", source, source_key)
+        calibration = step.folder, _done(step, tell)
     engines: list[tuple[Path, Manifest]] = []
     evaluations: dict[str, tuple[Path, Manifest]] = {}
+    quantizations: dict[str, tuple[Path, Manifest]] = {}
+    untimed: dict[str, dict[str, Any]] = {}
     for variant in recipe.variants:
         folder = output / variant.name
         origin, graph, origin_key = source, graphs[variant.name], source_key
-        if variant.checkpoint and graph is not source.graph:
-            step = _checkpoint_step(variant, plans[variant.name], folder / "checkpoint", source, graph, source_key)
+        if recipe.calibration is not None and calibration is not None and variant.quantize is not None:
+            step = _quantization_step(
+                recipe.calibration, variant, plans[variant.name], folder / "quantization", source, graph, calibration
+            )
+            quantizations[variant.name] = step.folder, _done(step, tell)
+        if variant.checkpoint and (graph is not source.graph or variant.quantize is not None):
+            step = _checkpoint_step(
+                variant,
+                plans[variant.name],
+                folder / "checkpoint",
+                source,
+                graph,
+                source_key,
+                calibration,
+                quantizations.get(variant.name),
+            )
             origin_key = {"manifest": _done(step, tell).fingerprint}
             origin = open_model(step.folder, need_weights=True)
             graph = origin.graph
-        network = _done(
-            _network_step(recipe, variant, plans[variant.name], folder / "network", origin, graph, origin_key), tell
-        )
-        step = _engine_step(variant, folder / "engine", folder / "network", network)
-        engines.append((step.folder, _done(step, tell)))
+        if variant.bench:
+            network = _done(
+                _network_step(recipe, variant, plans[variant.name], folder / "network", origin, graph, origin_key), tell
+            )
+            step = _engine_step(backend, variant, folder / "engine", folder / "network", network)
+            engines.append((step.folder, _done(step, tell)))
         if recipe.evaluate is not None:
             step = _evaluate_step(
-                recipe.evaluate, variant, plans[variant.name], folder / "evaluation", source, graph, origin_key
+                recipe.evaluate, variant, plans[variant.name], folder / "evaluation", source, origin, graph, origin_key
             )
             evaluations[variant.name] = step.folder, _done(step, tell)
+        if not variant.bench:
+            untimed[variant.name] = {"structure": structure(graph), "number_format": number_format(graph)}
     if recipe.bench is None:
         return output
     step = _bench_step(recipe.bench, output / "benchmark", engines, bench_progress)
     manifest = _done(step, tell)
     if evaluations:
-        step = _results_step(output / "results", step.folder, manifest, evaluations)
+        step = _results_step(output / "results", step.folder, manifest, evaluations, untimed)
         manifest = _done(step, tell)
-    step = _report_step(recipe, output / "report", step.folder, manifest)
+    step = _report_step(recipe, output / "report", step.folder, manifest, analysis, quantizations)
     _done(step, tell)
     return step.folder
 
@@ -117,12 +185,69 @@ def _analysis_step(wanted: AnalysisRecipe, folder: Path, source: Checkpoint, sou
         dependency = measure_dependency(source.graph, tokens)
         suggestion = suggest(source.graph, dependency, wishes, tokens=tokens)
         origin = f"measured on {dependency.tokens:,} tokens of {wanted.text.name}, model {source.path.name}"
-        files = analysis_files(source.graph, dependency, suggestion, constraints=constraints, source=origin)
+        files = analysis_files(dependency, suggestion, constraints=constraints, source=origin)
         save_folder(folder, files, kind="analysis", details=details, force=True)
 
     text = source_fingerprint(wanted.text)
     inputs = {"source": source_key, "text": text, "analysis": wanted.model_dump(mode="json")}
     return Step(name="analysis", folder=folder, kind="analysis", inputs=inputs, make=make)
+
+
+def _calibration_step(
+    wanted: CalibrationRecipe, folder: Path, source: Checkpoint, source_key: Mapping[str, Any]
+) -> Step:
+    def make(details: Mapping[str, Any]) -> None:
+        from exporter.calibration import calibrate, calibration_files  # imports torch
+
+        tokens, _ = _calibration_windows(wanted, source)
+        found = calibrate(source.graph, tokens, text=wanted.text.name, percentile=wanted.percentile)
+        save_folder(folder, calibration_files(found).items(), kind="calibration", details=details, force=True)
+
+    text = source_fingerprint(wanted.text)
+    inputs = {"source": source_key, "text": text, "calibration": wanted.model_dump(mode="json")}
+    return Step(name="calibration", folder=folder, kind="calibration", inputs=inputs, make=make)
+
+
+def _calibration_windows(wanted: CalibrationRecipe, source: Checkpoint) -> tuple[np.ndarray, np.ndarray]:
+    """Windows to calibrate on, and others to choose alpha and measure errors on."""
+    from exporter.quantize import split_windows
+    from exporter.text import open_tokenizer, token_windows
+
+    tokenizer = open_tokenizer(source.path, source.graph.vocab_size)
+    return split_windows(token_windows(wanted.text, tokenizer, context=wanted.context, max_windows=wanted.max_windows))
+
+
+def _quantization_step(
+    wanted: CalibrationRecipe,
+    variant: VariantRecipe,
+    plan: Plan,
+    folder: Path,
+    source: Checkpoint,
+    graph: ModelGraph,
+    calibration: tuple[Path, Manifest],
+) -> Step:
+    recipe = variant.quantize
+    if recipe is None:
+        raise AssertionError("Bug: a variant without a format")
+
+    def make(details: Mapping[str, Any]) -> None:
+        from exporter.calibration import read_calibration  # imports torch
+        from exporter.quantize import error_files, quantize
+
+        _, aside = _calibration_windows(wanted, source)
+        known = read_calibration(calibration[0])
+        found = quantize(graph, recipe, source=source.graph, calibration=known, tokens=aside)
+        text = f"{variant.name}, {aside.size:,} tokens of {wanted.text.name}"
+        files = error_files(found, graph, aside, source=text)
+        save_folder(folder, files.items(), kind="quantization", details=details, force=True)
+
+    inputs = {
+        "calibration": calibration[1].fingerprint,
+        "plan": plan.model_dump(mode="json"),
+        "norm": variant.norm,
+        "quantize": recipe.model_dump(mode="json"),
+    }
+    return Step(name=f"{variant.name}: quantization", folder=folder, kind="quantization", inputs=inputs, make=make)
 
 
 def _checkpoint_step(
@@ -132,14 +257,27 @@ def _checkpoint_step(
     source: Checkpoint,
     graph: ModelGraph,
     source_key: Mapping[str, Any],
+    calibration: tuple[Path, Manifest] | None,
+    quantization: tuple[Path, Manifest] | None,
 ) -> Step:
     planned = plan.model_dump(mode="json")
 
     def make(details: Mapping[str, Any]) -> None:
         details = {**details, "plan": planned, "norm": variant.norm}
-        save(checkpoint_writing(source, graph, folder, details=details, force=True))
+        written = graph
+        if variant.quantize is not None and calibration is not None and quantization is not None:
+            from exporter.calibration import read_calibration  # imports torch
+            from exporter.quantize import ERRORS_FILE, quantize, strengths_from_errors
 
-    inputs = {"source": source_key, "plan": planned, "norm": variant.norm}
+            strengths = strengths_from_errors(read_json(quantization[0] / ERRORS_FILE))
+            known = read_calibration(calibration[0])
+            found = quantize(graph, variant.quantize, source=source.graph, calibration=known, strengths=strengths)
+            written = found.graph
+        save(checkpoint_writing(source, written, folder, details=details, force=True))
+
+    inputs: dict[str, Any] = {"source": source_key, "plan": planned, "norm": variant.norm}
+    if quantization is not None:
+        inputs["quantization"] = quantization[1].fingerprint
     return Step(name=f"{variant.name}: checkpoint", folder=folder, kind="checkpoint", inputs=inputs, make=make)
 
 
@@ -153,10 +291,14 @@ def _network_step(
     origin_key: Mapping[str, Any],
 ) -> Step:
     wanted = recipe.network
-    options = options_for({wanted.target: BY_NAME[wanted.dtype]}, max_positions=wanted.max_positions)
 
     def make(details: Mapping[str, Any]) -> None:
-        save(network_writing(origin, graph, folder, options=options, details=details, force=True))
+        if isinstance(wanted, TensorRtLlmRecipe):
+            ranks = trtllm.Options(tp_size=wanted.tp, pp_size=wanted.pp, split_embedding=wanted.split_embedding)
+            save(trtllm_writing(origin, graph, folder, options=ranks, details=details, force=True))
+        else:
+            options = options_for({wanted.target: BY_NAME[wanted.dtype]}, max_positions=wanted.max_positions)
+            save(network_writing(origin, graph, folder, options=options, details=details, force=True))
 
     inputs = {
         "source": origin_key,
@@ -164,12 +306,27 @@ def _network_step(
         "norm": variant.norm,
         "network": wanted.model_dump(mode="json"),
     }
-    return Step(name=f"{variant.name}: network", folder=folder, kind="network", inputs=inputs, make=make)
+    kind = CHECKPOINT_KIND if isinstance(wanted, TensorRtLlmRecipe) else NETWORK_KIND
+    return Step(name=f"{variant.name}: network", folder=folder, kind=kind, inputs=inputs, make=make)
 
 
-def _engine_step(variant: VariantRecipe, folder: Path, network_folder: Path, network: Manifest) -> Step:
-    backend = backend_named("onnxruntime")
+def _backend(recipe: Recipe) -> Backend:
+    """What builds a recipe's engines."""
+    wanted = recipe.network
+    if not isinstance(wanted, TensorRtLlmRecipe):
+        return backend_named("onnxruntime")
+    settings = BuildSettings(
+        max_batch_size=wanted.max_batch,
+        max_seq_len=wanted.max_seq_len,
+        max_num_tokens=wanted.max_num_tokens,
+        low_latency=wanted.low_latency,
+    )
+    return TensorRtLlm(settings)
 
+
+def _engine_step(
+    backend: Backend, variant: VariantRecipe, folder: Path, network_folder: Path, network: Manifest
+) -> Step:
     def make(details: Mapping[str, Any]) -> None:
         backend.build(network_folder, folder, label=variant.name, details=details, force=True)
 
@@ -203,6 +360,7 @@ def _evaluate_step(
     plan: Plan,
     folder: Path,
     source: Checkpoint,
+    origin: Checkpoint,
     graph: ModelGraph,
     origin_key: Mapping[str, Any],
 ) -> Step:
@@ -210,50 +368,97 @@ def _evaluate_step(
         from exporter.analysis.evaluate import evaluate  # imports torch
         from exporter.text import open_tokenizer, token_windows
 
-        tokenizer = open_tokenizer(source.path, graph.vocab_size)
-        tokens = token_windows(wanted.text, tokenizer, context=wanted.context, max_windows=wanted.max_windows)
-        reference = None if graph is source.graph else source.graph
-        found = json_bytes(evaluate(graph, tokens, reference=reference).to_json())
-        save_folder(folder, [(EVALUATION_FILE, found)], kind="evaluation", details=details, force=True)
+        found: dict[str, Any] = {}
+        if wanted.text is not None:
+            tokenizer = open_tokenizer(source.path, graph.vocab_size)
+            tokens = token_windows(wanted.text, tokenizer, context=wanted.context, max_windows=wanted.max_windows)
+            reference = None if graph is source.graph else source.graph
+            found = evaluate(graph, tokens, reference=reference).to_json()
+        if wanted.tasks:
+            scores = run_tasks(
+                origin.path,
+                wanted.tasks,
+                include_path=wanted.include_path,
+                limit=wanted.limit,
+                # What this run wrote brings our own code.
+                trust_remote_code=origin is not source or wanted.trust_remote_code,
+            )
+            found["tasks"] = [score.to_json() for score in scores]
+        save_folder(folder, [(EVALUATION_FILE, json_bytes(found))], kind="evaluation", details=details, force=True)
 
     inputs = {
         "source": source_fingerprint(source.path),
         "model": origin_key,
         "plan": plan.model_dump(mode="json"),
         "norm": variant.norm,
-        "text": source_fingerprint(wanted.text),
+        "text": wanted.text and source_fingerprint(wanted.text),
+        "tasks": wanted.include_path and source_fingerprint(wanted.include_path),
         "evaluate": wanted.model_dump(mode="json"),
     }
     return Step(name=f"{variant.name}: evaluation", folder=folder, kind="evaluation", inputs=inputs, make=make)
 
 
 def _results_step(
-    folder: Path, benchmark: Path, manifest: Manifest, evaluations: Mapping[str, tuple[Path, Manifest]]
+    folder: Path,
+    benchmark: Path,
+    manifest: Manifest,
+    evaluations: Mapping[str, tuple[Path, Manifest]],
+    untimed: Mapping[str, Mapping[str, Any]],
 ) -> Step:
-    """Results with each engine's accuracy, which is its variant's."""
+    """Results with each engine's accuracy, which is its variant's, and with the variants that have no engine.
+
+    Args:
+        untimed: name -> structure and number format of the variants that were only evaluated.
+    """
+
+    def accuracy_of(name: str) -> Accuracy:
+        found = read_json(evaluations[name][0] / EVALUATION_FILE)
+        return Accuracy.model_validate({key: found[key] for key in Accuracy.model_fields if key in found})
 
     def make(details: Mapping[str, Any]) -> None:
         results = read_results(benchmark / RESULTS_FILE)
-        engines = []
-        for engine in results.engines:
-            found = read_json(evaluations[engine.label][0] / EVALUATION_FILE)
-            accuracy = Accuracy.model_validate({name: found[name] for name in Accuracy.model_fields})
-            engines.append(engine.model_copy(update={"accuracy": accuracy}))
-        content = json_from_results(results.model_copy(update={"engines": tuple(engines)}))
+        update = {
+            "engines": tuple(e.model_copy(update={"accuracy": accuracy_of(e.label)}) for e in results.engines),
+            "evaluated": tuple(
+                EvaluatedModel.model_validate({"label": name, **described, "accuracy": accuracy_of(name)})
+                for name, described in untimed.items()
+            ),
+        }
+        content = json_from_results(results.model_copy(update=update))
         save_folder(folder, [(RESULTS_FILE, content)], kind="results", details=details, force=True)
 
     inputs = {
         "benchmark": manifest.fingerprint,
         "evaluations": {name: evaluation.fingerprint for name, (_, evaluation) in evaluations.items()},
+        "untimed": dict(untimed),
     }
     return Step(name="results", folder=folder, kind="results", inputs=inputs, make=make)
 
 
-def _report_step(recipe: Recipe, folder: Path, results: Path, manifest: Manifest) -> Step:
+def _report_step(
+    recipe: Recipe,
+    folder: Path,
+    results: Path,
+    manifest: Manifest,
+    analysis: tuple[Path, Manifest] | None,
+    quantizations: Mapping[str, tuple[Path, Manifest]],
+) -> Step:
     def make(details: Mapping[str, Any]) -> None:
         check_folder(results, "results", hashes=True)
-        files = report_from_results([results / RESULTS_FILE], baseline=recipe.baseline_name, title=recipe.title)
+        files = report_from_results(
+            [results / RESULTS_FILE],
+            baseline=recipe.baseline_name,
+            title=recipe.title,
+            analysis=analysis and analysis[0],
+            quantization={name: path for name, (path, _) in quantizations.items()},
+        )
         save_folder(folder, files, kind="report", details=details, force=True)
 
-    inputs = {"results": manifest.fingerprint, "baseline": recipe.baseline_name, "title": recipe.title}
+    inputs = {
+        "results": manifest.fingerprint,
+        "analysis": analysis and analysis[1].fingerprint,
+        "quantization": {name: errors.fingerprint for name, (_, errors) in quantizations.items()},
+        "baseline": recipe.baseline_name,
+        "title": recipe.title,
+    }
     return Step(name="report", folder=folder, kind="report", inputs=inputs, make=make)

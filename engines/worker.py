@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpus", type=_cpu_list, help="pin the process to these CPUs, e.g. 0,1")
     options = parser.parse_args(arguments)
 
-    protocol = _take_stdout()
+    protocol = take_stdout()
 
     def send(message: BaseModel) -> None:
         protocol.write(message.model_dump_json() + "\n")
@@ -224,7 +224,7 @@ def runtime_versions(manifest: EngineManifest) -> dict[str, str]:
     return versions
 
 
-def _take_stdout() -> TextIO:
+def take_stdout() -> TextIO:
     """Keep stdout for the protocol and send what anybody else prints, C libraries included, to stderr."""
     protocol = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

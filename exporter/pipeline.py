@@ -12,11 +12,12 @@ from typing import Any
 from exporter.errors import CheckpointError, GraphError, OutputError, PlanError, raise_all
 from exporter.graph import ModelGraph
 from exporter.passes.drop_attention import drop_attention
+from exporter.passes.drop_ffn import drop_ffn
 from exporter.passes.fuse_ffn import NormRule, fuse_ffn
 from exporter.passes.parallelize_blocks import parallelize_blocks
 from exporter.plan import Plan
 from exporter.read import Checkpoint
-from exporter.writers import hf, hf_readers, onnx
+from exporter.writers import hf, hf_readers, onnx, trtllm
 from exporter.writers.files import (
     Content,
     Manifest,
@@ -26,6 +27,7 @@ from exporter.writers.files import (
     refuse_existing,
     save_folder,
 )
+from exporter.writers.trtllm_config import CHECKPOINT_KIND
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -40,6 +42,7 @@ def apply_plan(graph: ModelGraph, plan: Plan, *, norm: NormRule = "fold") -> Mod
     """
     passes: tuple[tuple[str, bool, Pass], ...] = (
         ("drop_attention", bool(plan.drop_attention), lambda g: drop_attention(g, plan.dropped_layers)),
+        ("drop_ffn", bool(plan.drop_ffn), lambda g: drop_ffn(g, plan.dropped_ffn_layers)),
         ("fuse", bool(plan.fuse), lambda g: fuse_ffn(g, plan.fuse, norm=norm)),
         ("parallel", bool(plan.parallel), lambda g: parallelize_blocks(g, plan.parallel)),
     )
@@ -104,10 +107,14 @@ def checkpoint_writing(
     *,
     readers: Sequence[str] = (),
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    layout: str | None = None,
     details: Mapping[str, Any],
     force: bool = False,
 ) -> Writing:
     """Prepare to write `graph`, made from `checkpoint`, as a Hugging Face folder.
+
+    Args:
+        layout: of a quantized graph, "modelopt" or "compressed-tensors"; None: the one that suits its format.
 
     Raises:
         OutputError, TargetError: the output is in the way, or the format cannot express the graph; with `readers`,
@@ -115,7 +122,11 @@ def checkpoint_writing(
     """
     _refuse_output(checkpoint, output, force)
     options = hf.Options(
-        shard_bytes=shard_bytes, assets=checkpoint.assets, config=checkpoint.config, family=checkpoint.family.name
+        shard_bytes=shard_bytes,
+        assets=checkpoint.assets,
+        config=checkpoint.config,
+        family=checkpoint.family.name,
+        quantization_layout=layout,
     )
     raise_all(hf.check(graph, options))
     raise_all(hf_readers.check_for(graph, options, readers))
@@ -139,6 +150,25 @@ def network_writing(
     _refuse_output(checkpoint, output, force)
     raise_all(onnx.check(graph, options))
     return Writing(output=output, kind="network", files=dict(onnx.emit(graph, options)), details=details, force=force)
+
+
+def trtllm_writing(
+    checkpoint: Checkpoint,
+    graph: ModelGraph,
+    output: Path,
+    *,
+    options: trtllm.Options,
+    details: Mapping[str, Any],
+    force: bool = False,
+) -> Writing:
+    """Prepare to write `graph`, made from `checkpoint`, as a TensorRT-LLM checkpoint, one file per GPU.
+
+    Raises:
+        OutputError, TargetError: as for `checkpoint_writing`.
+    """
+    _refuse_output(checkpoint, output, force)
+    files = dict(trtllm.emit(graph, options))
+    return Writing(output=output, kind=CHECKPOINT_KIND, files=files, details=details, force=force)
 
 
 def _refuse_output(checkpoint: Checkpoint, output: Path, force: bool) -> None:

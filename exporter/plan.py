@@ -1,14 +1,16 @@
-"""Plans: which attentions are dropped, which FFN runs are fused, which blocks run in parallel.
+"""Plans: which attentions and FFNs are dropped, which FFN runs are fused, which blocks run in parallel.
 
 A plan is YAML; layers are the source model's numbers, ranges include both ends, as the paper writes them:
 
     drop_attention: [9, 10, [11, 14]]
+    drop_ffn: [20]
     fuse: [[9, 13]]
     parallel: [[2, 5]]
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,22 +39,32 @@ class Plan(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     drop_attention: list[Layer | LayerRange] = []
+    drop_ffn: list[Layer | LayerRange] = []
     fuse: list[LayerRange] = []
     parallel: list[LayerRange] = []
 
     @property
     def dropped_layers(self) -> list[int]:
         """`drop_attention` with its ranges spelled out."""
-        layers: set[int] = set()
-        for entry in self.drop_attention:
-            first, last = (entry, entry) if isinstance(entry, int) else entry
-            if first > last:
-                raise PlanError("a range goes from its lower to its higher layer", found=[first, last])
-            # Before they are spelled out: a small file could name the same long range a thousand times.
-            if not layers.isdisjoint(range(first, last + 1)):
-                raise PlanError("a layer is listed twice in drop_attention", found=[first, last])
-            layers.update(range(first, last + 1))
-        return sorted(layers)
+        return _spelled_out("drop_attention", self.drop_attention)
+
+    @property
+    def dropped_ffn_layers(self) -> list[int]:
+        """`drop_ffn` with its ranges spelled out."""
+        return _spelled_out("drop_ffn", self.drop_ffn)
+
+
+def _spelled_out(key: str, entries: Sequence[int | tuple[int, int]]) -> list[int]:
+    layers: set[int] = set()
+    for entry in entries:
+        first, last = (entry, entry) if isinstance(entry, int) else entry
+        if first > last:
+            raise PlanError("a range goes from its lower to its higher layer", found=[first, last])
+        # Before they are spelled out: a small file could name the same long range a thousand times.
+        if not layers.isdisjoint(range(first, last + 1)):
+            raise PlanError(f"a layer is listed twice in {key}", found=[first, last])
+        layers.update(range(first, last + 1))
+    return sorted(layers)
 
 
 def read_plan(path: Path) -> Plan:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from exporter.errors import PlanError
 from exporter.plan import Plan, plan_from_data, read_plan, read_yaml, validation_error
+from exporter.quantization import QuantizationRecipe, read_quantization
 
 
 def _path(value: Any) -> Any:
@@ -42,6 +43,26 @@ class NetworkRecipe(_Table):
     max_positions: Count | None = None  # None: the model's max_position_embeddings
 
 
+class TensorRtLlmRecipe(_Table):
+    """The TensorRT-LLM checkpoint that every variant is exported to, and what its engine is built for."""
+
+    to: Literal["trtllm"]
+    tp: Count = 1
+    pp: Count = 1
+    split_embedding: bool = False  # over the tensor-parallel ranks
+    max_batch: Count = 8  # sequences side by side
+    max_seq_len: Count = 8192  # tokens of one sequence
+    max_num_tokens: Count = 8192  # tokens of one step
+    low_latency: bool = False  # FP8 GEMMs for few tokens at a time
+
+
+def _network(value: Any) -> Any:
+    return {"to": "onnx", **value} if isinstance(value, dict) else value
+
+
+Network = Annotated[NetworkRecipe | TensorRtLlmRecipe, Field(discriminator="to"), BeforeValidator(_network)]
+
+
 class VariantRecipe(_Table):
     """One model to compare: the source itself, or what a plan makes of it."""
 
@@ -49,6 +70,8 @@ class VariantRecipe(_Table):
     plan: Plan | Literal["auto"] = Plan()  # "auto": what the recipe's analysis suggests
     norm: Literal["fold", "last"] = "fold"
     checkpoint: bool = True  # also write a Hugging Face folder; it cannot hold parallel blocks
+    bench: bool = True  # False: only evaluated, without network and engine
+    quantize: QuantizationRecipe | None = None  # in the file: a name of `quantize --format`, or a recipe's path
 
 
 class BenchRecipe(_Table):
@@ -64,11 +87,24 @@ class BenchRecipe(_Table):
 
 
 class EvaluateRecipe(_Table):
-    """How well every variant still does on a text, for the report to show beside its latency."""
+    """How well every variant still does on a text, on tasks or on both, for the report to show beside its latency."""
+
+    text: Annotated[Path, BeforeValidator(_path)] | None = None
+    context: Annotated[int, Field(ge=2, le=1 << 20)] = 512  # tokens per window
+    max_windows: Count | None = None  # None: all of the text
+    tasks: list[str] = []  # of lm-evaluation-harness; needs the extra `tasks`
+    include_path: Annotated[Path, BeforeValidator(_path)] | None = None  # folder of further tasks
+    limit: Count | None = None  # samples per task; None: all
+    trust_remote_code: bool = False  # tasks may run code that the source model brings
+
+
+class CalibrationRecipe(_Table):
+    """The text that quantized variants take their ranges from; its last windows choose the strength of smoothing."""
 
     text: Annotated[Path, BeforeValidator(_path)]
     context: Annotated[int, Field(ge=2, le=1 << 20)] = 512  # tokens per window
     max_windows: Count | None = None  # None: all of the text
+    percentile: Annotated[float, Field(ge=50, le=100)] | None = None  # None: the largest magnitude
 
 
 class AnalysisRecipe(_Table):
@@ -89,8 +125,9 @@ class Recipe(_Table):
 
     title: str | None = None  # of the report; None: it names the variants
     model: Annotated[Path, BeforeValidator(_path)]
-    network: NetworkRecipe = NetworkRecipe()
+    network: Network = NetworkRecipe()
     analysis: AnalysisRecipe | None = None
+    calibration: CalibrationRecipe | None = None
     variants: Annotated[list[VariantRecipe], Field(min_length=1, max_length=64)]
     evaluate: EvaluateRecipe | None = None
     bench: BenchRecipe | None = BenchRecipe()
@@ -105,8 +142,8 @@ def read_recipe(path: Path) -> Recipe:
     """Read a recipe file; a variant's plan may be inline or the path of a plan file.
 
     Raises:
-        PlanError: the file or a plan it names is malformed, two variants share a name, or a variant asks for a
-            checkpoint that the format cannot hold.
+        PlanError: the file or a plan it names is malformed, two variants share a name, a variant asks for a
+            checkpoint that the format cannot hold, or what is to be evaluated or benchmarked is missing.
     """
     data = read_yaml(path)
     if not isinstance(data, dict):
@@ -115,13 +152,18 @@ def read_recipe(path: Path) -> Recipe:
         )
     folder = path.absolute().parent
     evaluate = data.get("evaluate")
-    for table, key in ((data, "model"), (evaluate, "text"), (data.get("analysis"), "text")):
+    paths = [(data, "model"), (evaluate, "text"), (evaluate, "include_path")]
+    paths += [(data.get(section), "text") for section in ("analysis", "calibration")]
+    for table, key in paths:
         if isinstance(table, dict) and isinstance(table.get(key), str):
             table[key] = str(folder / table[key])
     variants = data.get("variants")
     for variant in variants if isinstance(variants, list) else []:
         if isinstance(variant, dict) and "plan" in variant:
             variant["plan"] = _plan(variant["plan"], folder, path)
+        if isinstance(variant, dict) and isinstance(variant.get("quantize"), str):
+            name = variant["quantize"]
+            variant["quantize"] = read_quantization(folder / name if name.endswith((".yaml", ".yml")) else name)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -131,7 +173,24 @@ def read_recipe(path: Path) -> Recipe:
         raise PlanError("two variants have the same name", file=path, found=", ".join(names))
     if recipe.baseline_name not in names:
         raise PlanError("the baseline is one of the variants", file=path, expected=names, found=recipe.baseline_name)
+    if recipe.evaluate is not None and recipe.evaluate.text is None and not recipe.evaluate.tasks:
+        raise PlanError("evaluate: there is nothing to evaluate on", file=path, expected="a text, tasks or both")
     for variant in recipe.variants:
+        if not variant.bench and recipe.evaluate is None:
+            raise PlanError(
+                f"variant {variant.name!r}: with `bench: false` it is only evaluated, which needs a section `evaluate`",
+                file=path,
+            )
+        if not variant.bench and variant.name == recipe.baseline_name and recipe.bench is not None:
+            raise PlanError(f"variant {variant.name!r}: the baseline cannot go without a benchmark", file=path)
+        if not variant.checkpoint and variant.plan != Plan() and recipe.evaluate is not None and recipe.evaluate.tasks:
+            raise PlanError(f"variant {variant.name!r}: tasks are run on a Hugging Face folder", file=path)
+        if variant.quantize is not None and not variant.checkpoint:
+            raise PlanError(
+                f"variant {variant.name!r}: what is quantized is written as a Hugging Face folder", file=path
+            )
+        if variant.quantize is not None and recipe.calibration is None:
+            raise PlanError(f"variant {variant.name!r}: quantize needs a section `calibration`", file=path)
         if variant.plan == "auto" and recipe.analysis is None:
             raise PlanError(f"variant {variant.name!r}: plan: auto needs a section `analysis`", file=path)
         if variant.plan != "auto" and variant.plan.parallel and variant.checkpoint:

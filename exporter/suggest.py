@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from exporter.analysis.dependency import KINDS, Dependency, measure_dependency
-from exporter.analysis.pictures import heat_map, importance_bars
+from exporter.analysis.dependency import Dependency, measure_dependency
+from exporter.analysis.pictures import pictures_of
 from exporter.analysis.plan import (
     Constraints,
     Drop,
@@ -18,16 +18,15 @@ from exporter.analysis.plan import (
     suggest_fusion,
     suggest_parallel,
 )
-from exporter.analysis.plan_text import plan_text, suggested_plan
+from exporter.analysis.plan_text import Gain, plan_text, suggested_plan
 from exporter.errors import PlanError
-from exporter.graph import ModelGraph, members
+from exporter.graph import ModelGraph
 from exporter.passes.drop_attention import drop_attention
 from exporter.plan import Plan
 from exporter.writers.files import json_bytes
 
 DEPENDENCY_FILE = "dependency.json"
 PLAN_FILE = "plan.yaml"
-TITLES = {"block": "blocks", "attention": "attention sublayers", "ffn": "FFN sublayers"}
 
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, what comes next)
 
@@ -104,12 +103,13 @@ def greedy_drops(graph: ModelGraph, tokens: np.ndarray, count: int, *, progress:
 
 
 def analysis_files(
-    graph: ModelGraph, dependency: Dependency, suggestion: Suggestion, *, constraints: Constraints, source: str
+    dependency: Dependency, suggestion: Suggestion, *, constraints: Constraints, source: str, gain: Gain | None = None
 ) -> Iterator[tuple[str, bytes]]:
     """Yield the files of an analysis: dependency.json, plan.yaml and PNG pictures.
 
     Args:
         source: where the numbers come from, one line.
+        gain: what a line of the plan is worth, for its reason; see `plan_text`.
     """
     text = plan_text(
         constraints=constraints,
@@ -117,37 +117,9 @@ def analysis_files(
         drops=suggestion.drops,
         fuse=suggestion.fuse,
         parallel=suggestion.parallel,
+        gain=gain,
     )
     yield PLAN_FILE, text.encode()
     yield DEPENDENCY_FILE, json_bytes(dependency.to_json())
-    measured = range(dependency.first, dependency.last + 1)
-    labels = [_label(dependency.source_layers[index]) for index in measured]
-    dropped = {drop.layer for drop in suggestion.drops}
-    bare = [
-        position
-        for position, index in enumerate(measured)
-        if dropped & set(dependency.source_layers[index])
-        or all(block.attention is None for block in members(graph.blocks[index]))
-    ]
-    position_of = {
-        layer: position for position, index in enumerate(measured) for layer in dependency.source_layers[index]
-    }
-    groups = [
-        (position_of[group.layers[0]], position_of[group.layers[1]])
-        for group in suggestion.fuse
-        if set(group.layers) <= set(position_of)
-    ]
-    for kind in KINDS:
-        if kind in dependency.matrices:
-            title = f"Dependency of {TITLES[kind]}, {dependency.tokens:,} tokens"
-            picture = heat_map(dependency.matrices[kind], labels, title=title, hatched=bare, groups=groups)
-            yield f"dependency_{kind}.png", picture
-    if dependency.importance:
-        what = "cosine distance of the last hidden state"
-        yield "importance.png", importance_bars(dependency.importance, labels, what=what)
-    if dependency.kl:
-        yield "importance_kl.png", importance_bars(dependency.kl, labels, what="KL divergence, nats per token")
-
-
-def _label(layers: Sequence[int]) -> str:
-    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+    for picture in pictures_of(dependency, suggestion.plan):
+        yield picture.file, picture.draw("light")

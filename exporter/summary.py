@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
@@ -9,7 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from exporter.graph import FFN, Attention, Block, ModelGraph, ParallelBlocks
+from exporter.dtypes import DType
+from exporter.graph import FFN, Attention, Block, ModelGraph, ParallelBlocks, linear_names
 
 
 def summary(graph: ModelGraph) -> RenderableType:
@@ -28,8 +30,8 @@ def _totals(graph: ModelGraph) -> Table:
     ffns = sum(block.ffn is not None for block in graph.flat_blocks)
     for name, value in (
         ("parameters", _count(graph.num_parameters)),
-        ("weights", f"{_size(graph.weight_bytes)} in {graph.dtype}"),
-        ("KV cache", f"{graph.kv_bytes_per_token(graph.dtype):,} bytes per token in {graph.dtype}"),
+        ("weights", f"{_size(graph.weight_bytes)} in {_dtypes(graph)}"),
+        ("KV cache", f"{graph.kv_bytes_per_token(_kv_dtype(graph)):,} bytes per token in {_kv_dtype(graph)}"),
         ("sequential sublayers", f"{graph.sequential_sublayers} ({attentions} attention, {ffns} FFN)"),
         ("hidden size", f"{graph.hidden_size:,}"),
         ("vocabulary", f"{graph.vocab_size:,}" + (", embedding tied to lm_head" if graph.lm_head is None else "")),
@@ -37,6 +39,20 @@ def _totals(graph: ModelGraph) -> Table:
     ):  # fmt: skip
         table.add_row(Text(name, style="dim"), value)
     return table
+
+
+def _dtypes(graph: ModelGraph) -> str:
+    """The dtypes of a graph's matrices, the one that holds most first."""
+    sizes = Counter({graph.embedding.dtype.name: graph.embedding.size})
+    for linear in linear_names(graph).values():
+        sizes[linear.weight.dtype.name] += linear.weight.size
+    return " and ".join(name for name, _ in sizes.most_common())
+
+
+def _kv_dtype(graph: ModelGraph) -> DType:
+    quantizations = {attention.kv_quantization for _, attention in graph.attentions}
+    found = {graph.dtype if one is None else one.dtype for one in quantizations}
+    return found.pop() if len(found) == 1 else graph.dtype
 
 
 # Filled above: attention; filled below: FFN.

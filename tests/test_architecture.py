@@ -14,34 +14,74 @@ ROOT = Path(__file__).parent.parent
 # "kin", whose names begin with the same word ("exporter.writers.onnx_graph" and "exporter.writers.onnx").
 FLOORS: list[tuple[str, list[str], str]] = [
     ("words", ["exporter.dtypes", "exporter.errors"], "none"),
-    ("matter", ["exporter.lazy", "exporter.rope"], "none"),
+    ("matter", ["exporter.lazy", "exporter.rope", "exporter.numerics"], "none"),
+    ("codes", ["exporter.lazy_quantized"], "none"),
     ("form", ["exporter.graph", "exporter.safetensors_io"], "none"),
     ("saving", ["exporter.writers.files"], "none"),
     ("networks", ["exporter.network"], "none"),
     ("names", ["exporter.architectures.*", "exporter.architectures"], "all"),
     ("reading", ["exporter.read", "exporter.plan", "exporter.reference", "exporter.text"], "none"),
+    ("ranges", ["exporter.ranges", "exporter.hidden_states", "exporter.quantization"], "none"),
     ("finding", ["exporter.passes.find_blocks"], "none"),
     ("work", ["exporter.passes.*", "exporter.passes"], "none"),
     ("writing", ["exporter.writers.*", "exporter.writers"], "kin"),
-    ("study", ["exporter.analysis.*", "exporter.analysis"], "kin"),
-    ("suggestion", ["exporter.suggest"], "none"),
+    ("study", ["exporter.analysis.*", "exporter.analysis", "exporter.calibration", "exporter.distill*"], "kin"),
+    ("suggestion", ["exporter.suggest", "exporter.quantize"], "none"),
     ("order", ["exporter.recipe", "exporter.pipeline", "exporter.summary"], "none"),
     ("run", ["engines.base", "engines.machine"], "none"),
-    ("runtimes", ["engines.onnxruntime", "engines.generate"], "none"),
+    ("kernels", ["engines.onnxruntime_kernels"], "none"),
+    ("runtimes", ["engines.onnxruntime", "engines.tensorrt_llm", "engines.generate"], "none"),
     ("which runtime", ["engines.backends"], "none"),
-    ("judge", ["engines.results", "engines.worker", "engines.bench", "engines.structure_strip"], "all"),
-    ("report", ["engines.report", "engines.report_words", "engines.charts"], "all"),
+    (
+        "judge",
+        [
+            "engines.results",
+            "engines.worker",
+            "engines.tensorrt_llm_worker",
+            "engines.trtllm_bench",
+            "engines.bench",
+            "engines.structure_strip",
+            "engines.hardware",
+            "engines.latency_model",
+            "engines.latency_fit",
+            "engines.what_if",
+            "engines.regression",
+        ],
+        "all",
+    ),
+    (
+        "report",
+        [
+            "engines.report",
+            "engines.report_words",
+            "engines.charts",
+            "engines.prediction*",
+            "engines.tradeoff",
+            "engines.accuracy",
+            "engines.analysis",
+            "engines.quantization_errors",
+        ],
+        "all",
+    ),
     ("recipe", ["engines.run"], "none"),
     ("door", ["build"], "none"),
 ]
 
 # Only these may import a runtime or a big framework at module level; everyone else does it inside functions.
 HEAVY = {
-    "torch": ["exporter.reference", "exporter.analysis.*"],
+    "torch": [
+        "exporter.reference",
+        "exporter.hidden_states",
+        "exporter.calibration",
+        "exporter.distill*",
+        "exporter.analysis.*",
+    ],
     "onnx_ir": ["exporter.writers.onnx*"],
     "onnx": ["exporter.writers.onnx*"],
 }
-HEAVY |= {name: [] for name in ("onnxruntime", "tensorrt", "tensorrt_llm", "transformers", "matplotlib", "triton")}
+HEAVY |= {
+    name: [] for name in ("onnxruntime", "tensorrt", "tensorrt_llm", "transformers", "matplotlib", "scipy", "triton")
+}
 
 
 def modules() -> dict[str, Path]:
@@ -53,7 +93,7 @@ def modules() -> dict[str, Path]:
     ]
     named = {}
     for path in files:
-        if "hf_remote_code" in path.parts:
+        if "hf_remote_code" in path.parts or path.name == "trtllm_network.py":
             continue  # shipped as data, never imported
         parts = path.relative_to(ROOT).with_suffix("").parts
         named[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path

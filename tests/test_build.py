@@ -158,7 +158,8 @@ def test_analyze_suggests_a_plan_that_transform_takes(model: Path, tmp_path: Pat
     text = ["--text", model.parent / "text.txt", "--context", 20]
     done("analyze", model, *text, "--drop", 3, "--greedy", "--kl", "--parallel", 1, "--window", 2, "-o", tmp_path / "a")
     names = {path.name for path in (tmp_path / "a").iterdir()}
-    pictures = {"dependency_block.png", "dependency_attention.png", "dependency_ffn.png", "importance.png"}
+    kinds = ("block", "attention", "ffn")
+    pictures = {f"{what}_{kind}.png" for what in ("dependency", "importance", "importance_kl") for kind in kinds}
     assert names >= {"dependency.json", "plan.yaml", *pictures}
     plan = read_plan(tmp_path / "a" / "plan.yaml")
     assert len(plan.dropped_layers) == 3
@@ -186,6 +187,9 @@ variants:
   - name: parallel
     checkpoint: false
     plan: {{parallel: [[1, 2]]}}
+  - name: removed
+    bench: false
+    plan: {{drop_attention: [2, 3, 4], drop_ffn: [2, 3]}}
 bench: {{input_len: [8], output_len: [4], rounds: 1, warmup: 0, threads: 1}}
 """
 
@@ -200,15 +204,26 @@ def recipe(model: Path, plan: Path, tmp_path: Path) -> Path:
 def test_run_makes_every_step_once_and_resumes(recipe: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     first = done("run", recipe, "-o", output).output
-    assert first.count("made  ") == 18
+    assert first.count("made  ") == 20
     results = json.loads((output / "results" / "results.json").read_text())
     accuracies = {engine["label"]: engine["accuracy"] for engine in results["engines"]}
     assert accuracies["baseline"]["kl_divergence"] is None
     assert accuracies["fused"]["kl_divergence"] > 0
     assert len(read_plan(output / "analysis" / "plan.yaml").dropped_layers) == 3
+    assert not (output / "removed" / "engine").exists()
+    removed = results["evaluated"][0]
+    assert (removed["label"], removed["structure"]["sequential_sublayers"]) == ("removed", 7)
+    assert removed["accuracy"]["perplexity"] > 0
+    html = (output / "report" / "report.html").read_text()
+    assert "with the same FFNs removed instead" in html
+    assert html.count('<img src="data:image/png;base64,') == 6  # three kinds, dependency and importance
+    again = ["--analysis", output / "analysis", "--baseline", "baseline", "-o", tmp_path / "report"]
+    done("report", output / "results" / "results.json", *again)
+    written = {path.name: path.read_bytes() for path in (output / "report").glob("*.png")}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "report").glob("*.png")} == written
     assert (output / "report" / "report.html").is_file()
     second = done("run", recipe, "-o", output).output
-    assert (second.count("made  "), second.count("kept  ")) == (0, 18)
+    assert (second.count("made  "), second.count("kept  ")) == (0, 20)
     shutil.rmtree(output / "fused" / "engine")  # as after a killed run: the steps before it are whole
     third = done("run", recipe, "-o", output).output
     assert "kept  fused: network" in third
@@ -216,13 +231,37 @@ def test_run_makes_every_step_once_and_resumes(recipe: Path, tmp_path: Path) -> 
     assert "kept  parallel: engine" in third
 
 
-def test_run_repeats_what_a_changed_recipe_changes(recipe: Path, tmp_path: Path) -> None:
+SMALL_RECIPE = """
+model: {model}
+network: {{max_positions: 64}}
+variants:
+  - {{name: fused, plan: {plan}}}
+  - {{name: parallel, checkpoint: false, plan: {{parallel: [[1, 2]]}}}}
+bench: {{input_len: [8], output_len: [4], rounds: 1, warmup: 0, threads: 1}}
+"""
+
+
+def test_run_repeats_what_a_changed_recipe_changes(model: Path, plan: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(SMALL_RECIPE.format(model=model, plan=plan))
     done("run", recipe, "-o", tmp_path / "out")
     recipe.write_text(recipe.read_text().replace("[[1, 2]]", "[[0, 1]]"))
     again = done("run", recipe, "-o", tmp_path / "out").output
     assert "kept  fused: engine" in again
     for step in ("parallel: network", "parallel: engine", "benchmark", "report"):
         assert f"made  {step}" in again
+
+
+def test_run_knows_before_it_writes_that_the_harness_is_missing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {model}\nvariants: [{{name: a}}]\nevaluate: {{tasks: [x]}}\n")
+    result = call("run", recipe, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "lm-evaluation-harness is not installed" in result.output
+    assert not (tmp_path / "out").exists()
 
 
 REFUSED = {
@@ -245,6 +284,11 @@ REFUSED = {
     ),
     "drops": (["analyze", "{model}", "--text", "{plan}", "--drop", "9", "--context", "2", "-o", "{tmp}/out"], "fewer"),
     "no_text": (["evaluate", "{model}", "--text", "{tmp}/none.txt"], "none.txt: cannot be read"),
+    "nothing_to_evaluate_on": (["evaluate", "{model}"], "--text, --tasks or both"),
+    "reference_without_text": (["evaluate", "{model}", "--tasks", "x", "--reference", "{model}"], "give --text"),
+    "tasks_of_a_plan": (["evaluate", "{model}", "--plan", "{plan}", "--tasks", "x"], "`transform` first"),
+    "tasks_folder": (["evaluate", "{model}", "--tasks", "x", "--include-path", "{tmp}/none"], "tasks"),
+    "analysis": (["report", "{tmp}/none.json", "--analysis", "{tmp}", "-o", "{tmp}/out"], "none.json"),
     "short_text": (["evaluate", "{model}", "--text", "{plan}", "--context", "500"], "shorter than the context"),
     "target": (["export", "{model}", "--to", "onnx", "--target", "abacus", "-o", "{tmp}/out"], "abacus"),
     "shard_size": (["transform", "{model}", "--shard-size", "many", "-o", "{tmp}/out"], "not a size"),

@@ -10,6 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from exporter.analysis.evaluate import evaluate
+from exporter.pipeline import apply_plan
+from exporter.plan import Plan
+from exporter.read import open_model
+from exporter.text import open_tokenizer, token_windows
+
 transformers = pytest.importorskip("transformers")
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -38,6 +44,24 @@ def test_heldout_perplexity_is_the_recorded_one():
 
     assert measured == pytest.approx(training["heldout_perplexity_first_4096_tokens"], rel=0.05)
     assert perplexity(untrained, tokens[:1024], 256) > 10 * measured
+
+
+def test_fusing_costs_less_than_removing_and_the_last_of_a_run_costs_most():
+    """Of the same FFNs; the paper's findings, on the first 4096 held-out tokens."""
+    model = open_model(MODEL, need_weights=True)
+    tokens = token_windows(
+        MODEL / "heldout.txt", open_tokenizer(MODEL, model.graph.vocab_size), context=256, max_windows=16
+    )
+    without_attention = {"drop_attention": [(8, 14)]}
+    plans = {
+        "dropped": Plan(**without_attention),
+        "fused": Plan(**without_attention, fuse=[(8, 13)]),
+        "fused with the last": Plan(**without_attention, fuse=[(8, 14)]),
+        "removed": Plan(**without_attention, drop_ffn=[(8, 13)]),
+    }
+    found = {name: evaluate(apply_plan(model.graph, plan), tokens).perplexity for name, plan in plans.items()}
+    assert found["dropped"] < found["fused"] < found["fused with the last"] < found["removed"]
+    assert found["removed"] - found["dropped"] > 5 * (found["fused"] - found["dropped"])
 
 
 def test_tokenizer_begins_texts_and_gives_them_back():

@@ -10,6 +10,8 @@ from exporter.plan import Plan, plan_from_data
 
 TEXT_WIDTH = 118  # of plan.yaml
 
+Gain = Callable[[Plan, Plan], str]  # (a plan, the same with one line more) -> what that line is worth
+
 
 def suggested_plan(
     *, drops: Sequence[Drop] = (), fuse: Sequence[Group] = (), parallel: Sequence[ParallelGroup] = ()
@@ -31,48 +33,68 @@ def plan_text(
     drops: Sequence[Drop] = (),
     fuse: Sequence[Group] = (),
     parallel: Sequence[ParallelGroup] = (),
-    gain: Callable[[int], str] | None = None,
+    gain: Gain | None = None,
 ) -> str:
     """Write plan.yaml, with a comment that gives the reason for each line.
 
     Args:
         constraints: those of `suggest_fusion`.
         source: where the numbers come from, one line.
-        gain: sublayers saved -> what that is worth, "-12 % latency on 8x H100", say. None: not said.
+        gain: what a line is worth, "-12 % latency on 8x H100", say, in the graph that its pass sees: drops alone,
+            fusions after the drops, parallel groups after both. None: not said.
 
     Returns:
         Text that `exporter.plan.read_plan` reads as `suggested_plan(...)` of the same suggestions.
     """
     saved = len(drops) + sum(group.sublayers_saved for group in fuse) + sum(p.sublayers_saved for p in parallel)
+    dropped, fused = suggested_plan(drops=drops), suggested_plan(drops=drops, fuse=fuse)
+    whole = suggested_plan(drops=drops, fuse=fuse, parallel=parallel)
+
+    def worth(without: Plan, with_line: Plan) -> str:
+        return "" if gain is None else f": {gain(without, with_line)}"
+
     lines = [
         *_comment("Suggested plan, to be edited: layers are the source model's numbers, ranges include both ends."),
         *_comment(f"Numbers: {source}"),
         *_comment(f"Limits of fusion: {_limits_text(constraints)}"),
-        *_comment(f"All of it saves {sublayers_text(saved)}{_gain_text(gain, saved)}."),
+        *_comment(f"All of it saves {sublayers_text(saved)}{worth(Plan(), whole)}."),
         "",
         *_comment(
             "Layers that lose their attention, the least important first: fewer here can mean shorter ranges below."
         ),
         *(_comment(f"Importance: {MEASURES[drops[0].measure]}, without this one attention.") if drops else []),
-        *_entries("drop_attention", [(drop.layer, drop.reason, 1) for drop in drops], gain),
+        *_entries(
+            "drop_attention",
+            [(drop.layer, drop.reason + worth(Plan(), suggested_plan(drops=[drop]))) for drop in drops],
+        ),
         "",
         *_comment("Ranges of layers without attention whose FFNs become one."),
-        *_entries("fuse", [(list(group.layers), group.reason, group.sublayers_saved) for group in fuse], gain),
+        *_entries(
+            "fuse",
+            [
+                (list(group.layers), group.reason + worth(dropped, suggested_plan(drops=drops, fuse=[group])))
+                for group in fuse
+            ],
+        ),
         "",
         *_comment("Ranges of full layers that run side by side, the least dependent first."),
-        *_entries("parallel", [(list(group.layers), group.reason, group.sublayers_saved) for group in parallel], gain),
+        *_entries(
+            "parallel",
+            [
+                (list(p.layers), p.reason + worth(fused, suggested_plan(drops=drops, fuse=fuse, parallel=[p])))
+                for p in parallel
+            ],
+        ),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _entries(
-    key: str, entries: Sequence[tuple[int | list[int], str, int]], gain: Callable[[int], str] | None
-) -> list[str]:
+def _entries(key: str, entries: Sequence[tuple[int | list[int], str]]) -> list[str]:
     if not entries:
         return [f"{key}: []"]
     lines = [f"{key}:"]
-    for value, reason, saved in entries:
-        lines += [*_comment(f"{reason}{_gain_text(gain, saved)}", indent="  "), f"  - {value}"]
+    for value, reason in entries:
+        lines += [*_comment(reason, indent="  "), f"  - {value}"]
     return lines
 
 
@@ -97,7 +119,3 @@ def _limits_text(constraints: Constraints) -> str:
     )
     limits.append(f"runs of at least {constraints.min_run} FFNs")
     return "; ".join(limits) + "."
-
-
-def _gain_text(gain: Callable[[int], str] | None, saved: int) -> str:
-    return "" if gain is None else f": {gain(saved)}"

@@ -188,7 +188,8 @@ def children() -> list[psutil.Process]:
 
 
 def test_engines_are_timed_in_turns_and_samples_kept(tmp_path):
-    engines = [engine_folder(tmp_path, "baseline"), engine_folder(tmp_path, "fused", options={"emulated": True})]
+    emulated = {"options": {"emulated": True}, "number_format": "fp8 (W8A8 static), emulated"}
+    engines = [engine_folder(tmp_path, "baseline"), engine_folder(tmp_path, "fused", **emulated)]
     grid = request_grid([1, 2], [4], [3, 1])
     cpu = min(os.sched_getaffinity(0))
     seen: list[tuple[int, int, str]] = []
@@ -210,6 +211,7 @@ def test_engines_are_timed_in_turns_and_samples_kept(tmp_path):
     assert {(len(cell.ttft_ms), len(cell.step_ms[0])) for cell in results.cells} == {(2, 2), (2, 0)}
     baseline, fused = results.engines
     assert (baseline.kind, fused.kind) == ("measured", "emulated")
+    assert (baseline.number_format, fused.number_format) == (None, "fp8 (W8A8 static), emulated")
     assert baseline.engine_bytes == 1000 + (engines[0] / "engine.json").stat().st_size
     assert baseline.runtime == {"numpy": np.__version__, "libfast": "7 (at build)"}
     assert baseline.peak_memory_gib is not None

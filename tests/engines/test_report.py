@@ -152,13 +152,15 @@ def relabelled(label: str) -> dict:
     return json.loads(json.dumps(REALISTIC).replace('"fused"', json.dumps(label)))
 
 
-def rendered(folder: Path, *documents: dict, baseline: str | None = None, count: int | None = 2) -> dict[str, bytes]:
+def rendered(
+    folder: Path, *documents: dict, baseline: str | None = None, analysis: Path | None = None, count: int | None = 2
+) -> dict[str, bytes]:
     """The report's first files: two pages, which cost little, then the pictures; None for all of them."""
     paths = []
     for index, document in enumerate(documents):
         paths.append(folder / f"results-{index}.json")
         paths[-1].write_text(json.dumps(document))
-    return dict(itertools.islice(report_from_results(paths, baseline=baseline), count))
+    return dict(itertools.islice(report_from_results(paths, baseline=baseline, analysis=analysis), count))
 
 
 class Page(HTMLParser):
@@ -214,6 +216,8 @@ def test_files_of_a_report(tmp_path):
         "inter_token_latency.png",
         "time_to_first_token.png",
         "tokens_per_second.png",
+        "accuracy_latency_batch_1.png",
+        "accuracy_latency_batch_4.png",
     ]
     assert all(content.startswith(b"\x89PNG") for name, content in files.items() if name.endswith(".png"))
     shown = re.findall(r"!\[[^]]*\]\(([^)]*)\)", files["report.md"].decode())
@@ -304,7 +308,7 @@ def test_an_engine_that_was_not_timed_everywhere(tmp_path):
 NOTES = {
     "measured on a CPU": ({}, ["not a verdict"], ["Emulated:", "Predicted:", "of different devices"]),
     "measured on a GPU": ({"device": "NVIDIA H200"}, [], ["not a verdict", "Emulated:", "Predicted:"]),
-    "emulated": ({"kind": "emulated"}, ["Emulated:", "fused (emulated) is"], ["Predicted:"]),
+    "emulated": ({"kind": "emulated"}, ["Emulated:", "fused is emulated and its time says nothing"], ["Predicted:"]),
     "predicted": (
         {"kind": "predicted", "device": "H100", "load_time_s": None, "peak_memory_gib": None, "engine_bytes": None},
         ["Predicted:", "fused (predicted) is", "of different devices"],
@@ -344,9 +348,9 @@ def json_form(document: dict) -> dict:
     for engine in document["engines"]:
         accuracy = engine.get("accuracy")
         if accuracy is not None:
-            accuracy = {"perplexity": None, "kl_divergence": None, "top1_agreement": None, **accuracy}
-        engines.append({**engine, "accuracy": accuracy})
-    return {**document, "engines": engines}
+            accuracy = {"perplexity": None, "kl_divergence": None, "top1_agreement": None, "tasks": [], **accuracy}
+        engines.append({"number_format": None, **engine, "accuracy": accuracy})
+    return {**document, "engines": engines, "evaluated": document.get("evaluated", [])}
 
 
 HOSTILE = [
@@ -376,8 +380,8 @@ def test_hostile_labels_stay_text(tmp_path, label):
     assert "<script" not in markdown
     assert re.findall(r"(?<!\\)\]\(http", markdown) == []
     assert "@everyone" not in markdown
-    # Every table line has as many unescaped bars as in the report of tame labels.
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines() if line.startswith("|")} == {5}
+    # Every line of the comparison and of the accuracies has as many unescaped bars as in the report of tame labels.
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines() if line.startswith("|")} == {5, 7}
 
 
 @pytest.mark.parametrize("label", ["$\\frac{$", "_underscore first"])
@@ -391,13 +395,20 @@ def test_hostile_text_elsewhere_stays_text(tmp_path):
     text = "</script><script>alert(1)</script> ``` <b>&"
     document = with_changes(environment={**ENVIRONMENT, "cpu": text, "command": ["python", text, "```"]})
     for engine in document["engines"]:
-        engine |= {"backend": text, "device": text, "runtime": {text: text}, "dtype": text}
+        engine |= {"backend": text, "device": text, "runtime": {text: text}, "dtype": text, "number_format": text}
     files = rendered(tmp_path, document)
-    tame = with_changes(engines=[{**engine, "device": "GPU"} for engine in ENGINES])
+    tame = with_changes(engines=[{**engine, "device": "GPU", "number_format": "int8"} for engine in ENGINES])
     usual = Page(rendered(tmp_path, tame)["report.html"])
     assert [tag for tag, _ in Page(files["report.html"]).elements] == [tag for tag, _ in usual.elements]
     fences = [line for line in files["report.md"].decode().splitlines() if line.startswith("```")]
     assert fences == ["````", "````"]
+
+
+def test_number_formats_are_named(tmp_path):
+    engines = [ENGINES[0], {**ENGINES[1], "number_format": "int8 (W8A8 static)"}, *ENGINES[2:]]
+    files = rendered(tmp_path, with_changes(engines=engines))
+    assert "| number format | float32 | int8 (W8A8 static) | float32 |" in files["report.md"].decode()
+    assert "int8 (W8A8 static)" in Page(files["report.html"]).text
 
 
 def test_the_page_reaches_for_nothing(tmp_path):
@@ -409,6 +420,60 @@ def test_the_page_reaches_for_nothing(tmp_path):
     policy = next(a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a)
     assert policy is not None
     assert policy.startswith("default-src 'none'")
+
+
+REMOVED: dict[str, Any] = {
+    "label": "removed",
+    "structure": structure_of(
+        [
+            block_of([n], attention=n not in DROPPED_LAYERS, widths=[] if n in range(5, 10) else None)
+            for n in range(LAYERS)
+        ]
+    ),
+    "accuracy": {
+        "perplexity": 12.5,
+        "tasks": [{"task": "cloze", "metric": "acc", "value": 0.5, "higher_is_better": True, "samples": 8}],
+    },
+}
+
+
+def test_accuracy_of_what_was_timed_and_what_was_not(tmp_path):
+    files = rendered(tmp_path, with_changes(evaluated=[REMOVED]))
+    page = Page(files["report.html"])
+    assert page.row("Variant")[1:] == [
+        "Sequential sublayers ↓",
+        "Perplexity ↓",
+        "KL divergence, nats per token ↓",
+        "cloze, acc ↑",
+        "Latency per token ↓ms",
+    ]
+    name, *figures = page.row("removed")
+    assert name == "removedattention of 5–10 droppedFFNs of 5–9 removed"
+    assert figures == ["210.66×", "12.501.49×", "–", "0.500", "–"]
+    assert page.row("fused")[2:4] == ["9.271.10×", "0.0940"]
+    said = (
+        "With the FFNs of layers 5–9 fused, perplexity is 9.27 (fused); with the same FFNs removed instead, "
+        "12.50 (removed); as they were, 9.02 (attention-dropped)."
+    )
+    assert said in page.text
+    assert said in files["report.md"].decode()
+    assert page.text.count("sequential sublayers") >= 4  # the strips of all four
+
+
+def test_emulated_time_is_not_held_against_accuracy(tmp_path):
+    engines = [*ENGINES[:2], {**ENGINES[2], "kind": "emulated", "number_format": "int8"}]
+    page = Page(rendered(tmp_path, with_changes(engines=engines))["report.html"])
+    assert page.row("fusedattention")[-1] == "–"
+    assert page.row("attention-droppedattention")[-1] != "–"
+    dots = [" ".join(str(a["class"]).split()[1:]) for tag, a in page.elements if tag == "circle"]
+    assert dots == ["baseline series-0", "series-1"] * 2  # one chart per batch size
+
+
+def test_without_accuracy_nothing_is_said_of_it(tmp_path):
+    engines = [{**engine, "accuracy": None} for engine in ENGINES]
+    files = rendered(tmp_path, with_changes(engines=engines))
+    assert "Accuracy" not in Page(files["report.html"]).text
+    assert "accuracy" not in files["report.md"].decode().lower()
 
 
 REFUSED = {
@@ -513,3 +578,56 @@ def test_numbers_of_a_row_share_unit_and_decimals(values, unit, expected):
 )
 def test_axis_ticks(largest, ticks):
     assert axis_ticks(largest) == pytest.approx(ticks)
+
+
+ERRORS = {
+    "source": "fp8, 512 tokens of a <text>",
+    "tokens": 512,
+    "linears": [
+        {"name": "blocks.0.ffn.up_proj", "relative_error": 0.01, "sqnr_db": 40.0, "saturation": None},
+        {"name": "blocks.1.ffn.down_proj", "relative_error": 0.0325, "sqnr_db": 29.76, "saturation": 0.0001},
+    ],
+    "smoothing": [
+        {"block": 1, "scheme": scheme, "smoothing": smoothing, "alpha": None, "relative_error": error}
+        for scheme, smoothing, error in (("FP8", "none", 0.05), ("FP8", "both", 0.04), ("INT8", "none", 0.276))
+    ]
+    + [{"block": 1, "scheme": "INT8", "smoothing": "both", "alpha": 0.65, "relative_error": 0.065}],
+    "alpha": {"blocks.1.ffn.down_proj": 0.65},
+}
+
+
+def with_errors(tmp_path, errors):
+    (tmp_path / "results.json").write_text(json.dumps(REALISTIC))
+    (tmp_path / "fp8").mkdir(exist_ok=True)
+    (tmp_path / "fp8" / "errors.json").write_text(json.dumps(errors))
+    return report_from_results([tmp_path / "results.json"], baseline=None, quantization={"fp8": tmp_path / "fp8"})
+
+
+def test_quantization_errors_are_shown_the_worst_first(tmp_path):
+    files = dict(with_errors(tmp_path, ERRORS))
+    page = Page(files["report.html"])
+    assert page.row("blocks.1.ffn.down_proj") == ["blocks.1.ffn.down_proj", "3.25 %", "29.8", "0.0100 %"]
+    assert page.row("INT8") == ["INT8", "27.60 %", "6.50 %"]
+    text = files["report.md"].decode()
+    assert text.index("blocks.1.ffn.down") < text.index("blocks.0.ffn.up")
+    assert "<text>" not in files["report.html"].decode()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"linears": [{"name": "x"}]},
+        {"smoothing": ERRORS["smoothing"][:3]},
+        {"tokens": -1},
+        {"more": 1},
+        {
+            "linears": [
+                {**ERRORS["linears"][0], "relative_error": "1"},
+                {**ERRORS["linears"][0], "relative_error": None},
+            ]
+        },
+    ],
+)
+def test_malformed_quantization_errors(tmp_path, change):
+    with pytest.raises(EngineError, match="quantization errors"):
+        with_errors(tmp_path, {**ERRORS, **change})

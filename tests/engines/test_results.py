@@ -82,6 +82,10 @@ ENVIRONMENT = {
 DOCUMENT = {"results_schema": 1, "environment": ENVIRONMENT, "engines": [ENGINE], "cells": [CELL]}
 
 
+SCORE = {"task": "t", "metric": "acc", "value": 0.5, "stderr": 0.01, "higher_is_better": True, "samples": 9}
+EVALUATED = {"label": "removed", "structure": STRUCTURE, "accuracy": {"perplexity": 9.5, "tasks": [SCORE]}}
+
+
 def changed(path: str, value: object) -> bytes:
     """DOCUMENT as JSON with the entry at a dotted path replaced."""
     document = copy.deepcopy(DOCUMENT)
@@ -142,11 +146,13 @@ def test_ratio(value, baseline, expected):
 
 
 def test_a_file_comes_back_as_written(tmp_path):
-    results = results_from_json(json.dumps(DOCUMENT).encode())
+    results = results_from_json(json.dumps({**DOCUMENT, "evaluated": [EVALUATED]}).encode())
     path = tmp_path / "results.json"
     path.write_bytes(json_from_results(results))
     assert read_results(path) == results
-    assert json.loads(path.read_bytes())["engines"][0]["structure"] == STRUCTURE
+    written = json.loads(path.read_bytes())
+    assert written["engines"][0]["structure"] == STRUCTURE
+    assert written["evaluated"][0]["accuracy"]["tasks"] == [SCORE]
 
 
 def test_unknown_keys_of_the_structure_survive():
@@ -177,6 +183,14 @@ REFUSED = {
     "cell without engine": (changed("cells.0.engine", "other"), "names engine 'other'"),
     "cell twice": (changed("cells", [CELL, CELL]), "two cells for batch 2, input 16, output 3"),
     "label twice": (changed("engines", [ENGINE, ENGINE]), "same label"),
+    "label of an engine and of an evaluated model": (
+        json.dumps({**DOCUMENT, "evaluated": [{**EVALUATED, "label": "baseline"}]}).encode(),
+        "same label",
+    ),
+    "evaluated without accuracy": (
+        json.dumps({**DOCUMENT, "evaluated": [{**EVALUATED, "accuracy": None}]}).encode(),
+        "evaluated.0.accuracy",
+    ),
     "no engines": (changed("engines", []), "engines"),
     "empty label": (changed("engines.0.label", ""), "engines.0.label"),
     "label of two lines": (changed("engines.0.label", "a\nb"), "engines.0.label"),
@@ -228,7 +242,21 @@ def test_comparison_orders_engines_baseline_first():
     assert comparison.shapes == (RequestShape(2, 16, 3),)
 
 
+def with_evaluated(**changes: object) -> Results:
+    return results_from_json(json.dumps({**DOCUMENT, "evaluated": [{**EVALUATED, **changes}]}).encode())
+
+
 MIXED = {
+    "evaluated in one file, timed in another": (
+        [("a.json", with_evaluated(label="x")), ("b.json", results_of("x"))],
+        None,
+        "b.json: two results files have an engine labelled 'x'",
+    ),
+    "evaluated model of another vocabulary": (
+        [("a.json", with_evaluated(structure={**STRUCTURE, "vocab_size": 7}))],
+        None,
+        "'baseline' and 'removed' are of different models",
+    ),
     "unknown baseline": ([("a.json", results_of("x", "y"))], "z", r"one of \['x', 'y'\], found z"),
     "label in two files": ([("a.json", results_of("x")), ("b.json", results_of("x"))], None, "b.json: two results"),
     "other vocabulary": (

@@ -26,16 +26,21 @@ def test_every_recipe_of_the_repository_is_valid(path: Path) -> None:
 
 def test_paths_are_relative_to_the_recipe_and_plans_may_be_files(tmp_path: Path) -> None:
     (tmp_path / "plans").mkdir()
-    (tmp_path / "plans" / "a.yaml").write_text("drop_attention: [1, [3, 5]]\nfuse: [[3, 5]]\n")
+    (tmp_path / "plans" / "a.yaml").write_text("drop_attention: [1, [3, 5]]\ndrop_ffn: [[7, 8], 2]\nfuse: [[3, 5]]\n")
     recipe = read_recipe(
         written(
-            tmp_path, "model: weights\nvariants: [{name: a, plan: plans/a.yaml}, {name: b, plan: {}}]\nbench: null\n"
+            tmp_path,
+            "model: weights\nvariants: [{name: a, plan: plans/a.yaml}, {name: b, plan: {}, bench: false}]\n"
+            "evaluate: {tasks: [some], include_path: tasks}\nbench: null\n",
         )
     )
     assert recipe.model == tmp_path / "weights"
     assert recipe.variants[0].plan.dropped_layers == [1, 3, 4, 5]
+    assert recipe.variants[0].plan.dropped_ffn_layers == [2, 7, 8]
     assert recipe.variants[0].plan.fuse == [(3, 5)]
     assert recipe.variants[1].plan == Plan()
+    assert recipe.evaluate is not None
+    assert (recipe.evaluate.text, recipe.evaluate.include_path) == (None, tmp_path / "tasks")
     assert recipe.bench is None
     assert recipe.baseline_name == "a"
 
@@ -54,6 +59,16 @@ REFUSED = {
     "text_for_a_number": ("model: m\nvariants: [{name: a}]\nbench: {rounds: '5'}\n", "bench.rounds: .*found 5"),
     "zero": ("model: m\nvariants: [{name: a}]\nbench: {batch: [0]}\n", "bench.batch.0: .*greater than 0"),
     "not_yaml": ("model: [\n", "not valid YAML"),
+    "nothing_to_evaluate_on": ("model: m\nvariants: [{name: a}]\nevaluate: {context: 9}\n", "nothing to evaluate on"),
+    "only_evaluated": ("model: m\nvariants: [{name: a}, {name: b, bench: false}]\n", "needs a section `evaluate`"),
+    "untimed_baseline": (
+        "model: m\nvariants: [{name: a, bench: false}, {name: b}]\nevaluate: {text: t}\n",
+        "baseline cannot go without a benchmark",
+    ),
+    "tasks_without_folder": (
+        "model: m\nvariants: [{name: b, plan: {drop_ffn: [1]}, checkpoint: false}]\nevaluate: {tasks: [x]}\n",
+        "variant 'b': tasks are run on a Hugging Face folder",
+    ),
     "auto": ("model: m\nvariants: [{name: a, plan: auto}]\n", "needs a section `analysis`"),
     "alias": ("model: &m x\nvariants: [{name: *m}]\n", "aliases"),
 }
@@ -88,14 +103,16 @@ def test_a_malformed_plan_is_refused(text: str, message: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        pytest.param("[[5, 3]]", r"lower to its higher layer: found \[5, 3\]", id="reversed"),
-        pytest.param("[4, [3, 5]]", r"listed twice in drop_attention: found \[3, 5\]", id="twice"),
-        pytest.param(f"{[[0, 65535]] * 9000}", "listed twice", id="thousands_of_times"),
+        pytest.param("drop_attention: [[5, 3]]", r"lower to its higher layer: found \[5, 3\]", id="reversed"),
+        pytest.param("drop_attention: [4, [3, 5]]", r"twice in drop_attention: found \[3, 5\]", id="twice"),
+        pytest.param("drop_ffn: [4, [3, 5]]", r"twice in drop_ffn: found \[3, 5\]", id="ffn_twice"),
+        pytest.param(f"drop_ffn: {[[0, 65535]] * 9000}", "listed twice", id="thousands_of_times"),
     ],
 )
 def test_ranges_that_make_no_sense_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    plan = read_plan(written(tmp_path, text))
     with pytest.raises(PlanError, match=message):
-        _ = read_plan(written(tmp_path, f"drop_attention: {text}\n")).dropped_layers
+        _ = plan.dropped_layers + plan.dropped_ffn_layers
 
 
 def test_errors_show_control_characters_instead_of_sending_them_to_the_terminal() -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
 from exporter.errors import GraphError
+from exporter.graph import Linear
+from exporter.lazy import array
+from exporter.passes.quantize_linears import quantize_linears
+from exporter.quantization import QuantizationRecipe
 from exporter.read import open_model
 from exporter.reference import Reference
 from tests.tiny import tiny_graph
@@ -116,3 +122,16 @@ def test_a_full_cache_is_refused() -> None:
     reference.step(torch.tensor([[1, 2, 3]]), cache)
     with pytest.raises(GraphError, match="cache is full"):
         reference.step(torch.tensor([[1, 2]]), cache)
+
+
+def test_a_quantized_lm_head_counts_for_the_values_of_its_codes() -> None:
+    graph = tiny_graph("AF")
+    recipe = {"weights": {"dtype": "int8", "scale": "row"}, "include": ["lm_head"], "exclude": ["blocks.*"]}
+    coded = quantize_linears(graph, QuantizationRecipe.model_validate(recipe))
+    assert coded.lm_head is not None
+    assert coded.lm_head.quantization is not None
+    scale = coded.lm_head.quantization.weight_scale.numpy()
+    values = coded.lm_head.weight.numpy().astype(np.float32) * scale[:, None]
+    expected = Reference(replace(graph, lm_head=Linear(weight=array(values))))
+    tokens = torch.arange(12)[None]
+    torch.testing.assert_close(Reference(coded).logits(tokens), expected.logits(tokens))

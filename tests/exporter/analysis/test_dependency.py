@@ -26,6 +26,7 @@ from tests.tiny import tiny_graph
 
 LAYERS = 5
 FAMILIES = {"llama": ("Llama", {"num_hidden_layers": LAYERS}), "qwen3": ("Qwen3", {"num_hidden_layers": LAYERS})}
+DEMO_MODEL = Path(__file__).parents[3] / "demo" / "model"
 MODULES: dict[Kind, str] = {"block": "", "attention": "self_attn", "ffn": "mlp"}
 
 
@@ -75,28 +76,32 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return (1 - F.cosine_similarity(a.double(), b.double(), dim=-1)).mean().item()
 
 
-@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("case", [*FAMILIES, "demo"])
 @torch.inference_mode()
 def test_everything_equals_brute_force(case: str, tmp_path: Path) -> None:
-    family, changes = FAMILIES[case]
-    model = saved_model(tmp_path, family, changes)
+    if case == "demo":
+        folder = DEMO_MODEL
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    else:
+        folder, model = tmp_path, saved_model(tmp_path, *FAMILIES[case])
+    layers = model.config.num_hidden_layers
     tokens = torch.randint(0, 307, (6, 19), generator=torch.Generator().manual_seed(2))
-    graph = open_model(tmp_path, need_weights=True).graph
+    graph = open_model(folder, need_weights=True).graph
     measured = measure_dependency(graph, tokens.numpy(), kl=True, batch=4)
 
     base, last = contributions(model, tokens)
     for kind in MODULES:
-        for i in range(LAYERS):
+        for i in range(layers):
             with removed(model, kind, i):
                 variant, variant_last = contributions(model, tokens)
-            for j in range(i + 1, LAYERS):
+            for j in range(i + 1, layers):
                 expected = distance(base[kind, j], variant[kind, j])
                 assert measured.matrices[kind][i, j] == pytest.approx(expected, abs=1e-5)
             assert measured.importance[kind][i] == pytest.approx(distance(last, variant_last), abs=1e-5)
             p, q = (F.log_softmax(logits.double(), -1) for logits in (base["logits"], variant["logits"]))
             expected_kl = (p.exp() * (p - q)).sum(-1).mean().item()
             assert measured.kl[kind][i] == pytest.approx(expected_kl, rel=1e-3, abs=1e-5)
-        assert np.isnan(measured.matrices[kind][np.tril_indices(LAYERS)]).all()
+        assert np.isnan(measured.matrices[kind][np.tril_indices(layers)]).all()
         assert np.nanmax(measured.matrices[kind]) > 1e-3  # else the tolerance means nothing
 
 

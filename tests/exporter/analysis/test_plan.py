@@ -649,7 +649,16 @@ def test_the_file_says_why(tmp_path: Path) -> None:
     fuse = suggest_fusion(dropped, numbers, constraints)
     parallel = suggest_parallel(dropped, numbers, window=2)
     parts = {"drops": drops, "fuse": fuse, "parallel": parallel}
-    text = plan_text(constraints=constraints, source=SOURCE, gain=lambda saved: f"{saved} ms", **parts)  # type: ignore[arg-type]
+
+    def depth(plan: Plan) -> int:
+        return apply_plan(graph, plan).sequential_sublayers
+
+    text = plan_text(
+        constraints=constraints,
+        source=SOURCE,
+        gain=lambda without, with_line: f"{depth(without) - depth(with_line)} ms",
+        **parts,  # type: ignore[arg-type]
+    )
     path = tmp_path / "plan.yaml"
     path.write_text(text)
     plan = read_plan(path)
@@ -684,7 +693,7 @@ def test_the_file_reads_back(
     fuse = suggest_fusion(dropped, numbers, constraints)
     parallel = [] if numbers is None else suggest_parallel(dropped, numbers, window=2)
     text = plan_text(
-        constraints=constraints, source=source, drops=drops, fuse=fuse, parallel=parallel, gain=lambda _: said
+        constraints=constraints, source=source, drops=drops, fuse=fuse, parallel=parallel, gain=lambda *_: said
     )
     path = tmp_path_factory.mktemp("plan") / "plan.yaml"
     path.write_text(text, "utf-8")

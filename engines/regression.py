@@ -1,0 +1,228 @@
+"""Did anything get slower? Two results files of the same engines, compared beyond noise.
+
+A round is one sample: the steps within one are not independent. Samples of two runs are compared by the Mann-Whitney
+U test, whose p values are adjusted for the number of comparisons (Benjamini and Hochberg), so that two runs of the
+same engines differ anywhere in at most 5 % of cases. That holds for what varies from round to round; what varies from
+one load of an engine to the next, or from day to day on a shared machine, no number of rounds shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+from rich.table import Table
+
+from engines.results import Cell, EngineResult, RequestShape, Results, check_same_model
+from exporter.errors import EngineError
+
+COMPARISON_SCHEMA: Final = 1
+SIGNIFICANCE = 0.05
+LEAST_ROUNDS = 4  # of each run: with three of each, no order of the samples is significant
+RESAMPLES = 1999
+METRICS = {"ttft_ms": "TTFT", "inter_token_ms": "inter-token", "request_ms": "request"}
+
+Verdict = Literal["slower", "faster", "no difference"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RatioInterval:
+    """A ratio of medians, and its bootstrap confidence interval."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+def ratio_interval(
+    samples: Sequence[float], baseline: Sequence[float], *, confidence: float = 0.95, seed: int = 0
+) -> RatioInterval:
+    """Estimate median(samples) / median(baseline) of two independent runs, by the percentile bootstrap.
+
+    Args:
+        samples, baseline: at least two each, positive.
+    """
+    from scipy.stats import bootstrap
+
+    def ratio(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.median(ours, axis=axis) / np.median(theirs, axis=axis)
+
+    ours, theirs = np.asarray(samples, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
+    found = bootstrap(
+        (ours, theirs),
+        ratio,
+        confidence_level=confidence,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return RatioInterval(ratio=float(ratio(ours, theirs)), low=float(found.low), high=float(found.high))
+
+
+def adjusted_p_values(runs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> list[float]:
+    """Test every pair of runs for a difference: two-sided p values, adjusted so that all of them can be looked at.
+
+    Where nothing differs, one of them is at most SIGNIFICANCE in at most that share of cases.
+    """
+    from scipy.stats import false_discovery_control, mannwhitneyu
+
+    return [float(p) for p in false_discovery_control([mannwhitneyu(new, old).pvalue for new, old in runs])]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One metric of one engine at one request shape, in both runs."""
+
+    engine: str
+    shape: RequestShape
+    metric: str  # a key of METRICS
+    before_ms: float  # median
+    after_ms: float
+    interval: RatioInterval  # after / before
+    p_value: float  # adjusted for the number of comparisons
+    verdict: Verdict
+
+    def is_regression(self, threshold: float) -> bool:
+        """Whether it is slower beyond noise, and by more than this share."""
+        return self.verdict == "slower" and self.interval.ratio > 1 + threshold
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """All that two results files have in common, and what to know about what they have not."""
+
+    changes: tuple[Change, ...]
+    notes: tuple[str, ...]  # one sentence each
+
+    def to_json(self) -> dict[str, Any]:
+        changes = [{**asdict(change), "shape": change.shape._asdict()} for change in self.changes]
+        return {"comparison_schema": COMPARISON_SCHEMA, "changes": changes, "notes": list(self.notes)}
+
+
+def compare_results(before: Results, after: Results) -> Changes:
+    """Compare the cells that two results files share, metric by metric.
+
+    Raises:
+        EngineError: nothing in common; an engine of another model or kind of figures under the same label; or too few
+            rounds to tell a change from noise.
+    """
+    engines = _common_engines(before, after)
+    pairs = _common_cells(before, after, engines)
+    if not pairs:
+        raise EngineError(
+            "the two results files share no cell",
+            expected="the same engine labels and request shapes",
+            found=f"{_labels(before)} and {_labels(after)}",
+        )
+    for old, new in pairs:
+        rounds = min(len(old.ttft_ms), len(new.ttft_ms))
+        if rounds < LEAST_ROUNDS:
+            raise EngineError(
+                f"too few rounds to tell a change from noise: {old.engine}, {old.shape}",
+                expected=f"at least {LEAST_ROUNDS} in both runs",
+                found=rounds,
+                hint="repeat bench with more --rounds",
+            )
+    measured = [(old, new, metric) for old, new in pairs for metric in METRICS if getattr(old, metric)]
+    p_values = adjusted_p_values([(getattr(new, metric), getattr(old, metric)) for old, new, metric in measured])
+    changes = tuple(
+        _change(old, new, metric, p_value) for (old, new, metric), p_value in zip(measured, p_values, strict=True)
+    )
+    return Changes(changes=changes, notes=tuple(_notes(before, after, engines, pairs)))
+
+
+def _common_engines(before: Results, after: Results) -> dict[str, tuple[EngineResult, EngineResult]]:
+    old = {engine.label: engine for engine in before.engines}
+    common = {engine.label: (old[engine.label], engine) for engine in after.engines if engine.label in old}
+    for label, (first, second) in common.items():
+        check_same_model([(f"{label} (before)", first.structure.model_dump()), (label, second.structure.model_dump())])
+        for what in ("kind", "device", "dtype", "number_format"):
+            if getattr(first, what) != getattr(second, what):
+                raise EngineError(
+                    f"engine {label!r} differs in {what}, a comparison would mean nothing",
+                    expected=getattr(first, what),
+                    found=getattr(second, what),
+                )
+    return common
+
+
+def _common_cells(
+    before: Results, after: Results, engines: dict[str, tuple[EngineResult, EngineResult]]
+) -> list[tuple[Cell, Cell]]:
+    old = {(cell.engine, cell.shape): cell for cell in before.cells}
+    shared = [(old.get((cell.engine, cell.shape)), cell) for cell in after.cells if cell.engine in engines]
+    return [(first, second) for first, second in shared if first is not None]
+
+
+def _change(old: Cell, new: Cell, metric: str, p_value: float) -> Change:
+    before, after = getattr(old, metric), getattr(new, metric)
+    interval = ratio_interval(after, before)
+    verdict: Verdict = "no difference"
+    if p_value <= SIGNIFICANCE and interval.ratio != 1:
+        verdict = "slower" if interval.ratio > 1 else "faster"
+    return Change(
+        engine=new.engine,
+        shape=new.shape,
+        metric=metric,
+        before_ms=float(np.median(before)),
+        after_ms=float(np.median(after)),
+        interval=interval,
+        p_value=p_value,
+        verdict=verdict,
+    )
+
+
+def _notes(
+    before: Results,
+    after: Results,
+    engines: dict[str, tuple[EngineResult, EngineResult]],
+    pairs: Sequence[tuple[Cell, Cell]],
+) -> Iterator[str]:
+    for what in ("cpu", "cores", "os", "threads", "pinned_cpus"):
+        old, new = getattr(before.environment, what), getattr(after.environment, what)
+        if old != new:
+            yield f"The runs differ in {what}: {old} before, {new} after."
+    for label, (first, second) in engines.items():
+        if first.structure.blocks != second.structure.blocks:
+            yield f"Engine {label} has another structure than before."
+        old, new = (f"{engine.backend} {engine.runtime}" for engine in (first, second))
+        if old != new:
+            yield f"Engine {label} ran in {old} before, in {new} after."
+    shared = {(new.engine, new.shape) for _, new in pairs}
+    for name, results in (("before", before), ("after", after)):
+        for cell in results.cells:
+            if (cell.engine, cell.shape) not in shared:
+                yield f"Only {name}: {cell.engine}, {cell.shape}."
+
+
+def _labels(results: Results) -> str:
+    return ", ".join(sorted({f"{cell.engine} ({cell.shape})" for cell in results.cells})[:4])
+
+
+def changes_table(changes: Changes) -> Table:
+    """One row per change."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("engine", "request", "metric"):
+        table.add_column(name, no_wrap=True)
+    for name in ("before", "after ms", "ratio", "95 % interval", "p"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    styles = {"slower": "red", "faster": "green", "no difference": "dim"}
+    for change in changes.changes:
+        interval = change.interval
+        table.add_row(
+            change.engine,
+            str(change.shape),
+            METRICS[change.metric],
+            f"{change.before_ms:,.3f}",
+            f"{change.after_ms:,.3f}",
+            f"{interval.ratio:.3f}",
+            f"{interval.low:.3f} to {interval.high:.3f}",
+            f"{change.p_value:.3f}",
+            change.verdict,
+            style=styles[change.verdict],
+        )
+    return table

@@ -1,0 +1,289 @@
+"""TensorRT-LLM 1.1 and 1.2: engines that `trtllm-build` makes and that its C++ executor runs.
+
+Engines of TensorRT-LLM answer whole requests, so `open` has no step-by-step runner to give: `bench` drives them through
+a worker of their own, `engines.tensorrt_llm_worker`. Never executed on a GPU: see docs/tensorrt_llm.md.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engines.base import ENGINE_FILE, ENGINE_KIND, EngineManifest, Runner
+from exporter.errors import EngineError, raise_all
+from exporter.safetensors_io import read_json
+from exporter.writers.files import Content, FileCopy, check_folder, json_bytes, refuse_existing, save_folder
+from exporter.writers.trtllm_config import (
+    CHECKPOINT_KIND,
+    CONFIG,
+    MODEL_FILE,
+    CheckpointManifest,
+    read_checkpoint_manifest,
+)
+
+NAME = "tensorrt-llm"
+# 1.1 is the first that gets the cache size of models with dropped attention right; 1.3 drops TensorRT engines.
+FROM_VERSION, BELOW_VERSION = (1, 1), (1, 3)
+INSTALL = (
+    "pip install tensorrt_llm==1.2.1 (Python 3.10 or 3.12, Linux, CUDA 13), "
+    "or run in the container nvcr.io/nvidia/tensorrt-llm/release:1.2.1"
+)
+NEWER = "from 1.3 on it loads Hugging Face folders and builds no engine: use `export --to hf`, see docs/tensorrt_llm.md"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildSettings:
+    """What an engine is built for."""
+
+    max_batch_size: int = 8
+    max_seq_len: int = 8192  # tokens of one sequence, prompt and output; at most what the model knows
+    max_num_tokens: int = 8192  # tokens of one step over all sequences: sizes the activations
+    low_latency: bool = False  # FP8 GEMMs for few tokens at a time
+    workers: int | None = None  # GPUs that build at the same time; None: one per rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuMemory:
+    """What one rank is expected to take at run time, in bytes; without the runtime's own workspaces."""
+
+    weights: int
+    kv_cache: int  # of all sequences at their full length
+    activations: int  # estimated from the widest GEMM
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.activations
+
+
+class TensorRtLlm:
+    """The backend; see `engines.base.Backend`."""
+
+    name = NAME
+
+    def __init__(self, settings: BuildSettings | None = None) -> None:
+        self.settings = settings or BuildSettings()
+
+    def missing(self) -> list[str]:
+        try:
+            version = importlib.metadata.version("tensorrt_llm")
+        except importlib.metadata.PackageNotFoundError:
+            return [f"TensorRT-LLM is not installed: {INSTALL}"]
+        if not FROM_VERSION <= _version(version) < BELOW_VERSION:
+            way_out = NEWER if _version(version) >= BELOW_VERSION else INSTALL
+            return [f"TensorRT-LLM {version} is not one of 1.1 and 1.2, for which checkpoints are written: {way_out}"]
+        if shutil.which("trtllm-build") is None:
+            return [f"trtllm-build is not on the PATH, though tensorrt_llm {version} is installed: {INSTALL}"]
+        if not _gpus():
+            return ["no NVIDIA GPU is visible, and engines are built on the kind of GPU that runs them"]
+        return []
+
+    def build(
+        self,
+        network: Path,
+        output: Path,
+        *,
+        label: str | None,
+        force: bool,
+        details: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Build the engines of all ranks from a checkpoint folder.
+
+        Raises:
+            CheckpointError: the checkpoint folder is incomplete, altered or malformed.
+            EngineError: TensorRT-LLM or a GPU is missing, or `trtllm-build` failed.
+            OutputError: the output is in the way or cannot be written.
+        """
+        raise_all([EngineError(problem) for problem in self.missing()])
+        refuse_existing(output, force=force)
+        folder = check_folder(network, CHECKPOINT_KIND, hashes=True)
+        checkpoint = read_checkpoint_manifest(network)
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.build-") as built:
+            command = build_command(network, Path(built), checkpoint, self.settings)
+            _run(command, build_environment(network, checkpoint))
+            manifest = _engine_manifest(checkpoint, folder.fingerprint, label or output.name, self.settings, command)
+            contents: list[tuple[str, Content | bytes]] = [(ENGINE_FILE, json_bytes(manifest.model_dump(mode="json")))]
+            contents += [(path.name, FileCopy(path)) for path in sorted(Path(built).iterdir()) if path.is_file()]
+            if checkpoint.model_class is not None:
+                contents.append((MODEL_FILE, FileCopy(network / MODEL_FILE)))
+            if details is None:
+                details = {"backend": NAME, "label": manifest.label, "network_sha256": manifest.network_sha256}
+            save_folder(output, contents, kind=ENGINE_KIND, details=details, force=force)
+        return output
+
+    def open(self, engine: Path, *, threads: int | None) -> Runner:
+        raise EngineError(
+            "TensorRT-LLM runs whole requests, not single steps", file=engine, hint="time it with `bench`"
+        )
+
+
+def build_command(
+    checkpoint: Path, output: Path, manifest: CheckpointManifest, settings: BuildSettings
+) -> tuple[str, ...]:
+    """The complete `trtllm-build` command of a checkpoint folder.
+
+    Raises:
+        EngineError: the settings do not fit the model.
+    """
+    _check_settings(manifest, settings)
+    world_size = manifest.tp_size * manifest.pp_size
+    max_seq_len = min(settings.max_seq_len, manifest.max_positions)
+    options: dict[str, object] = {
+        "checkpoint_dir": checkpoint,
+        "output_dir": output,
+        "max_batch_size": settings.max_batch_size,
+        "max_input_len": max_seq_len,
+        "max_seq_len": max_seq_len,  # unset, it would be all positions, and the attention's workspace with it
+        "max_num_tokens": settings.max_num_tokens,
+        "max_beam_width": 1,
+        "kv_cache_type": "paged",
+        "workers": settings.workers or world_size,
+        **_plugins(checkpoint, manifest, settings),
+    }
+    if manifest.model_class is not None:
+        options |= {"model_cls_file": checkpoint / MODEL_FILE, "model_cls_name": manifest.model_class}
+    return ("trtllm-build", *(word for key, value in options.items() for word in (f"--{key}", str(value))))
+
+
+def build_environment(checkpoint: Path, manifest: CheckpointManifest) -> dict[str, str]:
+    """What the build's environment needs beside the caller's: workers import our class by the name of its module."""
+    if manifest.model_class is None:
+        return {}
+    existing = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([str(checkpoint.absolute()), *([existing] if existing else [])])}
+
+
+def memory_per_gpu(manifest: CheckpointManifest, settings: BuildSettings) -> list[GpuMemory]:
+    """What every rank is expected to take at run time.
+
+    Activations: of `max_num_tokens` tokens, the outputs of the widest GEMM and three hidden states, in the network's
+    dtype or, where that is larger, 16 bits; and the logits of every sequence in float32.
+    """
+    tokens = settings.max_num_tokens
+    hidden_size = manifest.structure["hidden_size"]
+    cached = settings.max_batch_size * min(settings.max_seq_len, manifest.max_positions)
+    itemsize = 4 if manifest.dtype == "float32" else 2
+    return [
+        GpuMemory(
+            weights=rank.weight_bytes,
+            kv_cache=cached * rank.kv_bytes_per_token,
+            activations=itemsize * tokens * (rank.widest_gemm + 3 * hidden_size)
+            + 4 * settings.max_batch_size * manifest.vocab_size,
+        )
+        for rank in manifest.ranks
+    ]
+
+
+def describe_build(checkpoint: Path, output: Path, settings: BuildSettings) -> str:
+    """What `build` would do, as text: the command and the memory of every GPU. Needs no TensorRT-LLM.
+
+    Raises:
+        CheckpointError: not a checkpoint folder, or one that is incomplete.
+    """
+    check_folder(checkpoint, CHECKPOINT_KIND, hashes=False)
+    manifest = read_checkpoint_manifest(checkpoint)
+    command = build_command(checkpoint, output, manifest, settings)
+    environment = [f"{name}={shlex.quote(value)}" for name, value in build_environment(checkpoint, manifest).items()]
+    lines = [" ".join([*environment, shlex.join(command)]), ""]
+    lines.append(
+        f"expected at run time: {settings.max_batch_size} sequences, {settings.max_num_tokens:,} tokens a step"
+    )
+    lines.append("  rank   weights  KV cache  activations     total  (GiB)")
+    for number, memory in enumerate(memory_per_gpu(manifest, settings)):
+        figures = (memory.weights, memory.kv_cache, memory.activations, memory.total)
+        weights, kv_cache, activations, total = (f"{figure / 2**30:.2f}" for figure in figures)
+        lines.append(f"  {number:4}  {weights:>8}  {kv_cache:>8}  {activations:>11}  {total:>8}")
+    return "\n".join(lines)
+
+
+def _check_settings(manifest: CheckpointManifest, settings: BuildSettings) -> None:
+    for name in ("max_batch_size", "max_seq_len", "max_num_tokens", "workers"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise EngineError(f"{name} is a whole number of at least 1", found=value)
+    if settings.low_latency and manifest.quant_algo != "FP8":
+        raise EngineError(
+            "the low-latency GEMM plugin is for FP8", expected="FP8", found=manifest.quant_algo or manifest.dtype
+        )
+
+
+def _plugins(checkpoint: Path, manifest: CheckpointManifest, settings: BuildSettings) -> dict[str, object]:
+    """Plugins and kernels of a format on Hopper. Those of quantization are switched on by the build itself."""
+    kv = manifest.kv_cache_quant_algo
+    if manifest.quant_algo != "FP8":
+        # Attention over a paged context has no kernels for such caches; the build would switch it off silently.
+        paged_context = "enable" if kv is None else "disable"
+        return {"gemm_plugin": "auto", "use_paged_context_fmha": paged_context}
+    fp8_attention = "enable" if kv == "FP8" else "disable"
+    options: dict[str, object] = {"use_paged_context_fmha": fp8_attention, "use_fp8_context_fmha": fp8_attention}
+    if settings.low_latency:
+        return {"low_latency_gemm_plugin": "fp8", **options}
+    options = {"gemm_plugin": "fp8", **options}
+    if _all_ffns_quantized(checkpoint):
+        options["gemm_swiglu_plugin"] = "fp8"
+    return options
+
+
+def _all_ffns_quantized(checkpoint: Path) -> bool:
+    """Whether gate, up and SwiGLU can be one kernel: a flag for the whole model, which every FFN has to take."""
+    excluded = read_json(checkpoint / CONFIG)["quantization"].get("exclude_modules") or []
+    return not any(".ffn" in pattern for pattern in excluded)
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Run `trtllm-build`; what it prints goes to stderr as it comes."""
+    try:
+        status = subprocess.run(command, env={**os.environ, **environment}, stdout=sys.stderr, check=False).returncode
+    except OSError as error:
+        raise EngineError(f"{command[0]} does not start: {error.strerror}") from error
+    if status:
+        raise EngineError(f"{command[0]} failed with status {status}", hint="its last lines say why")
+
+
+def _engine_manifest(
+    checkpoint: CheckpointManifest, fingerprint: str, label: str, settings: BuildSettings, command: Sequence[str]
+) -> EngineManifest:
+    gpu = _gpus()[0]
+    return EngineManifest(
+        backend=NAME,
+        runtime={"tensorrt_llm": importlib.metadata.version("tensorrt_llm")},
+        machine={"gpu": gpu},
+        label=label,
+        network_file=CONFIG,
+        network_sha256=fingerprint,
+        dtype=checkpoint.dtype,
+        number_format=checkpoint.quant_algo,
+        vocab_size=checkpoint.vocab_size,
+        max_positions=min(settings.max_seq_len, checkpoint.max_positions),
+        capacity=None,
+        cache=(),  # the runtime allocates and binds it
+        kv_bytes_per_token=sum(rank.kv_bytes_per_token for rank in checkpoint.ranks),
+        weight_bytes=sum(rank.weight_bytes for rank in checkpoint.ranks),
+        structure=checkpoint.structure,
+        options={
+            "device": gpu,
+            "world_size": len(checkpoint.ranks),
+            "kv_cache": checkpoint.kv_cache_quant_algo or checkpoint.dtype,
+            "command": list(command),
+        },
+    )
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:2])

@@ -1,0 +1,157 @@
+"""Task scores of an exported model, by lm-evaluation-harness (`lm_eval`), where it is installed.
+
+The harness loads the Hugging Face folder through transformers, so what is judged is what was written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from exporter.errors import CheckpointError, TargetError
+from exporter.safetensors_io import read_json
+
+DEFAULT_BATCH = 16  # requests that go through the model at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskScore:
+    """One metric of one task."""
+
+    task: str
+    metric: str  # with the harness's filter in brackets if it used one
+    value: float
+    stderr: float | None  # standard error over the samples
+    higher_is_better: bool | None  # None: the task does not say
+    samples: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return asdict(self)
+
+
+def run_tasks(
+    model: Path,
+    names: Sequence[str],
+    *,
+    include_path: Path | None = None,
+    limit: int | None = None,
+    batch: int = DEFAULT_BATCH,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: bool = False,
+) -> list[TaskScore]:
+    """Run tasks on a Hugging Face folder.
+
+    Args:
+        names: tasks, groups or tags as the harness knows them; `*` stands for anything.
+        include_path: folder of further tasks. If it has all of `names`, the harness's own are not looked at. A task
+            may bring Python code, which is run.
+        limit: samples per task; None: all.
+        progress: let the harness show its bars.
+
+    Returns:
+        The metrics of every task in the harness's order.
+
+    Raises:
+        TargetError, CheckpointError: as `check_tasks`.
+    """
+    manager = check_tasks(model, names, include_path=include_path, trust_remote_code=trust_remote_code)
+    with contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO()):
+        found = _harness().simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(model), "trust_remote_code": trust_remote_code},
+            tasks=list(names),
+            task_manager=manager,
+            batch_size=batch,
+            device=device,
+            limit=limit,
+            log_samples=False,
+        )
+    return scores_from_harness(found)
+
+
+def check_tasks(
+    model: Path, names: Sequence[str], *, include_path: Path | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Find everything that would stop `run_tasks` before it has loaded the model.
+
+    Returns:
+        The harness's `TaskManager` that knows the tasks.
+
+    Raises:
+        TargetError: the harness is not installed, or does not know a task.
+        CheckpointError: the model brings code of its own, which is run only on request.
+    """
+    _harness()
+    if include_path is not None and not include_path.is_dir():
+        raise TargetError("no such folder of tasks", file=include_path)
+    if not trust_remote_code and read_json(model / "config.json").get("auto_map"):
+        raise CheckpointError(
+            "the model brings code of its own, which tasks would run",
+            file=model,
+            hint="read it, then pass --trust-remote-code (in a recipe: `trust_remote_code: true`)",
+        )
+    managers = importlib.import_module("lm_eval.tasks")
+    manager = managers.TaskManager(include_path=include_path and str(include_path), include_defaults=False)
+    if _unknown(manager, names):  # reading the harness's fourteen thousand tasks takes many seconds
+        manager = managers.TaskManager(include_path=include_path and str(include_path))
+    unknown = _unknown(manager, names)
+    if unknown:
+        raise TargetError(
+            "lm-evaluation-harness knows no such task",
+            found=", ".join(unknown),
+            hint="`lm-eval ls tasks` lists them; --include-path names a folder of further ones",
+        )
+    return manager
+
+
+def scores_from_harness(found: Mapping[str, Any]) -> list[TaskScore]:
+    """Take the metrics out of what `lm_eval.simple_evaluate` returns.
+
+    There, "results" maps a task to "<metric>,<filter>" -> value and "<metric>_stderr,<filter>" -> value or "N/A";
+    groups stand among the tasks.
+    """
+    scores = []
+    for task, figures in found["results"].items():
+        for key, value in figures.items():
+            metric, separator, used = key.partition(",")
+            if not separator or metric.endswith("_stderr"):
+                continue
+            stderr = figures.get(f"{metric}_stderr,{used}")
+            scores.append(
+                TaskScore(
+                    task=task,
+                    metric=metric if used == "none" else f"{metric} ({used})",
+                    value=float(value),
+                    stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
+                    higher_is_better=found["higher_is_better"].get(task, {}).get(metric),
+                    samples=_samples(found, task),
+                )
+            )
+    return scores
+
+
+def _samples(found: Mapping[str, Any], task: str) -> int:
+    """How many samples a task or a group had."""
+    if task in found["n-samples"]:
+        return found["n-samples"][task]["effective"]
+    return sum(_samples(found, member) for member in found["group_subtasks"][task])
+
+
+def _unknown(manager: Any, names: Sequence[str]) -> list[str]:
+    return [name for name in names if not manager.match_tasks([name])]
+
+
+def _harness() -> Any:
+    try:
+        return importlib.import_module("lm_eval")
+    except ImportError as error:
+        raise TargetError(
+            "lm-evaluation-harness is not installed", hint="install it: pip install --editable '.[tasks]'"
+        ) from error

@@ -1,0 +1,116 @@
+"""What is said of variants from their structures alone, and which pairs of them are compared."""
+
+from __future__ import annotations
+
+import pytest
+
+from engines.accuracy import changes_text, findings, parts_of
+from engines.results import EvaluatedModel, Structure
+from tests.engines.test_report import block_of, structure_of
+
+Pattern = str  # as in tests/tiny.py, and "F+F" for FFNs that became one
+
+
+def structure(pattern: Pattern) -> Structure:
+    """Blocks of consecutive source layers."""
+    blocks: list[dict] = []
+    layer = 0
+    for word in pattern.replace("(", "( ").replace(")", " )").split():
+        if word in "()":
+            blocks.append({"open": word == "("})
+            continue
+        count = word.count("+") + 1
+        layers = list(range(layer, layer + count))
+        block = block_of(layers, attention="A" in word, widths=None if "F" in word else [])
+        blocks.append({**block, "ffn": {"kind": "linear"} if "L" in word else block["ffn"]})
+        layer += count
+    grouped: list[dict] = []
+    members: list[dict] | None = None
+    for block in blocks:
+        if "open" in block:
+            if not block["open"]:
+                grouped.append({"parallel": members})
+            members = [] if block["open"] else None
+        elif members is not None:
+            members.append(block)
+        else:
+            grouped.append(block)
+    return Structure(**structure_of(grouped))
+
+
+SOURCE = "AF AF AF AF AF AF"
+
+
+@pytest.mark.parametrize(
+    ("source", "pattern", "text"),
+    [
+        (SOURCE, SOURCE, "unchanged"),
+        (SOURCE, "AF F F AF F AF", "attention of 1–2, 4 dropped"),
+        (SOURCE, "AF F+F F AF AF", "attention of 1–3 dropped; FFNs of 1–2 fused"),
+        (SOURCE, "AF A - AF AF AF", "attention of 2 dropped; FFNs of 1–2 removed"),
+        (SOURCE, "(AF AF) AF AF (AF AF)", "0–1 in parallel; 4–5 in parallel"),
+        ("AF F+F AF", "AF F+F F", "attention of 3 dropped"),  # fused before
+        ("AF AL AF", "AF A AF", "FFNs of 1 removed"),
+    ],
+)
+def test_changes_are_read_off_the_structure(source: Pattern, pattern: Pattern, text: str) -> None:
+    assert changes_text(parts_of(structure(source)), parts_of(structure(pattern))) == text
+
+
+def test_a_number_format_is_a_change() -> None:
+    source, dropped = parts_of(structure(SOURCE)), parts_of(structure("AF F F AF F AF"))
+    assert changes_text(source, source, "int8 (W8A8 static)") == "int8 (W8A8 static)"
+    assert changes_text(source, dropped, "int8") == "attention of 1–2, 4 dropped; int8"
+
+
+FUSED, REMOVED, LONGER = "AF F+F F AF", "AF - - F AF", "AF F+F+F AF"
+FUSED_OR_REMOVED = (
+    "With the FFNs of layers 1–2 fused, perplexity is 2.00 (0); with the same FFNs removed instead, 3.00 (1)"
+)
+WITH_LAST = "With the FFN of layer 3, the last of its run, fused as well, perplexity is 3.00 (1) instead of 2.00 (0)."
+
+
+@pytest.mark.parametrize(
+    ("patterns", "said"),
+    [
+        pytest.param([FUSED, REMOVED], [f"{FUSED_OR_REMOVED}."], id="fused_or_removed"),
+        pytest.param(
+            [FUSED, REMOVED, "AF F F F AF"], [f"{FUSED_OR_REMOVED}; as they were, 4.00 (2)."], id="and_as_they_were"
+        ),
+        pytest.param([FUSED, LONGER], [WITH_LAST], id="with_the_last"),
+        pytest.param([FUSED, LONGER, FUSED], [WITH_LAST.replace("(0)", "(0, 2)")], id="the_same_twice"),
+        pytest.param([FUSED, "AF - - AF AF"], [], id="other_attentions"),
+        pytest.param([FUSED, "AF - - - AF"], [], id="other_ffns_removed"),
+        pytest.param(["AF F+F F F AF", "AF F+F+F F AF"], [], id="longer_but_not_by_the_last"),
+        pytest.param(["AF F F+F AF", LONGER], [], id="longer_at_the_front"),
+        pytest.param(
+            ["F+F F AF F+F F AF", "F+F+F AF F+F+F AF"],
+            [
+                "With the FFNs of layers 2, 6, the last of their runs, fused as well, perplexity is 3.00 (1) "
+                "instead of 2.00 (0)."
+            ],
+            id="two_runs",
+        ),
+        pytest.param([SOURCE], [], id="alone"),
+    ],
+)
+def test_findings_compare_what_differs_in_one_thing(patterns: list[Pattern], said: list[str]) -> None:
+    """Variants are called 0, 1, 2 ...; different ones have perplexities 2, 3, 4 ..."""
+    models = [
+        EvaluatedModel(
+            label=str(index), structure=structure(pattern), accuracy={"perplexity": patterns.index(pattern) + 2.0}
+        )
+        for index, pattern in enumerate(patterns)
+    ]
+    assert findings(models) == said
+
+
+def test_number_formats_are_not_mixed() -> None:
+    def model(pattern: Pattern, number_format: str | None) -> EvaluatedModel:
+        accuracy = {"perplexity": 2.0}
+        return EvaluatedModel(
+            label=pattern, structure=structure(pattern), accuracy=accuracy, number_format=number_format
+        )
+
+    assert findings([model(FUSED, "int8"), model(REMOVED, None)]) == []
+    assert len(findings([model(FUSED, "int8"), model(REMOVED, "int8")])) == 1

@@ -1,0 +1,460 @@
+"""The TensorRT-LLM backend without TensorRT-LLM: commands, memory, what is missing; and with stand-ins of its programs.
+
+`trtllm-build` is a script that writes what it was called with, the executor's bindings are a module of the same names.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shlex
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import build
+from engines import tensorrt_llm
+from engines.base import EngineManifest, read_engine_manifest
+from engines.bench import python_worker
+from engines.report import report_from_results
+from engines.results import Results, json_from_results, results_from_json, statistics
+from engines.run import run_recipe
+from engines.tensorrt_llm import BuildSettings, TensorRtLlm, build_command, describe_build, memory_per_gpu
+from engines.tensorrt_llm_worker import open_executor, serve, timed_request
+from engines.trtllm_bench import results_from_trtllm_bench
+from engines.worker import Close, Closed, Run, Sample, token_ids
+from exporter.errors import CheckpointError, EngineError, FuselageError
+from exporter.graph import ModelGraph
+from exporter.recipe import read_recipe
+from exporter.writers import hf, trtllm
+from exporter.writers.files import save_folder
+from exporter.writers.trtllm_config import CHECKPOINT_KIND, CheckpointManifest, RankFile, read_checkpoint_manifest
+from tests.tiny import quantized_graph, tiny_graph
+
+# What trtllm-build of 1.1 and 1.2 takes (tensorrt_llm/commands/build.py, plugin/plugin.py), as far as it is used.
+FLAGS = {
+    "checkpoint_dir", "output_dir", "model_cls_file", "model_cls_name", "max_batch_size", "max_input_len",
+    "max_seq_len", "max_num_tokens", "max_beam_width", "kv_cache_type", "workers", "gemm_plugin",
+    "gemm_swiglu_plugin", "low_latency_gemm_plugin", "use_paged_context_fmha", "use_fp8_context_fmha",
+}  # fmt: skip
+
+
+def checkpoint(graph: ModelGraph, folder: Path, **options: Any) -> Path:
+    save_folder(folder, trtllm.emit(graph, trtllm.Options(**options)), kind=CHECKPOINT_KIND, details={})
+    return folder
+
+
+def options_of(folder: Path, **settings: Any) -> dict[str, str]:
+    command = build_command(folder, Path("out"), read_checkpoint_manifest(folder), BuildSettings(**settings))
+    assert command[0] == "trtllm-build"
+    names, values = command[1::2], command[2::2]
+    assert {name.removeprefix("--") for name in names} <= FLAGS
+    return dict(zip((name.removeprefix("--") for name in names), values, strict=True))
+
+
+PLAIN = tiny_graph("AF F", num_key_value_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        (None, {}, {"gemm_plugin": "auto", "use_paged_context_fmha": "enable"}),
+        ("fp8", {}, {"gemm_plugin": "fp8", "gemm_swiglu_plugin": "fp8", "use_fp8_context_fmha": "disable"}),
+        ("fp8", {"low_latency": True}, {"low_latency_gemm_plugin": "fp8"}),
+        ("int8-smoothquant-token", {}, {"gemm_plugin": "auto", "use_paged_context_fmha": "enable"}),
+    ],
+)
+def test_command(name: str | None, settings: dict[str, Any], expected: dict[str, str], tmp_path: Path) -> None:
+    graph = PLAIN if name is None else quantized_graph(PLAIN, name)
+    folder = checkpoint(graph, tmp_path / "checkpoint", tp_size=2)
+    options = options_of(folder, **settings)
+    assert expected.items() <= options.items()
+    assert {"max_seq_len": "512", "workers": "2", "kv_cache_type": "paged"}.items() <= options.items()
+    assert ("model_cls_file" in options) == (name == "int8-smoothquant-token")
+    assert ("gemm_swiglu_plugin" in options) == (name == "fp8" and not settings)
+
+
+def test_our_class_is_found_by_the_build_and_by_its_workers(tmp_path: Path) -> None:
+    folder = checkpoint(tiny_graph("(AF AF)"), tmp_path / "with space", tp_size=2)
+    options = options_of(folder)
+    assert Path(options["model_cls_file"]).read_text() == trtllm.NETWORK.read_text()
+    assert f"class {options['model_cls_name']}(" in trtllm.NETWORK.read_text()
+    text = describe_build(folder, tmp_path / "out", BuildSettings())
+    assignment, *command = shlex.split(text.splitlines()[0])
+    assert assignment.startswith(f"PYTHONPATH={folder}")
+    assert command[:3] == ["trtllm-build", "--checkpoint_dir", str(folder)]
+    assert not (tmp_path / "out").exists()
+
+
+def manifest_with(**changes: Any) -> CheckpointManifest:
+    rank = RankFile(file="rank0.safetensors", layers=(0, 2), weight_bytes=10, kv_bytes_per_token=100, widest_gemm=4096)
+    known: dict[str, Any] = {
+        "model_class": None, "dtype": "bfloat16", "quant_algo": None, "kv_cache_quant_algo": None, "tp_size": 1,
+        "pp_size": 1, "vocab_size": 1000, "max_positions": 2048, "ranks": (rank,), "structure": {"hidden_size": 512},
+    }  # fmt: skip
+    return CheckpointManifest(**{**known, **changes})
+
+
+def test_memory_by_hand() -> None:
+    (memory,) = memory_per_gpu(manifest_with(), BuildSettings(max_batch_size=4, max_seq_len=9999, max_num_tokens=256))
+    assert memory.weights == 10
+    assert memory.kv_cache == 4 * 2048 * 100
+    assert memory.activations == 2 * 256 * (4096 + 3 * 512) + 4 * 4 * 1000
+    assert memory.total == memory.weights + memory.kv_cache + memory.activations
+
+
+@pytest.mark.parametrize("settings", [{"max_batch_size": 0}, {"workers": 0}, {"low_latency": True}])
+def test_settings_that_do_not_fit(settings: dict[str, Any]) -> None:
+    with pytest.raises(EngineError):
+        build_command(Path("in"), Path("out"), manifest_with(), BuildSettings(**settings))
+
+
+# --- what is missing
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, version: str | None, *, program: str | None, gpus: int) -> None:
+    def found(name: str) -> str:
+        if version is None or name != "tensorrt_llm":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", found)
+    monkeypatch.setattr(tensorrt_llm.shutil, "which", lambda name: program)
+    monkeypatch.setattr(tensorrt_llm, "_gpus", lambda: ["NVIDIA H100 80GB HBM3"] * gpus)
+
+
+@pytest.mark.parametrize(
+    ("version", "program", "gpus", "words"),
+    [
+        (None, "x", 8, ["not installed", "pip install tensorrt_llm==1.2.1", "release:1.2.1"]),
+        ("1.0.0", "x", 8, ["1.0.0", "1.1 and 1.2", "pip install"]),
+        ("1.3.0rc22", "x", 8, ["1.3.0rc22", "export --to hf"]),
+        ("1.2.1", None, 8, ["trtllm-build is not on the PATH"]),
+        ("1.2.1", "x", 0, ["no NVIDIA GPU"]),
+        ("1.1.0", "x", 1, []),
+        ("1.2.1", "x", 8, []),
+    ],
+)
+def test_missing(
+    version: str | None, program: str | None, gpus: int, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, version, program=program, gpus=gpus)
+    problems = TensorRtLlm().missing()
+    assert len(problems) == bool(words)
+    for word in words:
+        assert word in problems[0]
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(build.main, [str(argument) for argument in arguments])
+
+
+def test_command_line(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    save_folder(model, hf.emit(PLAIN, hf.Options()), kind="checkpoint", details={})
+    export = ["export", model, "--to", "trtllm", "--tp", 2, "-o", tmp_path / "checkpoint"]
+    result = call(*export, "--dry-run", "--list-tensors", "--format", "fp8", "--kv-cache", "int8")
+    assert result.exit_code == 0, result.output
+    assert "rank1.safetensors  transformer.layers.1.ffn.proj.weights_scaling_factor  float32[1]" in result.output
+    assert "kv_cache_rcp_scaling_factor" in result.output
+    assert "needs calibration" in call(*export, "--format", "fp8").output
+    assert call(*export, "--format", "int8-smoothquant", "--calibration", model).exit_code == 2
+    assert call(*export, "--kv-cache", "fp8").exit_code == 2
+    assert call(*export, "--format", "fp8-rowwise").exit_code == 0
+    engine = ["engine", tmp_path / "checkpoint", "-o", tmp_path / "engine"]
+    result = call(*engine, "--backend", "tensorrt-llm", "--dry-run", "--max-batch", 2)
+    assert result.exit_code == 0, result.output
+    assert "--max_batch_size 2" in result.output
+    assert call(*engine, "--dry-run").exit_code == 2  # another backend
+    result = call(*engine, "--backend", "tensorrt-llm")
+    assert (result.exit_code, "not installed" in result.output) == (2, True)
+    assert not (tmp_path / "engine").exists()
+
+
+# --- building, with a stand-in for trtllm-build
+
+SCRIPT = """#!{python}
+import json, os, sys
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+if os.environ.get("FAIL"):
+    sys.exit(3)
+for rank in range(int(options["--workers"])):
+    open(os.path.join(options["--output_dir"], f"rank{{rank}}.engine"), "wb").write(b"engine")
+with open(os.path.join(options["--output_dir"], "config.json"), "w") as config:
+    json.dump({{"argv": sys.argv, "path": os.environ.get("PYTHONPATH")}}, config)
+"""
+
+
+@pytest.fixture
+def toolchain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "bin" / "trtllm-build"
+    program.parent.mkdir()
+    program.write_text(SCRIPT.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    pretend(monkeypatch, "1.2.1", program=str(program), gpus=2)
+
+
+@pytest.mark.usefixtures("toolchain")
+def test_build(tmp_path: Path) -> None:
+    folder = checkpoint(tiny_graph("AF (AF AF)"), tmp_path / "checkpoint", tp_size=2)
+    engine = TensorRtLlm(BuildSettings(max_batch_size=3)).build(folder, tmp_path / "engine", label="two", force=False)
+    assert {path.name for path in engine.iterdir()} == {
+        "config.json", "engine.json", "models.py", "rank0.engine", "rank1.engine", "fuselage.manifest.json",
+    }  # fmt: skip
+    seen = json.loads((engine / "config.json").read_text())
+    assert seen["path"].split(":")[0] == str(folder)
+    manifest = read_engine_manifest(engine)
+    assert (manifest.backend, manifest.label, manifest.max_positions) == ("tensorrt-llm", "two", 512)
+    assert manifest.options["command"] == ["trtllm-build", *seen["argv"][1:]]
+    assert manifest.kv_bytes_per_token == 2 * 3 * 2 * 1 * 16 * 4  # ranks, layers, k and v, heads, size, float32
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "checkpoint", "engine"]
+    with pytest.raises(EngineError, match="bench"):
+        TensorRtLlm().open(engine, threads=None)
+    assert python_worker(engine, manifest, 4, [0])[1:] == ["-m", "engines.tensorrt_llm_worker", str(engine)]
+
+
+RECIPE = """
+model: model
+network: {to: trtllm, tp: 2, max_batch: 3}
+variants:
+  - name: plain
+  - {name: parallel, plan: {parallel: [[0, 1]]}, checkpoint: false}
+bench: null
+"""
+
+
+@pytest.mark.usefixtures("toolchain")
+def test_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_folder(tmp_path / "model", hf.emit(tiny_graph("AF AF AF"), hf.Options()), kind="checkpoint", details={})
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    recipe = read_recipe(tmp_path / "recipe.yaml")
+    made: list[str] = []
+    run_recipe(recipe, tmp_path / "out", notify=lambda step, now: made.append(step) if now else None)
+    assert made == ["plain: network", "plain: engine", "parallel: network", "parallel: engine"]
+    manifest = read_engine_manifest(tmp_path / "out" / "parallel" / "engine")
+    assert "--model_cls_name" in manifest.options["command"]
+    assert manifest.options["command"][manifest.options["command"].index("--max_batch_size") + 1] == "3"
+    run_recipe(recipe, tmp_path / "out", notify=lambda step, now: made.append(step) if now else None)
+    assert len(made) == 4
+    pretend(monkeypatch, None, program=None, gpus=0)
+    with pytest.raises(EngineError, match="not installed"):
+        run_recipe(recipe, tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.usefixtures("toolchain")
+@pytest.mark.parametrize("case", ["status", "altered", "no checkpoint"])
+def test_a_build_that_fails_leaves_nothing(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint(PLAIN, tmp_path / "checkpoint")
+    words = {"status": "status 3", "altered": "altered", "no checkpoint": "another kind"}[case]
+    if case == "status":
+        monkeypatch.setenv("FAIL", "1")
+    elif case == "altered":
+        content = bytearray((folder / "rank0.safetensors").read_bytes())
+        content[-1] ^= 1
+        (folder / "rank0.safetensors").write_bytes(content)
+    else:
+        folder = tmp_path / "model"
+        save_folder(folder, hf.emit(PLAIN, hf.Options()), kind="checkpoint", details={})
+    with pytest.raises(FuselageError, match=words):
+        TensorRtLlm().build(folder, tmp_path / "engine", label=None, force=False)
+    assert not [path for path in tmp_path.iterdir() if "engine" in path.name]
+
+
+@pytest.mark.parametrize("content", [{}, {"checkpoint_schema": 2}, {"checkpoint_schema": 1}])
+def test_a_manifest_that_is_not_ours(content: Any, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError):
+        read_checkpoint_manifest(tmp_path)
+
+
+# --- running, with a stand-in for tensorrt_llm.bindings.executor
+
+
+class Clock:
+    """Every look at it takes a millisecond."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def __call__(self) -> int:
+        self.now += 10**6
+        return self.now
+
+
+class FakeExecutor:
+    """Streams `tokens_per_response` tokens of every request in turn."""
+
+    def __init__(self, model_path: str, model_type: str, executor_config: Any) -> None:
+        self.arguments = (model_path, model_type, executor_config)
+        self.left: dict[int, int] = {}
+        self.prompts: list[list[int]] = []
+        self.tokens_per_response, self.error, self.missing_tokens = 1, False, 0
+
+    def enqueue_request(self, request: Any) -> int:
+        self.prompts.append(request.input_token_ids)
+        self.left[len(self.prompts)] = request.max_tokens - self.missing_tokens
+        return len(self.prompts)
+
+    def await_responses(self, request_id: int) -> list[Any]:
+        count = min(self.tokens_per_response, self.left[request_id])
+        self.left[request_id] -= count
+        result = types.SimpleNamespace(output_token_ids=[[1] * count], is_final=not self.left[request_id])
+        return [types.SimpleNamespace(result=result, has_error=lambda: self.error, error_msg="out of memory")]
+
+
+def record(name: str, *fields: str) -> Any:
+    """A class of the bindings that keeps what it was made with, and takes nothing else."""
+
+    def __init__(self: Any, *arguments: Any, **keywords: Any) -> None:
+        named = dict(zip(fields, arguments, strict=False))
+        assert set(keywords) <= set(fields) - set(named), f"{name} does not take {keywords}"
+        self.__dict__.update(dict.fromkeys(fields) | named | keywords)
+
+    return type(name, (), {"__init__": __init__})
+
+
+@pytest.fixture
+def bindings(monkeypatch: pytest.MonkeyPatch) -> Any:
+    module = types.ModuleType("tensorrt_llm.bindings.executor")
+    module.__dict__.update(
+        Executor=FakeExecutor,
+        ExecutorConfig=record("ExecutorConfig", "max_beam_width", "max_batch_size", "kv_cache_config"),
+        KvCacheConfig=record("KvCacheConfig", "enable_block_reuse", "max_tokens", "free_gpu_memory_fraction"),
+        ParallelConfig=record("ParallelConfig", "type", "mode", "device_ids", "participant_ids", "orchestrator_config"),
+        OrchestratorConfig=record("OrchestratorConfig", "is_orchestrator", "worker_executable_path"),
+        Request=record("Request", "input_token_ids", "max_tokens", "streaming"),
+        ModelType=types.SimpleNamespace(DECODER_ONLY="decoder"),
+        CommunicationType=types.SimpleNamespace(MPI="mpi"),
+        CommunicationMode=types.SimpleNamespace(LEADER="leader", ORCHESTRATOR="orchestrator"),
+    )
+    package, parent = types.ModuleType("tensorrt_llm"), types.ModuleType("tensorrt_llm.bindings")
+    package.__file__ = "/site/tensorrt_llm/__init__.py"
+    package.bindings, parent.executor = parent, module  # type: ignore[attr-defined]
+    for one in (package, parent, module):
+        monkeypatch.setitem(sys.modules, one.__name__, one)
+    return module
+
+
+def engine_manifest(world_size: int) -> EngineManifest:
+    return EngineManifest(
+        backend="tensorrt-llm", runtime={}, machine={}, label="x", network_file="config.json", network_sha256="0",
+        dtype="bfloat16", vocab_size=100, max_positions=64, capacity=None, cache=(), kv_bytes_per_token=1,
+        weight_bytes=1, structure={}, options={"world_size": world_size},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_executor(world_size: int, bindings: Any) -> None:
+    executor = open_executor(Path("/engine"), engine_manifest(world_size))
+    path, kind, config = executor.arguments
+    assert (path, kind, config.kv_cache_config.enable_block_reuse) == ("/engine", "decoder", False)
+    if world_size == 1:
+        assert not hasattr(config, "parallel_config")
+    else:
+        assert config.parallel_config.mode == "orchestrator"
+        worker = config.parallel_config.orchestrator_config.worker_executable_path
+        assert worker == "/site/tensorrt_llm/bin/executorWorker"
+
+
+def test_every_token_is_timed(bindings: Any) -> None:
+    executor = FakeExecutor("", "", None)
+    input_ids = token_ids(2, 5, vocab_size=100, seed=1)
+    sample = timed_request(executor, input_ids, 4, clock_ns=Clock())
+    assert executor.prompts == input_ids.tolist()
+    # Two responses per step, a millisecond each; the step is over with the second.
+    assert (sample.ttft_ms, sample.step_ms, sample.request_ms) == (2.0, (2.0, 2.0, 2.0), 8.0)
+    executor.tokens_per_response = 3  # they can come late and together
+    sample = timed_request(executor, input_ids, 4, clock_ns=Clock())
+    assert (sample.ttft_ms, sample.step_ms, sample.request_ms) == (2.0, (0.0, 0.0, 2.0), 4.0)
+
+
+@pytest.mark.parametrize(("field", "value", "words"), [
+    ("error", True, "out of memory"), ("missing_tokens", 1, "another number of tokens"),
+])  # fmt: skip
+def test_an_executor_that_fails(field: str, value: Any, words: str, bindings: Any) -> None:
+    executor = FakeExecutor("", "", None)
+    setattr(executor, field, value)
+    with pytest.raises(EngineError, match=words):
+        timed_request(executor, token_ids(1, 5, vocab_size=100, seed=1), 4)
+
+
+def test_the_worker_speaks_the_protocol(bindings: Any) -> None:
+    lines = [Run(batch=2, input_len=3, output_len=2, seed=7).model_dump_json(), Close().model_dump_json()]
+    sent: list[Any] = []
+    serve(FakeExecutor("", "", None), engine_manifest(1), lines, sent.append)
+    assert [type(message) for message in sent] == [Sample, Closed]
+    assert len(sent[0].step_ms) == 1
+
+
+# --- trtllm-bench
+
+REPORT = {
+    "engine": {"model": "m", "model_path": "p", "engine_dir": "e", "version": "1.2.1", "backend": "TRT",
+               "dtype": "bfloat16", "kv_cache_dtype": "FP8", "quantization": "FP8", "max_input_length": 1024},
+    "machine": {"name": "NVIDIA H100 80GB HBM3", "memory.total": 79.1, "clocks.mem": 2.6},
+    "world_info": {"tp_size": 8, "pp_size": 1, "ep_size": None, "world_size": 8, "max_batch_size": 1},
+    "request_info": {"num_requests": 2, "avg_num_concurrent_requests": 1.0, "avg_input_length": 128.0},
+    "performance": {"total_latency_ms": 50.0},
+    "streaming_metrics": {"avg_ttft_ms": 6.0},
+}  # fmt: skip
+REQUESTS = [
+    {"id": 1, "num_input_tokens": 128, "output_tokens": 3, "start_timestamp": 10**9,
+     "end_timestamp": 10**9 + 25 * 10**6, "time_to_first_token": 5 * 10**6, "output": "text"},
+    {"id": 2, "num_input_tokens": 128, "output_tokens": 3, "start_timestamp": 2 * 10**9,
+     "end_timestamp": 2 * 10**9 + 27 * 10**6, "time_to_first_token": 7 * 10**6, "output": "text"},
+]  # fmt: skip
+
+
+def converted(tmp_path: Path, report: Any = REPORT, requests: Any = REQUESTS, model: Path | None = None) -> Results:
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    (tmp_path / "requests.json").write_text(json.dumps(requests))
+    if model is None:
+        model = tmp_path / "model"
+        save_folder(model, hf.emit(PLAIN, hf.Options()), kind="checkpoint", details={})
+    return results_from_trtllm_bench(
+        tmp_path / "report.json", tmp_path / "requests.json", model, label="fused", warmup=2
+    )
+
+
+def test_conversion(tmp_path: Path) -> None:
+    results = converted(tmp_path)
+    results = results_from_json(json_from_results(results))
+    (engine,), (cell,) = results.engines, results.cells
+    assert (engine.backend, engine.device, engine.number_format) == ("tensorrt-llm", "8 x NVIDIA H100 80GB HBM3", "FP8")
+    assert engine.kv_bytes_per_token == 2 * 2 * 16  # k and v of two heads of 16, a byte each
+    assert (cell.shape, cell.ttft_ms, cell.request_ms, cell.step_ms) == ((1, 128, 3), (5.0, 7.0), (25.0, 27.0), ())
+    found = statistics(cell)
+    assert found.inter_token_ms is not None
+    assert (found.inter_token_ms.median, found.step_p50_ms) == (10.0, None)
+    assert found.output_tokens_per_s_per_user == 100.0
+    (tmp_path / "a.json").write_bytes(json_from_results(results))
+    names = [name for name, _ in report_from_results([tmp_path / "a.json"], baseline=None)]
+    assert "report.html" in names
+
+
+def test_the_pytorch_backend_says_so(tmp_path: Path) -> None:
+    report = {**REPORT, "engine": {**REPORT["engine"], "backend": "Pytorch", "version": "1.3.0"}}
+    assert converted(tmp_path, report).engines[0].backend == "tensorrt-llm (pytorch)"
+
+
+@pytest.mark.parametrize(
+    ("report", "requests", "words"),
+    [
+        ({**REPORT, "request_info": {"num_requests": 2, "avg_num_concurrent_requests": 8.0}}, REQUESTS, "overlapped"),
+        (REPORT, REQUESTS[:1], "different runs"),
+        (REPORT, [REQUESTS[0], {**REQUESTS[1], "time_to_first_token": 27 * 10**6}], "--streaming"),
+        (REPORT, [{"id": 1}, {"id": 2}], "not what trtllm-bench writes"),
+        ({"engine": {}}, REQUESTS, "not what trtllm-bench writes"),
+    ],
+)
+def test_what_cannot_be_converted(report: Any, requests: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(EngineError) as error:
+        converted(tmp_path, report, requests)
+    assert words in str(error.value)
