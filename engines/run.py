@@ -62,6 +62,8 @@ from exporter.writers.trtllm_config import CHECKPOINT_KIND
 if TYPE_CHECKING:
     import numpy as np
 
+    from exporter.analysis.evaluate import HeldModel
+
 Notify = Callable[[str, bool], None]  # (step, whether it was made now; False: it was there already)
 RESULTS_FILE = "results.json"
 EVALUATION_FILE = "evaluation.json"
@@ -114,6 +116,7 @@ def run_recipe(
         calibration = step.folder, _done(step, tell)
     engines: list[tuple[Path, Manifest]] = []
     evaluations: dict[str, tuple[Path, Manifest]] = {}
+    held: dict[str, HeldModel] = {}
     quantizations: dict[str, tuple[Path, Manifest]] = {}
     untimed: dict[str, dict[str, Any]] = {}
     for variant in recipe.variants:
@@ -146,7 +149,15 @@ def run_recipe(
             engines.append((step.folder, _done(step, tell)))
         if recipe.evaluate is not None:
             step = _evaluate_step(
-                recipe.evaluate, variant, plans[variant.name], folder / "evaluation", source, origin, graph, origin_key
+                recipe.evaluate,
+                variant,
+                plans[variant.name],
+                folder / "evaluation",
+                source,
+                origin,
+                graph,
+                origin_key,
+                held,
             )
             evaluations[variant.name] = step.folder, _done(step, tell)
         if not variant.bench:
@@ -363,16 +374,21 @@ def _evaluate_step(
     origin: Checkpoint,
     graph: ModelGraph,
     origin_key: Mapping[str, Any],
+    held: dict[str, HeldModel],
 ) -> Step:
+    """Judge a variant; `held` keeps what the source makes of the text, for the next variant."""
+
     def make(details: Mapping[str, Any]) -> None:
-        from exporter.analysis.evaluate import evaluate  # imports torch
+        from exporter.analysis.evaluate import evaluate, hold  # imports torch
         from exporter.text import open_tokenizer, token_windows
 
         found: dict[str, Any] = {}
         if wanted.text is not None:
             tokenizer = open_tokenizer(source.path, graph.vocab_size)
             tokens = token_windows(wanted.text, tokenizer, context=wanted.context, max_windows=wanted.max_windows)
-            reference = None if graph is source.graph else source.graph
+            if graph is not source.graph and "source" not in held:
+                held["source"] = hold(source.graph, tokens)
+            reference = None if graph is source.graph else held["source"]
             found = evaluate(graph, tokens, reference=reference).to_json()
         if wanted.tasks:
             scores = run_tasks(

@@ -65,8 +65,8 @@ def gain_text(graph: ModelGraph, deployment: Deployment, tokens: Tokens) -> Call
     def text(without: Plan, with_lines: Plan) -> str:
         (before,), (after,) = latencies_of(without)[1], latencies_of(with_lines)[1]
         return (
-            f"predicted to take {before - after:,.0f} us off a decode step of {before:,.0f} us"
-            f" ({100 * (before - after) / before:.1f} %) on {deployment.name}, {deployment.format.name}"
+            f"predicted {before - after:,.0f} us ({100 * (before - after) / before:.1f} %) less per decode step"
+            f" on {deployment.name}, {deployment.format.name}"
         )
 
     return text

@@ -136,7 +136,7 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(tmp_path: Path) -> None:
     structure = ROOT / "tests" / "data" / "nemotron-ultra-253b.structure.json"
     arguments = ["transform", structure, "--plan", tmp_path / "plan.yaml", "-o", tmp_path / "out"]
     last = done(*arguments, "--dry-run").output.splitlines()[-1]
-    assert last == " 506,802,537,650  bytes in all; nothing was written"
+    assert last == " 506,802,537,789  bytes in all; nothing was written"
     assert not (tmp_path / "out").exists()
     assert "needs weights" in call(*arguments).output
 

@@ -46,11 +46,33 @@ class Evaluation:
         return {name: _plain(getattr(self, name)) for name in self.__slots__}
 
 
+@dataclass(frozen=True, slots=True)
+class HeldModel:
+    """A model and what it makes of some tokens: several evaluations can be held against it."""
+
+    model: Reference
+    states: torch.Tensor  # [N, S, D], after the last block
+
+
+def hold(
+    graph: ModelGraph,
+    tokens: np.ndarray,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch: int = DEFAULT_BATCH,
+    block_done: Callable[[], None] = lambda: None,
+) -> HeldModel:
+    """Take tokens int64 [N, S] through a graph, in one pass over its weights."""
+    model = Reference(graph, device=device, dtype=dtype)
+    return HeldModel(model, _last_hidden(model, tokens, batch, block_done))
+
+
 def evaluate(
     graph: ModelGraph,
     tokens: np.ndarray,
     *,
-    reference: ModelGraph | None = None,
+    reference: ModelGraph | HeldModel | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     batch: int = DEFAULT_BATCH,
@@ -58,19 +80,21 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a graph, alone or against a reference, on tokens int64 [N, S].
 
+    Args:
+        reference: a graph, or one that `hold` took through the same tokens.
+
     Raises:
         GraphError: the two have different vocabularies, or a window has a single token.
     """
     if tokens.shape[1] < 2:
         raise GraphError("a window needs at least two tokens, one to predict the other", found=tokens.shape[1])
-    if reference is not None and reference.vocab_size != graph.vocab_size:
+    other = reference.model.graph if isinstance(reference, HeldModel) else reference
+    if other is not None and other.vocab_size != graph.vocab_size:
         raise GraphError(
-            "models with different vocabularies cannot be compared",
-            expected=reference.vocab_size,
-            found=graph.vocab_size,
+            "models with different vocabularies cannot be compared", expected=other.vocab_size, found=graph.vocab_size
         )
-    models = [Reference(g, device=device, dtype=dtype) for g in (graph, reference) if g is not None]
-    total = sum(len(model.graph.blocks) for model in models)
+    waiting = [graph, *([reference] if isinstance(reference, ModelGraph) else [])]
+    total = sum(len(one.blocks) for one in waiting)
     steps = itertools.count(1)
 
     def block_done() -> None:
@@ -78,15 +102,14 @@ def evaluate(
         if progress is not None:
             progress(done, total)
 
-    hidden = [_last_hidden(model, tokens, batch, block_done) for model in models]
+    held = [hold(one, tokens, device=device, dtype=dtype, batch=batch, block_done=block_done) for one in waiting]
+    held += [reference] if isinstance(reference, HeldModel) else []
     sums = _Sums(tokens.shape[1], compared=reference is not None)
     for start in range(0, len(tokens), batch):
         part = slice(start, start + batch)
         targets = torch.from_numpy(tokens[part, 1:]).to(device)
         with torch.inference_mode():
-            sums.add(
-                targets, *(model.head(states[part].to(device)) for model, states in zip(models, hidden, strict=True))
-            )
+            sums.add(targets, *(one.model.head(one.states[part].to(device)) for one in held))
     return sums.evaluation(len(tokens))
 
 

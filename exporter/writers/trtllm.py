@@ -81,6 +81,17 @@ def check(graph: ModelGraph, options: Options) -> list[FuselageError]:
     return problems or list(_format_problems(_mapped(graph, options)))
 
 
+def plan(graph: ModelGraph, options: Options) -> dict[str, int]:
+    """Return the bytes of every file that `emit` would give, by name; reads no weight.
+
+    Raises:
+        TargetError: `check` finds a problem.
+    """
+    return {
+        name: len(content) if isinstance(content, bytes) else content.nbytes for name, content in emit(graph, options)
+    }
+
+
 def emit(graph: ModelGraph, options: Options) -> Iterator[tuple[str, Content | bytes]]:
     """Return the folder's files: config, model class if it needs ours, one weight file per rank.
 
@@ -225,7 +236,7 @@ def _mapping_problems(graph: ModelGraph, options: Options) -> Iterator[FuselageE
         yield from _division_problems(layer, tp_size)
     cut = stages(len(layers), pp_size)
     for number, stage in enumerate(cut):
-        if not any(isinstance(layers[index].block.attention, Attention) for index in stage):
+        if graph.attentions and not any(isinstance(layers[index].block.attention, Attention) for index in stage):
             yield TargetError(
                 "a pipeline stage without attention cannot be built",
                 found=f"stage {number} of {pp_size}: blocks {layers[stage.start].index} to {layers[stage[-1]].index}",

@@ -27,7 +27,7 @@ import numpy as np
 from exporter.architectures.quantization import Scheme
 from exporter.dtypes import FLOAT8_E4M3FN, FLOAT32, INT8, DType
 from exporter.errors import FuselageError, TargetError
-from exporter.graph import Attention, KVQuantization, Linear, LinearSublayer, Quantization, linears
+from exporter.graph import Attention, Linear, LinearSublayer, Quantization, linears
 from exporter.lazy import LazyTensor, cast, computed, full, reshape
 from exporter.lazy_quantized import dequantized, quantized
 from exporter.writers.trtllm_layout import Gemm, Layer, Module
@@ -67,22 +67,21 @@ def gemm_tensors(format_: Format, gemm: Gemm, dtype: DType) -> Named:
 
 
 def kv_tensors(attention: Attention) -> Named:
-    """Yield the scales of a quantized KV cache; nothing if it is not."""
+    """Yield the scale of a quantized KV cache, one for keys and values, and its reciprocal; nothing if it is not.
+
+    Like ModelOpt's, the scale of an FP8 cache is not below 1: a small float needs no stretching.
+    """
     kv = attention.kv_quantization
     if kv is None:
         return
-    yield "kv_cache_scaling_factor", computed((1,), FLOAT32, lambda k, v: _kv_scale(kv.dtype, k, v), *_kv(kv))
-    yield "kv_cache_rcp_scaling_factor", computed((1,), FLOAT32, lambda k, v: 1 / _kv_scale(kv.dtype, k, v), *_kv(kv))
+    least = np.float32(1 if kv.dtype == FLOAT8_E4M3FN else 0)
 
+    def larger(k_scale: LazyTensor, v_scale: LazyTensor) -> np.ndarray:
+        return np.max([k_scale.numpy(), v_scale.numpy(), least]).reshape(1)
 
-def _kv(kv: KVQuantization) -> tuple[LazyTensor, LazyTensor]:
-    return kv.k_scale, kv.v_scale
-
-
-def _kv_scale(dtype: DType, k_scale: LazyTensor, v_scale: LazyTensor) -> np.ndarray:
-    """One scale for keys and values. Like ModelOpt's, an FP8 one is not below 1: a float needs no stretching."""
-    scale = np.maximum(k_scale.numpy(), v_scale.numpy()).reshape(1)
-    return np.maximum(scale, np.float32(1)) if dtype == FLOAT8_E4M3FN else scale
+    scale = computed((1,), FLOAT32, larger, kv.k_scale, kv.v_scale)
+    yield "kv_cache_scaling_factor", scale
+    yield "kv_cache_rcp_scaling_factor", _reciprocal(scale)
 
 
 # --- tensors of a GEMM
@@ -240,6 +239,15 @@ def exclude_modules(format_: Format, stages: Stages) -> list[str] | None:
     return list(found)
 
 
+def _replaceable(format_: Format, modules: Sequence[Module]) -> Iterator[str]:
+    """The modules of a layer that a format replaces if they are not left out."""
+    for module in modules:
+        if format_.least == "sublayer":
+            yield from (NORMS[module.name.partition(".")[0]], module.name)
+        else:
+            yield from (_join(module.name, gemm.name) for gemm in module.gemms)
+
+
 def _left_out(format_: Format, modules: Sequence[Module]) -> Iterator[str]:
     """The modules of a layer that stay as they are, as the format's replacement would find them."""
     for module in modules:
@@ -258,14 +266,13 @@ def _join(module: str, gemm: str) -> str:
 # --- what cannot be expressed
 
 
-def scheme_of(linear: Linear) -> Scheme | None:
-    """How a linear is quantized, None if it is not."""
-    if linear.quantization is None:
-        return None
-    inputs = linear.quantization.input
+def _scheme_of(linear: Linear) -> Scheme:
+    """How a quantized linear is quantized."""
+    quantization = _of(linear)
+    inputs = quantization.input
     return Scheme(
         codes=linear.weight.dtype,
-        weight="channel" if linear.quantization.weight_scale.shape else "tensor",
+        weight="channel" if quantization.weight_scale.shape else "tensor",
         input=None if inputs is None else "token" if inputs.scale is None else "tensor",
     )
 
@@ -273,17 +280,30 @@ def scheme_of(linear: Linear) -> Scheme | None:
 def _schemes(layers: Sequence[Layer]) -> dict[Scheme, int]:
     """Every scheme that occurs, with the index of the first block that has it."""
     found: dict[Scheme, int] = {}
+    for index, _, linear in _quantized_linears(layers):
+        found.setdefault(_scheme_of(linear), index)
+    return found
+
+
+def _quantized_linears(layers: Sequence[Layer]) -> Iterator[tuple[int, str, Linear]]:
     for layer in layers:
         for sublayer in (layer.block.attention, layer.block.ffn):
-            for linear in linears(sublayer).values() if sublayer is not None else ():
-                scheme = scheme_of(linear)
-                if scheme is not None:
-                    found.setdefault(scheme, layer.index)
-    return found
+            for name, linear in linears(sublayer).items() if sublayer is not None else ():
+                if linear.quantization is not None:
+                    yield layer.index, name, linear
 
 
 def check_schemes(layers: Sequence[Layer]) -> Iterator[FuselageError]:
     """Yield what keeps a model from having one format; without any, `format_of` gives it."""
+    for index, name, linear in _quantized_linears(layers):
+        inputs = _of(linear).input
+        if inputs is not None and inputs.dtype != linear.weight.dtype:
+            yield TargetError(
+                f"{name}: a linear's weight and input have codes of one dtype",
+                block=index,
+                expected=linear.weight.dtype,
+                found=inputs.dtype,
+            )
     found = _schemes(layers)
     for scheme, block in found.items():
         if scheme not in FORMATS:
@@ -299,20 +319,17 @@ def check_schemes(layers: Sequence[Layer]) -> Iterator[FuselageError]:
             block=list(found.values())[1],
             found="; ".join(str(scheme) for scheme in found),
         )
-    caches = [(layer.index, a.kv_quantization) for layer in layers if isinstance(a := layer.block.attention, Attention)]
-    kinds = {None if cache is None else cache.dtype for _, cache in caches}
-    if len(kinds) > 1:
-        block = next(index for index, cache in caches if cache is None or cache.dtype != _first_dtype(caches))
-        yield TargetError(
-            "the KV cache has one format in all layers",
-            block=block,
-            found=", ".join(sorted(str(kind) for kind in kinds)),
-            hint="calibrate and quantize all of them, or none",
-        )
-
-
-def _first_dtype(caches: Sequence[tuple[int, KVQuantization | None]]) -> DType:
-    return next(cache.dtype for _, cache in caches if cache is not None)
+    attentions = [(layer.index, a) for layer in layers if isinstance(a := layer.block.attention, Attention)]
+    caches = [(index, a.kv_quantization and a.kv_quantization.dtype) for index, a in attentions]
+    for index, dtype in caches:
+        if dtype != caches[0][1]:
+            yield TargetError(
+                "the KV cache has one format in all layers",
+                block=index,
+                expected=caches[0][1] or "none, as in the first",
+                found=dtype or "none",
+                hint="calibrate and quantize all of them, or none",
+            )
 
 
 def check_module(format_: Format, module: Module, block: int, tp_size: int) -> Iterator[FuselageError]:
@@ -378,12 +395,8 @@ def check_stages(format_: Format, stages: Stages) -> Iterator[FuselageError]:
     for stage, layers in enumerate(stages):
         for number, modules in enumerate(layers):
             out = set(_left_out(format_, modules))
-            for module in modules:
-                names = (
-                    [module.name] if format_.least == "sublayer" else [_join(module.name, g.name) for g in module.gemms]
-                )
-                for name in names:
-                    (left_out if name in out else quantized_)[number, name].append(stage)
+            for name in _replaceable(format_, modules):
+                (left_out if name in out else quantized_)[number, name].append(stage)
     for (number, name), own in left_out.items():
         if quantized_[number, name]:
             yield TargetError(

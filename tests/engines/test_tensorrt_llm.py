@@ -20,9 +20,9 @@ from click.testing import CliRunner, Result
 import build
 from engines import tensorrt_llm
 from engines.base import EngineManifest, read_engine_manifest
-from engines.bench import python_worker
+from engines.bench import bench_engines, python_worker
 from engines.report import report_from_results
-from engines.results import Results, json_from_results, results_from_json, statistics
+from engines.results import RequestShape, Results, json_from_results, results_from_json, statistics
 from engines.run import run_recipe
 from engines.tensorrt_llm import BuildSettings, TensorRtLlm, build_command, describe_build, memory_per_gpu
 from engines.tensorrt_llm_worker import open_executor, serve, timed_request
@@ -391,6 +391,51 @@ def test_the_worker_speaks_the_protocol(bindings: Any) -> None:
     serve(FakeExecutor("", "", None), engine_manifest(1), lines, sent.append)
     assert [type(message) for message in sent] == [Sample, Closed]
     assert len(sent[0].step_ms) == 1
+
+
+EXECUTOR = """
+class Anything:
+    def __init__(self, *arguments, **keywords):
+        self.__dict__.update(keywords)
+    def __getattr__(self, name):
+        raise AttributeError(name)
+
+ExecutorConfig = KvCacheConfig = Request = Result = Response = Anything
+
+class ModelType:
+    DECODER_ONLY = 0
+
+class Executor:
+    def __init__(self, model_path, model_type, executor_config):
+        self.left = {}
+    def enqueue_request(self, request):
+        self.left[len(self.left)] = request.max_tokens
+        return len(self.left) - 1
+    def await_responses(self, request_id):
+        self.left[request_id] -= 1
+        result = Result(output_token_ids=[[7]], is_final=self.left[request_id] == 0)
+        return [Response(result=result, has_error=lambda: False)]
+    def shutdown(self):
+        pass
+"""
+
+
+@pytest.mark.usefixtures("toolchain")
+def test_a_benchmark_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = tmp_path / "site"
+    (site / "tensorrt_llm" / "bindings").mkdir(parents=True)
+    (site / "tensorrt_llm" / "__init__.py").touch()
+    (site / "tensorrt_llm" / "bindings" / "__init__.py").touch()
+    (site / "tensorrt_llm" / "bindings" / "executor.py").write_text(EXECUTOR)
+    (site / "tensorrt_llm-1.2.1.dist-info").mkdir()
+    (site / "tensorrt_llm-1.2.1.dist-info" / "METADATA").write_text("Name: tensorrt_llm\nVersion: 1.2.1\n")
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    engine = TensorRtLlm().build(checkpoint(PLAIN, tmp_path / "in"), tmp_path / "engine", label="x", force=False)
+    results = bench_engines([engine], [RequestShape(2, 3, 4)], rounds=2, warmup=1)
+    (described,), (cell,) = results.engines, results.cells
+    assert (described.backend, described.device) == ("tensorrt-llm", "NVIDIA H100 80GB HBM3")
+    assert described.runtime == {"tensorrt_llm": "1.2.1"}
+    assert [len(steps) for steps in cell.step_ms] == [3, 3]
 
 
 # --- trtllm-bench

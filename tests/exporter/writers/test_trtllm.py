@@ -42,7 +42,7 @@ from exporter.reference import Reference
 from exporter.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from exporter.writers import hf
 from exporter.writers.files import save_folder
-from exporter.writers.trtllm import Options, check, emit, tensors_of_ranks
+from exporter.writers.trtllm import Options, check, emit, plan, tensors_of_ranks
 from exporter.writers.trtllm_config import read_checkpoint_manifest
 from tests.exporter.writers.trtllm_loader import Assembled, assembled, expected_tensors, load, logits
 from tests.tiny import quantized_graph, tiny_graph
@@ -260,6 +260,8 @@ def test_kv_cache_scales(dtype: DType, k_amax: float, expected: float, tmp_path:
     assert loaded.config["quantization"]["kv_cache_quant_algo"] == {INT8: "INT8", FLOAT8_E4M3FN: "FP8"}[dtype]
     assert assembled(loaded).kv_scales == pytest.approx({0: expected, 2: expected})
     manifest = read_checkpoint_manifest(tmp_path / "out")
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+    assert sizes == plan(graph, Options(tp_size=2))
     assert manifest.ranks[0].kv_bytes_per_token == 2 * 2 * 1 * 16  # two layers, k and v, one head, one byte
 
 
@@ -457,9 +459,14 @@ REFUSED: dict[str, tuple[ModelGraph, dict[str, Any], list[str]]] = {
     "eps": (replace(AF2, norm=replace(AF2.norm, eps=1e-6)), {}, ["rms_norm_eps", "1e-05 as elsewhere"]),
     "format": (in_format(AF2, "fp8", inputs={"dtype": "float8_e4m3fn", "scale": "token"}), {},
                ["no engine with this quantization", "inputs per token"]),
+    "two dtypes": (in_format(AF2, "int8-smoothquant", inputs={"dtype": "float8_e4m3fn", "scale": "tensor"}), {},
+                   ["codes of one dtype", "int8"]),
+    "an exclusion and a norm": (in_format(tiny_graph("AF AF", **HEADS, intermediate_size=[512, 256]), "fp8-rowwise",
+                                "blocks.0.ffn.*"), {"pp_size": 2, "max_gemm_elements": 50000},
+                                ["pipeline stage", "post_layernorm"]),
     "two formats": (in_format(AF2, "fp8", overrides=[ROWS_BELOW]), {}, ["one quantization"]),
-    "half a KV cache": (with_kv(AF2, INT8, None), {}, ["KV cache", "None, int8", "Calibrate"]),
-    "two KV caches": (with_kv(AF2, INT8, FLOAT8_E4M3FN), {}, ["KV cache", "float8_e4m3fn, int8"]),
+    "half a KV cache": (with_kv(AF2, INT8, None), {}, ["KV cache", "int8, found none", "Calibrate"]),
+    "two KV caches": (with_kv(AF2, INT8, FLOAT8_E4M3FN), {}, ["KV cache", "int8, found float8_e4m3fn"]),
     "smoothquant leaves out": (in_format(AF2, "int8-smoothquant", "blocks.0.ffn.*"), {}, ["every linear", "block 0"]),
     "smoothquant of a linear": (in_format(tiny_graph("AF LF", **HEADS), "int8-smoothquant"), {}, ["linear in place"]),
     "half an FFN": (in_format(AF2, "fp8", "blocks.1.ffn.down_proj"), {}, ["as a whole", "block 1"]),
