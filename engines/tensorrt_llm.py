@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class BuildSettings:
     max_seq_len: int = 8192  # tokens of one sequence, prompt and output; at most what the model knows
     max_num_tokens: int = 8192  # tokens of one step over all sequences: sizes the activations
     low_latency: bool = False  # FP8 GEMMs for few tokens at a time
-    workers: int | None = None  # GPUs that build at the same time; None: one per rank
+    workers: int | None = None  # GPUs that build at the same time; None: one per rank, or as many as there are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,9 +109,11 @@ class TensorRtLlm:
         checkpoint = read_checkpoint_manifest(network)
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.build-") as built:
-            command = build_command(network, Path(built), checkpoint, self.settings)
+            workers = self.settings.workers or min(len(checkpoint.ranks), len(_gpus()))
+            settings = replace(self.settings, workers=workers)
+            command = build_command(network, Path(built), checkpoint, settings)
             _run(command, build_environment(network, checkpoint))
-            manifest = _engine_manifest(checkpoint, folder.fingerprint, label or output.name, self.settings, command)
+            manifest = _engine_manifest(checkpoint, folder.fingerprint, label or output.name, settings, command)
             contents: list[tuple[str, Content | bytes]] = [(ENGINE_FILE, json_bytes(manifest.model_dump(mode="json")))]
             contents += [(path.name, FileCopy(path)) for path in sorted(Path(built).iterdir()) if path.is_file()]
             if checkpoint.model_class is not None:
@@ -224,20 +226,21 @@ def _plugins(checkpoint: Path, manifest: CheckpointManifest, settings: BuildSett
         # Attention over a paged context has no kernels for such caches; the build would switch it off silently.
         paged_context = "enable" if kv is None else "disable"
         return {"gemm_plugin": "auto", "use_paged_context_fmha": paged_context}
-    fp8_attention = "enable" if kv == "FP8" else "disable"
+    # FP8 attention rounds its output with the scale of `dense`, which every layer must then have.
+    fp8_attention = "enable" if kv == "FP8" and not _leaves_out(checkpoint, "attention") else "disable"
     options: dict[str, object] = {"use_paged_context_fmha": fp8_attention, "use_fp8_context_fmha": fp8_attention}
     if settings.low_latency:
         return {"low_latency_gemm_plugin": "fp8", **options}
     options = {"gemm_plugin": "fp8", **options}
-    if _all_ffns_quantized(checkpoint):
+    if not _leaves_out(checkpoint, "ffn"):  # gate, up and SwiGLU as one kernel, which every FFN has to take
         options["gemm_swiglu_plugin"] = "fp8"
     return options
 
 
-def _all_ffns_quantized(checkpoint: Path) -> bool:
-    """Whether gate, up and SwiGLU can be one kernel: a flag for the whole model, which every FFN has to take."""
+def _leaves_out(checkpoint: Path, sublayer: str) -> bool:
+    """Whether linears of some attention or FFN are left as they are; plugin flags hold for the whole model."""
     excluded = read_json(checkpoint / CONFIG)["quantization"].get("exclude_modules") or []
-    return not any(".ffn" in pattern for pattern in excluded)
+    return any(f".{sublayer}" in pattern for pattern in excluded)
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -273,6 +276,7 @@ def _engine_manifest(
         options={
             "device": gpu,
             "world_size": len(checkpoint.ranks),
+            "max_batch_size": settings.max_batch_size,
             "kv_cache": checkpoint.kv_cache_quant_algo or checkpoint.dtype,
             "command": list(command),
         },

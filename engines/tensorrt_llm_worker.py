@@ -101,6 +101,11 @@ def serve(executor: Any, manifest: EngineManifest, lines: Iterable[str], send: C
         if isinstance(order, Close):
             send(Closed(peak_memory_gib=peak_memory_bytes() / 2**30))
             return
+        largest = manifest.options["max_batch_size"]
+        if order.batch > largest:  # the executor would run some of the sequences after the others
+            raise EngineError(
+                "the engine is built for fewer sequences", expected=f"at most {largest}", found=order.batch
+            )
         input_ids = token_ids(order.batch, order.input_len, vocab_size=manifest.vocab_size, seed=order.seed)
         send(timed_request(executor, input_ids, order.output_len))
 

@@ -34,6 +34,7 @@ Kind = Literal["block", "attention", "ffn"]
 KINDS: tuple[Kind, ...] = ("block", "attention", "ffn")
 DEFAULT_BUDGET_BYTES = 4 << 30
 DEFAULT_BATCH = 8  # windows that go through a block at a time
+TOKENS_TOGETHER = 4096  # of several variants: so many tokens go through a block in one call, if there are as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,17 +205,24 @@ class _Run:
             check_finite(y, self._graph, index)
             if in_range:
                 curves += _curves(x, y)
-            for removal in older:
-                xv = self._states.read(removal.name, part, self._reference.device)
-                attention_v, ffn_v = block.contributions(xv, self._span)
-                if in_range:
-                    pairs = {
-                        "block": (attention + ffn, attention_v + ffn_v),
-                        "attention": (attention, attention_v),
-                        "ffn": (ffn, ffn_v),
-                    }
-                    distances[removal] += _summed_distance(*pairs[removal.kind])
-                self._states.write(removal.name, part, xv + attention_v + ffn_v)
+            # Variants go through the block together: few large products instead of many small ones.
+            together = max(1, TOKENS_TOGETHER // x[..., 0].numel())
+            for start in range(0, len(older), together):
+                group = older[start : start + together]
+                xs = torch.cat([self._states.read(removal.name, part, self._reference.device) for removal in group])
+                of_attention, of_ffn = block.contributions(xs, self._span)
+                ys = xs + of_attention + of_ffn
+                for number, removal in enumerate(group):
+                    rows = slice(number * len(x), (number + 1) * len(x))
+                    if in_range:
+                        attention_v, ffn_v = _rows(of_attention, rows), _rows(of_ffn, rows)
+                        pairs = {
+                            "block": (attention + ffn, attention_v + ffn_v),
+                            "attention": (attention, attention_v),
+                            "ffn": (ffn, ffn_v),
+                        }
+                        distances[removal] += _summed_distance(*pairs[removal.kind])
+                    self._states.write(removal.name, part, ys[rows])
             for removal in fresh:
                 self._states.write(removal.name, part, _without(block, removal.kind, x, attention, self._span))
             self._states.write("base", part, y)
@@ -258,6 +266,10 @@ class _Run:
             if kl:
                 result.kl.setdefault(removal.kind, np.full(count, math.nan))[column] = divergence / tokens
         return result
+
+
+def _rows(values: torch.Tensor | float, rows: slice) -> torch.Tensor | float:
+    return values[rows] if isinstance(values, torch.Tensor) else values
 
 
 def _without(block: LoadedBlock, kind: Kind, x: torch.Tensor, attention: Any, span: Any) -> torch.Tensor:

@@ -59,7 +59,7 @@ from exporter.writers.trtllm_layout import (
 )
 
 NETWORK = Path(__file__).parent / "trtllm_network.py"
-DTYPES = (BFLOAT16, FLOAT16, FLOAT32)
+DTYPES = (BFLOAT16, FLOAT16, FLOAT32)  # the last for checks: its attention has no fast kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ class Options:
     tp_size: int = 1
     pp_size: int = 1
     split_embedding: bool = False  # over the tensor-parallel ranks: less memory for one more all-reduce
-    dtype: DType | None = None  # of the network; None: the graph's if it is one of DTYPES, else bfloat16
+    dtype: DType | None = None  # of the network; None: the graph's if it is bfloat16 or float16, else bfloat16
     # Sizes in GEMM kernels are 32-bit: a larger matrix (gate and up of an FFN as one, on one rank) is cut into several.
     max_gemm_elements: int = 2**31 - 1
 
@@ -144,7 +144,7 @@ def _mapped(graph: ModelGraph, options: Options) -> Mapped:
         groups=groups,
         parts=parts,
         format=format_of(layers),
-        dtype=options.dtype or (graph.dtype if graph.dtype in DTYPES else BFLOAT16),
+        dtype=options.dtype or (FLOAT16 if graph.dtype == FLOAT16 else BFLOAT16),
         tp_size=options.tp_size,
         pp_size=options.pp_size,
         split_embedding=options.split_embedding,

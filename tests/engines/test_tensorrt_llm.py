@@ -14,6 +14,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
@@ -28,8 +29,11 @@ from engines.tensorrt_llm import BuildSettings, TensorRtLlm, build_command, desc
 from engines.tensorrt_llm_worker import open_executor, serve, timed_request
 from engines.trtllm_bench import results_from_trtllm_bench
 from engines.worker import Close, Closed, Run, Sample, token_ids
+from exporter.calibration import calibrate, ranges_of
 from exporter.errors import CheckpointError, EngineError, FuselageError
 from exporter.graph import ModelGraph
+from exporter.passes.quantize_linears import quantize_linears
+from exporter.quantization import read_quantization, recipe_with
 from exporter.recipe import read_recipe
 from exporter.writers import hf, trtllm
 from exporter.writers.files import save_folder
@@ -77,6 +81,17 @@ def test_command(name: str | None, settings: dict[str, Any], expected: dict[str,
     assert {"max_seq_len": "512", "workers": "2", "kv_cache_type": "paged"}.items() <= options.items()
     assert ("model_cls_file" in options) == (name == "int8-smoothquant-token")
     assert ("gemm_swiglu_plugin" in options) == (name == "fp8" and not settings)
+
+
+@pytest.mark.parametrize(
+    ("exclude", "swiglu", "attention"),
+    [([], True, "enable"), (["blocks.0.ffn.*"], False, "enable"), (["blocks.0.attention.o_proj"], True, "disable")],
+)
+def test_a_flag_for_all_needs_all(exclude: list[str], swiglu: bool, attention: str, tmp_path: Path) -> None:
+    recipe = recipe_with(read_quantization("fp8"), kv_cache="fp8", exclude=exclude)
+    graph = quantize_linears(PLAIN, recipe, ranges_of(calibrate(PLAIN, np.zeros((1, 8), int), text="zeros"), PLAIN))
+    options = options_of(checkpoint(graph, tmp_path / "checkpoint"))
+    assert ("gemm_swiglu_plugin" in options, options["use_fp8_context_fmha"]) == (swiglu, attention)
 
 
 def test_our_class_is_found_by_the_build_and_by_its_workers(tmp_path: Path) -> None:
@@ -183,7 +198,8 @@ import json, os, sys
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 if os.environ.get("FAIL"):
     sys.exit(3)
-for rank in range(int(options["--workers"])):
+mapping = json.load(open(os.path.join(options["--checkpoint_dir"], "config.json")))["mapping"]
+for rank in range(mapping["world_size"]):
     open(os.path.join(options["--output_dir"], f"rank{{rank}}.engine"), "wb").write(b"engine")
 with open(os.path.join(options["--output_dir"], "config.json"), "w") as config:
     json.dump({{"argv": sys.argv, "path": os.environ.get("PYTHONPATH")}}, config)
@@ -202,17 +218,18 @@ def toolchain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("toolchain")
 def test_build(tmp_path: Path) -> None:
-    folder = checkpoint(tiny_graph("AF (AF AF)"), tmp_path / "checkpoint", tp_size=2)
+    folder = checkpoint(tiny_graph("AF (AF AF)"), tmp_path / "checkpoint", tp_size=4)
     engine = TensorRtLlm(BuildSettings(max_batch_size=3)).build(folder, tmp_path / "engine", label="two", force=False)
     assert {path.name for path in engine.iterdir()} == {
-        "config.json", "engine.json", "models.py", "rank0.engine", "rank1.engine", "fuselage.manifest.json",
+        "config.json", "engine.json", "models.py", "fuselage.manifest.json", *(f"rank{r}.engine" for r in range(4)),
     }  # fmt: skip
     seen = json.loads((engine / "config.json").read_text())
     assert seen["path"].split(":")[0] == str(folder)
     manifest = read_engine_manifest(engine)
     assert (manifest.backend, manifest.label, manifest.max_positions) == ("tensorrt-llm", "two", 512)
     assert manifest.options["command"] == ["trtllm-build", *seen["argv"][1:]]
-    assert manifest.kv_bytes_per_token == 2 * 3 * 2 * 1 * 16 * 4  # ranks, layers, k and v, heads, size, float32
+    assert seen["argv"][seen["argv"].index("--workers") + 1] == "2"  # the GPUs that there are
+    assert manifest.kv_bytes_per_token == 4 * 3 * 2 * 1 * 16 * 2  # ranks, layers, k and v, heads, size, bfloat16
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "checkpoint", "engine"]
     with pytest.raises(EngineError, match="bench"):
         TensorRtLlm().open(engine, threads=None)
@@ -346,7 +363,7 @@ def engine_manifest(world_size: int) -> EngineManifest:
     return EngineManifest(
         backend="tensorrt-llm", runtime={}, machine={}, label="x", network_file="config.json", network_sha256="0",
         dtype="bfloat16", vocab_size=100, max_positions=64, capacity=None, cache=(), kv_bytes_per_token=1,
-        weight_bytes=1, structure={}, options={"world_size": world_size},
+        weight_bytes=1, structure={}, options={"world_size": world_size, "max_batch_size": 2},
     )  # fmt: skip
 
 
@@ -391,6 +408,8 @@ def test_the_worker_speaks_the_protocol(bindings: Any) -> None:
     serve(FakeExecutor("", "", None), engine_manifest(1), lines, sent.append)
     assert [type(message) for message in sent] == [Sample, Closed]
     assert len(sent[0].step_ms) == 1
+    with pytest.raises(EngineError, match="fewer sequences"):
+        serve(FakeExecutor("", "", None), engine_manifest(1), [lines[0].replace('"batch":2', '"batch":3')], sent.append)
 
 
 EXECUTOR = """

@@ -150,10 +150,13 @@ def test_bfloat16_travels_bit_by_bit(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(assembled(loaded), TOKENS), reference(graph), atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("source", ["float64", "bfloat16"])
-def test_the_network_has_a_dtype_that_tensorrt_llm_builds(source: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [("float64", "bfloat16"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float16", "float16")],
+)
+def test_the_network_has_a_dtype_that_engines_are_made_for(source: str, expected: str, tmp_path: Path) -> None:
     loaded = load(saved(tiny_graph("AF", **HEADS, dtype=source), tmp_path / "out"))
-    assert loaded.config["dtype"] == "bfloat16"
+    assert loaded.config["dtype"] == expected
 
 
 CUT = [256, 256]
