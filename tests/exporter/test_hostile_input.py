@@ -559,7 +559,7 @@ def test_configs(case: str, single: Path) -> None:
 # --- plans
 
 PLANS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "empty": ("", ("not a plan", "drop_attention, fuse, parallel", "None")),
+    "empty": ("", ("not a plan", "drop_attention, drop_ffn, fuse, parallel", "None")),
     "a list": ("- 1", ("not a plan", "[1]")),
     "a word": ("fuse", ("not a plan",)),
     "unknown key": ("fuze: [[1, 2]]", ("fuze: Extra inputs are not permitted",)),
