@@ -51,6 +51,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from engines.machine import cpu_name  # noqa: E402
 from engines.onnxruntime import SPIN_US, OnnxRuntime  # noqa: E402
 from exporter.dtypes import FLOAT32  # noqa: E402
 from exporter.lazy import LazyTensor, array, full  # noqa: E402
@@ -602,15 +603,6 @@ def document(args: argparse.Namespace, sizes: Sizes, agreement: dict[str, float]
             for (batch, what), turns in tables.items()
         ],
     }
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

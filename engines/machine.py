@@ -25,3 +25,16 @@ def cpus_for(threads: int | None) -> list[int] | None:
     if not hasattr(os, "sched_getaffinity"):
         return None
     return sorted(os.sched_getaffinity(0))[:threads]
+
+
+def version_numbers(text: str) -> tuple[int, ...]:
+    """ "1.32.0" -> (1, 32, 0); a suffix such as "rc1" or "+cpu" ends the number it is on."""
+    numbers = []
+    for part in text.split(".")[:3]:
+        digits = ""
+        for character in part:
+            if not character.isdigit():
+                break
+            digits += character
+        numbers.append(int(digits or 0))
+    return tuple(numbers)

@@ -21,7 +21,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engines.base import ENGINE_FILE, ENGINE_KIND, EngineManifest, read_engine_manifest
-from engines.machine import cpu_name
+from engines.machine import cpu_name, version_numbers
 from engines.onnxruntime_kernels import (
     QuantizedLinear,
     check_kernels,
@@ -73,7 +73,7 @@ class OnnxRuntime:
         except ImportError:
             return [f"onnxruntime is not installed: {INSTALL}"]
         version = onnxruntime.__version__
-        if _version(version) < MIN_VERSION:
+        if version_numbers(version) < MIN_VERSION:
             return [f"onnxruntime {version} lacks operators of opset 24: {INSTALL}"]
         return []
 
@@ -467,16 +467,3 @@ def _runtime_errors(problem: str, path: Path) -> Iterator[None]:
 
 def _machine() -> dict[str, str]:
     return {"cpu": cpu_name(), "arch": platform.machine(), "cores": str(psutil.cpu_count(logical=False) or 1)}
-
-
-def _version(text: str) -> tuple[int, ...]:
-    """ "1.32.0" -> (1, 32, 0); a suffix such as "rc1" or "+cpu" ends the number it is on."""
-    numbers = []
-    for part in text.split(".")[:3]:
-        digits = ""
-        for character in part:
-            if not character.isdigit():
-                break
-            digits += character
-        numbers.append(int(digits or 0))
-    return tuple(numbers)

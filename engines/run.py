@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.analysis import PLAN_FILE
 from engines.backends import backend_named
 from engines.base import Backend
 from engines.bench import Progress as BenchProgress
@@ -51,6 +52,7 @@ from exporter.recipe import (
     Recipe,
     TensorRtLlmRecipe,
     VariantRecipe,
+    WindowsRecipe,
 )
 from exporter.safetensors_io import read_json
 from exporter.writers import trtllm
@@ -67,7 +69,6 @@ if TYPE_CHECKING:
 Notify = Callable[[str, bool], None]  # (step, whether it was made now; False: it was there already)
 RESULTS_FILE = "results.json"
 EVALUATION_FILE = "evaluation.json"
-PLAN_FILE = "plan.yaml"
 
 
 def run_recipe(
@@ -180,15 +181,21 @@ def _done(step: Step, tell: Notify) -> Manifest:
     return manifest
 
 
+def _windows(text: Path, wanted: WindowsRecipe, source: Checkpoint) -> np.ndarray:
+    """A text in the model's tokens, int64 [windows, context]."""
+    from exporter.text import open_tokenizer, token_windows
+
+    tokenizer = open_tokenizer(source.path, source.graph.vocab_size)
+    return token_windows(text, tokenizer, context=wanted.context, max_windows=wanted.max_windows)
+
+
 def _analysis_step(wanted: AnalysisRecipe, folder: Path, source: Checkpoint, source_key: Mapping[str, Any]) -> Step:
     def make(details: Mapping[str, Any]) -> None:
         from exporter.analysis.dependency import measure_dependency  # imports torch
         from exporter.analysis.plan import Constraints
         from exporter.suggest import Wishes, analysis_files, suggest
-        from exporter.text import open_tokenizer, token_windows
 
-        tokenizer = open_tokenizer(source.path, source.graph.vocab_size)
-        tokens = token_windows(wanted.text, tokenizer, context=wanted.context, max_windows=wanted.max_windows)
+        tokens = _windows(wanted.text, wanted, source)
         constraints = Constraints(
             max_width=wanted.max_width, max_dependency=wanted.max_dependency, keep_last=wanted.keep_last
         )
@@ -222,10 +229,8 @@ def _calibration_step(
 def _calibration_windows(wanted: CalibrationRecipe, source: Checkpoint) -> tuple[np.ndarray, np.ndarray]:
     """Windows to calibrate on, and others to choose alpha and measure errors on."""
     from exporter.quantize import split_windows
-    from exporter.text import open_tokenizer, token_windows
 
-    tokenizer = open_tokenizer(source.path, source.graph.vocab_size)
-    return split_windows(token_windows(wanted.text, tokenizer, context=wanted.context, max_windows=wanted.max_windows))
+    return split_windows(_windows(wanted.text, wanted, source))
 
 
 def _quantization_step(
@@ -380,12 +385,10 @@ def _evaluate_step(
 
     def make(details: Mapping[str, Any]) -> None:
         from exporter.analysis.evaluate import evaluate, hold  # imports torch
-        from exporter.text import open_tokenizer, token_windows
 
         found: dict[str, Any] = {}
         if wanted.text is not None:
-            tokenizer = open_tokenizer(source.path, graph.vocab_size)
-            tokens = token_windows(wanted.text, tokenizer, context=wanted.context, max_windows=wanted.max_windows)
+            tokens = _windows(wanted.text, wanted, source)
             if graph is not source.graph and "source" not in held:
                 held["source"] = hold(source.graph, tokens)
             reference = None if graph is source.graph else held["source"]

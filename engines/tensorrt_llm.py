@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.base import ENGINE_FILE, ENGINE_KIND, EngineManifest, Runner
+from engines.machine import version_numbers
 from exporter.errors import EngineError, raise_all
 from exporter.safetensors_io import read_json
 from exporter.writers.files import Content, FileCopy, check_folder, json_bytes, refuse_existing, save_folder
@@ -78,8 +78,8 @@ class TensorRtLlm:
             version = importlib.metadata.version("tensorrt_llm")
         except importlib.metadata.PackageNotFoundError:
             return [f"TensorRT-LLM is not installed: {INSTALL}"]
-        if not FROM_VERSION <= _version(version) < BELOW_VERSION:
-            way_out = NEWER if _version(version) >= BELOW_VERSION else INSTALL
+        if not FROM_VERSION <= version_numbers(version) < BELOW_VERSION:
+            way_out = NEWER if version_numbers(version) >= BELOW_VERSION else INSTALL
             return [f"TensorRT-LLM {version} is not one of 1.1 and 1.2, for which checkpoints are written: {way_out}"]
         if shutil.which("trtllm-build") is None:
             return [f"trtllm-build is not on the PATH, though tensorrt_llm {version} is installed: {INSTALL}"]
@@ -287,7 +287,3 @@ def _gpus() -> list[str]:
     import torch
 
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", text)[:2])

@@ -17,22 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
 
 from engines.base import ENGINE_KIND, EngineManifest, read_engine_manifest
 from engines.worker import (
     CLOCK,
     Close,
     Closed,
-    Failure,
     Order,
     Ready,
     Sample,
+    Send,
     peak_memory_bytes,
-    take_stdout,
+    reporting,
     token_ids,
 )
-from exporter.errors import EngineError, FuselageError
+from exporter.errors import EngineError
 from exporter.writers.files import check_folder
 
 FREE_GPU_MEMORY_FRACTION = 0.9  # of what is left after the weights, for the KV cache
@@ -94,7 +93,7 @@ def timed_request(
     return Sample(ttft_ms=ttft_ms, step_ms=tuple(step_ms), request_ms=(stamps_ns[-1] - stamps_ns[0]) / 1e6)
 
 
-def serve(executor: Any, manifest: EngineManifest, lines: Iterable[str], send: Callable[[BaseModel], None]) -> None:
+def serve(executor: Any, manifest: EngineManifest, lines: Iterable[str], send: Send) -> None:
     """Answer JSON lines until a `close` or the end of `lines`."""
     for line in lines:
         order = Order.validate_json(line)
@@ -116,13 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("engine", type=Path, help="engine folder")
     engine = parser.parse_args(arguments).engine
 
-    protocol = take_stdout()
-
-    def send(message: BaseModel) -> None:
-        protocol.write(message.model_dump_json() + "\n")
-        protocol.flush()
-
-    try:
+    def work(send: Send) -> None:
         check_folder(engine, ENGINE_KIND, hashes=True)
         manifest = read_engine_manifest(engine)
         began_ns = time.perf_counter_ns()
@@ -133,13 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         send(Ready(load_time_s=load_time_s, runtime=runtime, device=device, clock=CLOCK))
         serve(executor, manifest, sys.stdin, send)
         executor.shutdown()
-    except FuselageError as error:
-        send(Failure(problem=str(error)))
-        return 2
-    except Exception as error:
-        send(Failure(problem=f"{type(error).__name__}: {error}"))
-        raise
-    return 0
+
+    return reporting(work)
 
 
 if __name__ == "__main__":

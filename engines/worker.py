@@ -93,6 +93,7 @@ class Failure(_Message):
     problem: str
 
 
+Send = Callable[[BaseModel], None]
 Order = TypeAdapter[Run | Close](Annotated[Run | Close, Field(discriminator="op")])
 Reply = TypeAdapter[Ready | Sample | Closed | Failure](
     Annotated[Ready | Sample | Closed | Failure, Field(discriminator="event")]
@@ -134,7 +135,7 @@ def timed_request(
     return Sample(ttft_ms=ttft_ms, step_ms=tuple(step_ms), request_ms=(stamps_ns[-1] - stamps_ns[0]) / 1e6)
 
 
-def serve(runner: Runner, lines: Iterable[str], send: Callable[[BaseModel], None]) -> None:
+def serve(runner: Runner, lines: Iterable[str], send: Send) -> None:
     """Answer JSON lines until a `close` or the end of `lines`."""
     vocab_size = runner.manifest.vocab_size
     for line in lines:
@@ -175,6 +176,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpus", type=_cpu_list, help="pin the process to these CPUs, e.g. 0,1")
     options = parser.parse_args(arguments)
 
+    def work(send: Send) -> None:
+        _pin(options.cpus)  # before a runtime starts threads: they inherit it
+        _serve_engine(options.engine, options.backend, options.threads, send)
+
+    return reporting(work)
+
+
+def reporting(work: Callable[[Send], None]) -> int:
+    """Run `work` with a way to send messages on stdout, of which its failure is one; returns the exit status."""
     protocol = take_stdout()
 
     def send(message: BaseModel) -> None:
@@ -182,8 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         protocol.flush()
 
     try:
-        _pin(options.cpus)  # before a runtime starts threads: they inherit it
-        _serve_engine(options.engine, options.backend, options.threads, send)
+        work(send)
     except FuselageError as error:
         send(Failure(problem=str(error)))
         return 2
@@ -193,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _serve_engine(engine: Path, backend: str, threads: int | None, send: Callable[[BaseModel], None]) -> None:
+def _serve_engine(engine: Path, backend: str, threads: int | None, send: Send) -> None:
     from engines.backends import backend_named
 
     began_ns = time.perf_counter_ns()

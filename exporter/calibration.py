@@ -155,7 +155,11 @@ def _measured_block(
 
 
 def _name(block: Block, sublayer: str, site: str) -> str:
-    return f"{'+'.join(map(str, _layers(block, sublayer)))}.{sublayer}.{site}"
+    return _site_name(_layers(block, sublayer), sublayer, site)
+
+
+def _site_name(layers: Sequence[int], sublayer: str, site: str) -> str:
+    return f"{'+'.join(map(str, layers))}.{sublayer}.{site}"
 
 
 def _layers(block: Block, sublayer: str) -> tuple[int, ...]:
@@ -186,22 +190,20 @@ def _attention_ranges(calibration: Calibration, block: Block, attention: Attenti
     if isinstance(attention, Attention):
         kv = attention.num_key_value_heads * attention.head_dim
         sizes |= {"o_proj": attention.o_proj.in_features, "key": kv, "value": kv}
-    layers = "+".join(map(str, block.source_layers))
-    return {site: _range(calibration, f"{layers}.attention.{site}", size) for site, size in sizes.items()}
+    return {site: _range(calibration, _name(block, "attention", site), size) for site, size in sizes.items()}
 
 
 def _ffn_ranges(calibration: Calibration, block: Block, ffn: FFN | LinearSublayer) -> SublayerRanges:
     if not isinstance(ffn, FFN):
-        layers = "+".join(map(str, block.source_layers))
-        return {"norm": _range(calibration, f"{layers}.ffn.norm", ffn.hidden_size)}
+        return {"norm": _range(calibration, _name(block, "ffn", "norm"), ffn.hidden_size)}
     norms, inner = [], []
     start = 0
     while start < len(ffn.segments):
         run = _longest_known(calibration, ffn.source_layers[start:])
-        layers = "+".join(map(str, ffn.source_layers[start : start + run]))
-        norms.append(_range(calibration, f"{layers}.ffn.norm", ffn.hidden_size))
+        layers = ffn.source_layers[start : start + run]
+        norms.append(_range(calibration, _site_name(layers, "ffn", "norm"), ffn.hidden_size))
         width = sum(segment.width for segment in ffn.segments[start : start + run])
-        inner.append(_range(calibration, f"{layers}.ffn.{DOWN_PROJ}", width))
+        inner.append(_range(calibration, _site_name(layers, "ffn", DOWN_PROJ), width))
         start += run
     if ffn.padding:
         inner.append(full((ffn.padding,), 0.0, FLOAT32))
@@ -212,9 +214,7 @@ def _ffn_ranges(calibration: Calibration, block: Block, ffn: FFN | LinearSublaye
 def _longest_known(calibration: Calibration, layers: Sequence[int]) -> int:
     """How many of these layers were measured as one FFN; 1 if none were."""
     known = (
-        run
-        for run in range(len(layers), 0, -1)
-        if f"{'+'.join(map(str, layers[:run]))}.ffn.{DOWN_PROJ}" in calibration.ranges
+        run for run in range(len(layers), 0, -1) if _site_name(layers[:run], "ffn", DOWN_PROJ) in calibration.ranges
     )
     return next(known, 1)
 

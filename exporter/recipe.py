@@ -86,33 +86,34 @@ class BenchRecipe(_Table):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-class EvaluateRecipe(_Table):
+class WindowsRecipe(_Table):
+    """How a text is cut."""
+
+    context: Annotated[int, Field(ge=2, le=1 << 20)] = 512  # tokens per window
+    max_windows: Count | None = None  # None: all of the text
+
+
+class EvaluateRecipe(WindowsRecipe):
     """How well every variant still does on a text, on tasks or on both, for the report to show beside its latency."""
 
     text: Annotated[Path, BeforeValidator(_path)] | None = None
-    context: Annotated[int, Field(ge=2, le=1 << 20)] = 512  # tokens per window
-    max_windows: Count | None = None  # None: all of the text
     tasks: list[str] = []  # of lm-evaluation-harness; needs the extra `tasks`
     include_path: Annotated[Path, BeforeValidator(_path)] | None = None  # folder of further tasks
     limit: Count | None = None  # samples per task; None: all
     trust_remote_code: bool = False  # tasks may run code that the source model brings
 
 
-class CalibrationRecipe(_Table):
+class CalibrationRecipe(WindowsRecipe):
     """The text that quantized variants take their ranges from; its last windows choose the strength of smoothing."""
 
     text: Annotated[Path, BeforeValidator(_path)]
-    context: Annotated[int, Field(ge=2, le=1 << 20)] = 512  # tokens per window
-    max_windows: Count | None = None  # None: all of the text
     percentile: Annotated[float, Field(ge=50, le=100)] | None = None  # None: the largest magnitude
 
 
-class AnalysisRecipe(_Table):
+class AnalysisRecipe(WindowsRecipe):
     """What to measure, and what the plan it suggests may do; see `analyze --help`."""
 
     text: Annotated[Path, BeforeValidator(_path)]
-    context: Annotated[int, Field(ge=2, le=1 << 20)] = 512  # tokens per window
-    max_windows: Count | None = None  # None: all of the text
     drop: Annotated[int, Field(ge=0, le=1 << 16)] = 0  # attentions
     greedy: bool = False  # measure again after each
     max_width: Count | None = None  # of a fused FFN

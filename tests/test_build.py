@@ -12,26 +12,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner, Result
 
-import build
 from exporter.plan import read_plan
 from exporter.read import open_model
 from exporter.reference import Reference
+from tests.command_line import call, done
 from tests.exporter.analysis.test_evaluate import word_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PLAN = "drop_attention: [2, 3, 4]\nfuse: [[2, 3]]\n"
-
-
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(build.main, [str(argument) for argument in arguments])
-
-
-def done(*arguments: object) -> Result:
-    result = call(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 @pytest.fixture(scope="module")

@@ -14,29 +14,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner, Result
 
-import build
 from exporter.distill import _Trainer
 from exporter.graph import ModelGraph
 from exporter.passes.drop_attention import drop_attention
 from exporter.passes.fuse_ffn import fuse_ffn
 from exporter.read import open_model
 from exporter.writers.files import check_folder
+from tests.command_line import call, done
 from tests.exporter.analysis.test_evaluate import word_tokenizer
 from tests.exporter.test_distill import assert_same_updates, everything
 
 ROOT = Path(__file__).parent.parent
-
-
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(build.main, [str(argument) for argument in arguments])
-
-
-def done(*arguments: object) -> Result:
-    result = call(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def save_llama(folder: Path, *, vocab_size: int = 307, seed: int = 0) -> Path:

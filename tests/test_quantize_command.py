@@ -9,24 +9,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner, Result
 
-import build
 from exporter.dtypes import FLOAT8_E4M3FN, INT8, DType
 from exporter.graph import linear_names
 from exporter.read import open_model
 from exporter.reference import Reference
+from tests.command_line import call, done
 from tests.exporter.analysis.test_evaluate import word_tokenizer
-
-
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(build.main, [str(argument) for argument in arguments])
-
-
-def done(*arguments: object) -> Result:
-    result = call(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -25,7 +25,8 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import SchemaError, SchemaValidator, core_schema
 
 from exporter.dtypes import FLOAT8_E4M3FN, INT8, DType
-from exporter.errors import CheckpointError
+from exporter.errors import CheckpointError, TargetError
+from exporter.graph import Linear
 
 HF_QUANT_CONFIG = "hf_quant_config.json"  # ModelOpt's; its older versions write nothing into config.json
 MAX_WILDCARDS, MAX_EXPRESSIONS = 1024, 64  # every linear is held against every one; an expression can take 10 MB
@@ -44,6 +45,30 @@ class Scheme:
     def __str__(self) -> str:
         inputs = "inputs as they are" if self.input is None else f"inputs per {self.input}"
         return f"{self.codes} weights per {self.weight}, {inputs}"
+
+
+def scheme_of(linear: Linear) -> Scheme | None:
+    """How a linear is quantized, None if it is not."""
+    if linear.quantization is None:
+        return None
+    inputs = linear.quantization.input
+    return Scheme(
+        codes=linear.weight.dtype,
+        weight="channel" if linear.quantization.weight_scale.shape else "tensor",
+        input=None if inputs is None else "token" if inputs.scale is None else "tensor",
+    )
+
+
+def check_codes(linear: Linear, name: str, block: int) -> Iterator[TargetError]:
+    """Yield an error if a linear's weight and input have codes of two dtypes: no `Scheme` says that."""
+    inputs = None if linear.quantization is None else linear.quantization.input
+    if inputs is not None and inputs.dtype != linear.weight.dtype:
+        yield TargetError(
+            f"{name}: a linear's weight and input have codes of one dtype",
+            block=block,
+            expected=linear.weight.dtype,
+            found=inputs.dtype,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 from itertools import pairwise
+from typing import Literal
 
 from exporter.errors import PlanError
 from exporter.graph import Block, ModelGraph, ParallelBlocks
@@ -50,6 +52,27 @@ def plain_block(graph: ModelGraph, index: int) -> Block:
     if isinstance(entry, ParallelBlocks):
         raise PlanError("the block is a parallel group already", block=index, found=f"layers {entry.source_layers}")
     return entry
+
+
+def drop_sublayers(graph: ModelGraph, layers: Collection[int], sublayer: Literal["attention", "ffn"]) -> ModelGraph:
+    """Remove one sublayer of each of the given source layers, with its norm and weights.
+
+    Raises:
+        PlanError: a layer is not in the model, occurs twice, or has no such sublayer of its own to drop.
+    """
+    blocks = list(graph.blocks)
+    if len(set(layers)) != len(layers):
+        raise PlanError(f"a layer is listed twice in drop_{sublayer}", found=sorted(layers))
+    name = {"attention": "attention", "ffn": "FFN"}[sublayer]
+    for layer in layers:
+        index = block_of_layer(graph, layer)
+        block = plain_block(graph, index)
+        if getattr(block, sublayer) is None:
+            raise PlanError(f"layer {layer} has no {name} to drop", block=index)
+        if len(block.source_layers) > 1:
+            raise PlanError(f"layer {layer} is part of a fused block", block=index, found=block.source_layers)
+        blocks[index] = replace(block, attention=None) if sublayer == "attention" else replace(block, ffn=None)
+    return replace(graph, blocks=tuple(blocks))
 
 
 def check_disjoint(ranges: Iterable[tuple[int, int]], what: str) -> None:

@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from exporter import __version__
-from exporter.architectures.quantization import COMPRESSED_TENSORS, LAYOUTS, MODELOPT, TYPES, Layout, Scheme
+from exporter.architectures.quantization import (
+    COMPRESSED_TENSORS,
+    LAYOUTS,
+    MODELOPT,
+    TYPES,
+    Layout,
+    Scheme,
+    check_codes,
+    scheme_of,
+)
 from exporter.dtypes import FLOAT8_E4M3FN, INT8, DType
 from exporter.errors import FuselageError, TargetError
 from exporter.graph import (
@@ -43,18 +52,6 @@ class FolderQuantization:
     modules: Mapping[Scheme, Sequence[str]]  # the names of the linears that have it
     left_out: Sequence[str]  # the names of the others, lm_head among them
     kv_cache: bool
-
-
-def scheme_of(linear: Linear) -> Scheme | None:
-    """How a linear is quantized, None if it is not."""
-    if linear.quantization is None:
-        return None
-    inputs = linear.quantization.input
-    return Scheme(
-        codes=linear.weight.dtype,
-        weight="channel" if linear.quantization.weight_scale.shape else "tensor",
-        input=None if inputs is None else "token" if inputs.scale is None else "tensor",
-    )
 
 
 def quantization_of(graph: ModelGraph, table: Mapping[str, str], layout: str | None) -> FolderQuantization | None:
@@ -213,14 +210,7 @@ def check(graph: ModelGraph, layout: str | None) -> Iterator[FuselageError]:
     found: dict[Scheme, int] = {}  # and the first block that has it
     for index, sublayer in _sublayers(graph):
         for name, linear in linears(sublayer).items():
-            inputs = _input_of(linear)
-            if inputs is not None and inputs.dtype != linear.weight.dtype:
-                yield TargetError(
-                    f"{name}: a linear's weight and input have codes of one dtype",
-                    block=index,
-                    expected=linear.weight.dtype,
-                    found=inputs.dtype,
-                )
+            yield from check_codes(linear, name, index)
             scheme = scheme_of(linear)
             if scheme is not None:
                 found.setdefault(scheme, index)

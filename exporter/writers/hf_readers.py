@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from exporter.architectures import FAMILIES
-from exporter.architectures.quantization import COMPRESSED_TENSORS, MODELOPT, Layout, Scheme
+from exporter.architectures.quantization import COMPRESSED_TENSORS, MODELOPT, Layout, Scheme, scheme_of
 from exporter.dtypes import FLOAT8_E4M3FN, FLOAT64, INT8
 from exporter.errors import TargetError
 from exporter.graph import (
@@ -33,7 +33,7 @@ from exporter.graph import (
 from exporter.rope import Llama3Scaling, YarnScaling
 from exporter.safetensors_io import read_json
 from exporter.writers.hf import NEMOTRON_NAS, Options, folder_of
-from exporter.writers.hf_quantization import FolderQuantization, differ, quantization_of, scheme_of
+from exporter.writers.hf_quantization import FolderQuantization, differ, quantization_of
 
 
 class Severity(enum.Enum):

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from exporter.architectures.quantization import Scheme
+from exporter.architectures.quantization import Scheme, check_codes, scheme_of
 from exporter.dtypes import FLOAT8_E4M3FN, FLOAT32, INT8, DType
 from exporter.errors import FuselageError, TargetError
 from exporter.graph import Attention, Linear, LinearSublayer, Quantization, linears
@@ -266,22 +266,13 @@ def _join(module: str, gemm: str) -> str:
 # --- what cannot be expressed
 
 
-def _scheme_of(linear: Linear) -> Scheme:
-    """How a quantized linear is quantized."""
-    quantization = _of(linear)
-    inputs = quantization.input
-    return Scheme(
-        codes=linear.weight.dtype,
-        weight="channel" if quantization.weight_scale.shape else "tensor",
-        input=None if inputs is None else "token" if inputs.scale is None else "tensor",
-    )
-
-
 def _schemes(layers: Sequence[Layer]) -> dict[Scheme, int]:
     """Every scheme that occurs, with the index of the first block that has it."""
     found: dict[Scheme, int] = {}
     for index, _, linear in _quantized_linears(layers):
-        found.setdefault(_scheme_of(linear), index)
+        scheme = scheme_of(linear)
+        if scheme is not None:
+            found.setdefault(scheme, index)
     return found
 
 
@@ -296,14 +287,7 @@ def _quantized_linears(layers: Sequence[Layer]) -> Iterator[tuple[int, str, Line
 def check_schemes(layers: Sequence[Layer]) -> Iterator[FuselageError]:
     """Yield what keeps a model from having one format; without any, `format_of` gives it."""
     for index, name, linear in _quantized_linears(layers):
-        inputs = _of(linear).input
-        if inputs is not None and inputs.dtype != linear.weight.dtype:
-            yield TargetError(
-                f"{name}: a linear's weight and input have codes of one dtype",
-                block=index,
-                expected=linear.weight.dtype,
-                found=inputs.dtype,
-            )
+        yield from check_codes(linear, name, index)
     found = _schemes(layers)
     for scheme, block in found.items():
         if scheme not in FORMATS:

@@ -1,0 +1,17 @@
+"""`build.py` as a user calls it, in this process."""
+
+from __future__ import annotations
+
+from click.testing import CliRunner, Result
+
+import build
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(build.main, [str(argument) for argument in arguments])
+
+
+def done(*arguments: object) -> Result:
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
