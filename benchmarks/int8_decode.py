@@ -73,30 +73,10 @@ TARGETS = {"int8-static": 2.4, "int8-weight-only": 3.0}  # decode at batch 1: ti
 
 
 class Quantized(Fuselage):
-    """Our engine in one of `FORMATS`."""
+    """Our engine in the format of `FORMATS` that a subclass is named after."""
 
     def __init__(self, checkpoint: Path, work: Path, threads: int) -> None:
         self._runner = OnnxRuntime().open(quantized_engine(checkpoint, work, self.name), threads=threads)
-
-
-class Int8Static(Quantized):
-    name = "int8-static"
-
-
-class Int8Token(Quantized):
-    name = "int8-token"
-
-
-class Int8WeightOnly(Quantized):
-    name = "int8-weight-only"
-
-
-class Int8StaticFloatHead(Quantized):
-    name = "int8-static-float-head"
-
-
-class Int8WeightOnlyFloatHead(Quantized):
-    name = "int8-weight-only-float-head"
 
 
 class GenaiInt8(Genai):
@@ -111,11 +91,7 @@ class GenaiGraphInt8(GenaiGraph):
 
 CONTESTANTS: Field = {
     "fuselage": (Fuselage, None),
-    "int8-static": (Int8Static, None),
-    "int8-token": (Int8Token, None),
-    "int8-weight-only": (Int8WeightOnly, None),
-    "int8-static-float-head": (Int8StaticFloatHead, None),
-    "int8-weight-only-float-head": (Int8WeightOnlyFloatHead, None),
+    **{name: (type(name, (Quantized,), {"name": name}), None) for name in FORMATS},
     "genai-int8": (GenaiInt8, "onnxruntime_genai"),
     "genai-graph-int8": (GenaiGraphInt8, "onnxruntime_genai"),
 }

@@ -409,6 +409,20 @@ class DecoderConfig(_Table):
         return width
 
 
+class AttentionBiasConfig(DecoderConfig):
+    """One key says whether q, k, v and o have biases (Llama, Qwen 3)."""
+
+    attention_bias: bool = False
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.attention_bias
+
+    @property
+    def o_bias(self) -> bool:
+        return self.attention_bias
+
+
 WIDTH_MULTIPLE = 256
 
 

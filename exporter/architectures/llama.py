@@ -1,19 +1,10 @@
 """Llama 1 to 3.x, and everything that writes its config as Llama (`LlamaForCausalLM`)."""
 
-from exporter.architectures.base import LLAMA_TENSORS, LLAMA_UNUSED, DecoderConfig, Family
+from exporter.architectures.base import LLAMA_TENSORS, LLAMA_UNUSED, AttentionBiasConfig, Family
 
 
-class LlamaConfig(DecoderConfig):
-    attention_bias: bool = False
+class LlamaConfig(AttentionBiasConfig):
     mlp_bias: bool = False
-
-    @property
-    def qkv_bias(self) -> bool:
-        return self.attention_bias
-
-    @property
-    def o_bias(self) -> bool:
-        return self.attention_bias
 
     @property
     def ffn_bias(self) -> bool:

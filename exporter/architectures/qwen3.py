@@ -2,23 +2,14 @@
 
 from typing import ClassVar
 
-from exporter.architectures.base import LLAMA_TENSORS, LLAMA_UNUSED, Family, Heads
+from exporter.architectures.base import LLAMA_TENSORS, LLAMA_UNUSED, AttentionBiasConfig, Family, Heads
 from exporter.architectures.qwen2 import SlidingUpperLayersConfig
 
 
-class Qwen3Config(SlidingUpperLayersConfig):
+class Qwen3Config(SlidingUpperLayersConfig, AttentionBiasConfig):
     head_dim: Heads = 128
-    attention_bias: bool = False
 
     qk_norm: ClassVar[bool] = True
-
-    @property
-    def qkv_bias(self) -> bool:
-        return self.attention_bias
-
-    @property
-    def o_bias(self) -> bool:
-        return self.attention_bias
 
 
 FAMILY = Family(
