@@ -1,0 +1,64 @@
+"""Compiled kernels as files, and as a table to look at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from plugins.wide_ffn.aot import CompiledKernel
+
+LISTING = "kernels.json"
+GRIDS = {"gate_up": "(programs, 1, 1)", "down": "(ceil(hidden / rows), splits, 1)"}
+
+
+def files_of(kernels: Sequence[CompiledKernel]) -> Iterator[tuple[str, bytes]]:
+    """The listing, and for every kernel its PTX and its cubin."""
+    yield LISTING, (json.dumps([_row(kernel) for kernel in kernels], indent=2) + "\n").encode()
+    for kernel in kernels:
+        yield f"{kernel.name}.ptx", kernel.ptx.encode()
+        yield f"{kernel.name}.cubin", kernel.cubin
+
+
+def _row(kernel: CompiledKernel) -> dict[str, Any]:
+    return {
+        "name": kernel.name,
+        "entry": kernel.entry,
+        **asdict(kernel.variant),
+        "arguments": [list(argument) for argument in kernel.arguments],
+        "grid": GRIDS[kernel.variant.kernel],
+        "threads": 32 * kernel.warps,
+        "shared_bytes": kernel.shared_bytes,
+        "registers": kernel.registers,
+        "spill_bytes": kernel.spill_bytes,
+        "tensor_core_instructions": list(kernel.tensor_core_instructions),
+        "performance_losses": list(kernel.performance_losses),
+    }
+
+
+def kernels_table(kernels: Sequence[CompiledKernel]) -> Table:
+    """One row per kernel."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("kernel", "weights", "activations", "scale"):
+        table.add_column(name, no_wrap=True)
+    for name in ("tokens", "warps", "shared KiB", "registers", "spills"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("tensor cores", no_wrap=True)
+    for kernel in kernels:
+        variant = kernel.variant
+        table.add_row(
+            f"{variant.kernel}, residual" if variant.kernel == "down" and variant.residual else variant.kernel,
+            variant.weights,
+            variant.activations,
+            variant.scale,
+            str(variant.tokens),
+            str(kernel.warps),
+            f"{kernel.shared_bytes / 1024:.0f}",
+            str(kernel.registers),
+            str(kernel.spill_bytes),
+            " ".join(name.rpartition("aligned.")[2] for name in kernel.tensor_core_instructions),
+        )
+    return table

@@ -1,0 +1,106 @@
+"""The kernels on torch tensors: buffers, block sizes, two launches."""
+
+from __future__ import annotations
+
+import torch
+
+from plugins.wide_ffn import kernels
+from plugins.wide_ffn.configs import NORM_ELEMENTS, Config, ceil_div, config_for
+
+
+def wide_ffn_by_kernels(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    gate_scale: torch.Tensor | None,
+    up_scale: torch.Tensor | None,
+    down_scale: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    inner_scale: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    epsilon: float,
+    activations: str,
+    *,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """residual + down(silu(gate(n)) * up(n)), as `plugins.wide_ffn.reference`, for up to 64 tokens.
+
+    Args:
+        config: block sizes; by default what `config_for` says of this call.
+    """
+    (tokens, hidden), width = x.shape, len(gate)
+    y = torch.empty_like(x)
+    if not tokens:
+        return y
+    if config is None:
+        config = config_for(
+            tokens=tokens,
+            hidden=hidden,
+            width=width,
+            weights=str(gate.dtype).removeprefix("torch."),
+            activations=activations,
+            multiprocessors=torch.cuda.get_device_properties(x.device).multi_processor_count,
+        )
+    first, second = config.gate_up, config.down
+    # What `gate_up` hands to `down`, and `down` to itself; nothing needs to be in them.
+    inner = x.new_empty(tokens, width, dtype=gate.dtype if activations == "static" else x.dtype)
+    largest_parts = x.new_empty(config.programs, config.tokens, dtype=torch.int32)
+    arrivals = x.new_empty(ceil_div(hidden, kernels.ROWS_PER_COUNTER), dtype=torch.int32)
+    sums = x.new_empty(config.splits, config.tokens, hidden, dtype=torch.float32) if config.splits > 1 else None
+    kernels.gate_up[(config.programs,)](
+        x,
+        norm_weight,
+        gate,
+        up,
+        gate_scale,
+        up_scale,
+        input_scale,
+        inner_scale,
+        tokens,
+        hidden,
+        width,
+        inner,
+        largest_parts,
+        arrivals,
+        EPSILON=epsilon,
+        ACTIVATIONS=activations,
+        GATE_SCALE_PER_ROW=_is_per_row(gate_scale),
+        UP_SCALE_PER_ROW=_is_per_row(up_scale),
+        TOKENS=config.tokens,
+        ROWS=first.rows,
+        DEPTH=first.depth,
+        NORM_DEPTH=NORM_ELEMENTS // config.tokens,
+        EVEN=hidden % first.depth == 0,
+        num_warps=first.warps,
+        num_stages=first.stages,
+    )
+    kernels.down[(ceil_div(hidden, second.rows), config.splits)](
+        inner,
+        largest_parts,
+        arrivals,
+        down,
+        down_scale,
+        inner_scale,
+        residual,
+        tokens,
+        hidden,
+        width,
+        config.programs,
+        sums,
+        y,
+        ACTIVATIONS=activations,
+        SCALE_PER_ROW=_is_per_row(down_scale),
+        TOKENS=config.tokens,
+        ROWS=second.rows,
+        DEPTH=second.depth,
+        EVEN=width % second.depth == 0,
+        num_warps=second.warps,
+        num_stages=second.stages,
+    )
+    return y
+
+
+def _is_per_row(scale: torch.Tensor | None) -> bool:
+    return scale is not None and len(scale) > 1
