@@ -275,8 +275,8 @@ def attend(
 
     if span.cos is None or span.sin is None:
         raise AssertionError("Bug: attention in a graph that says it has none")
-    query = _rotate(heads(sublayer.q_proj, sublayer.q_norm, sublayer.num_attention_heads), span.cos, span.sin)
-    key = _rotate(heads(sublayer.k_proj, sublayer.k_norm, sublayer.num_key_value_heads), span.cos, span.sin)
+    query = rotate(heads(sublayer.q_proj, sublayer.q_norm, sublayer.num_attention_heads), span.cos, span.sin)
+    key = rotate(heads(sublayer.k_proj, sublayer.k_norm, sublayer.num_key_value_heads), span.cos, span.sin)
     value = heads(sublayer.v_proj, None, sublayer.num_key_value_heads)
     if observe is not None:
         observe("key", key)
@@ -356,7 +356,8 @@ def fake_quantized(x: torch.Tensor, dtype: DType, scale: torch.Tensor | None) ->
     return (codes * scale).to(x.dtype)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn heads, [..., S, d], by the angles of `cos` and `sin`, [..., S, d / 2]: channel i goes with i + d / 2."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
@@ -368,7 +369,7 @@ def torch_from_lazy(tensor: LazyTensor, device: torch.device, dtype: torch.dtype
     for piece in tensor.chunks():
         rows = torch_from_numpy(piece, device, dtype)
         if not tensor.shape:
-            return rows
+            return rows.reshape(())  # NumPy's contiguous arrays have an axis at least
         out[start : start + len(rows)] = rows
         start += len(rows)
     return out
@@ -475,4 +476,5 @@ __all__ = [
     "contributions",
     "feed_forward",
     "rms_norm",
+    "rotate",
 ]

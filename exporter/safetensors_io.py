@@ -90,6 +90,13 @@ def has_checkpoint(folder: Path) -> bool:
     return any(os.path.lexists(folder / name) for name in (SINGLE_FILE, INDEX_FILE))
 
 
+def checkpoint_files(folder: Path) -> list[str]:
+    """Name the files that `read_checkpoint` reads; it has found nothing wrong with them."""
+    if os.path.lexists(folder / SINGLE_FILE):
+        return [SINGLE_FILE]
+    return [INDEX_FILE, *sorted(set(read_json(path_inside(folder, INDEX_FILE))["weight_map"].values()))]
+
+
 def read_safetensors(path: Path) -> dict[str, FileTensor | SkippedTensor]:
     """Read one file's header and check it against the file's size. Tensors share one open file descriptor."""
     file = _OpenFile(path)

@@ -26,11 +26,14 @@ from exporter.network import (
     NetworkVariant,
 )
 from exporter.safetensors_io import Shards
+from exporter.wide_ffn import wide_ffn_problems
 from exporter.writers.files import Content, json_bytes
 from exporter.writers.onnx_graph import Form, NetworkBuilder, cache_slots
 from exporter.writers.onnx_options import (
     NETWORK_DTYPES,
+    PLUGINS,
     PRESETS,
+    WIDE_FFN,
     Network,
     Options,
     network_dtype,
@@ -58,6 +61,7 @@ def check(graph: ModelGraph, options: Options) -> list[FuselageError]:
             )
         )
     problems += _dtype_problems(graph, options)
+    problems += _plugin_problems(graph, options)
     problems += quantization_problems(graph)
     problems += _size_problems(graph, options)
     if not options.networks:
@@ -123,6 +127,7 @@ def _lay_out(graph: ModelGraph, options: Options) -> _Layout:
                 "pack_gate_up": form.pack_gate_up,
                 "share_rounded_inputs": form.share_rounded_inputs,
                 "transpose_weight_only": form.transpose_weight_only,
+                "plugins": list(network.plugins),
             },
         )
         for network, form, builder in zip(options.networks, forms, builders, strict=True)
@@ -154,6 +159,8 @@ def _form(graph: ModelGraph, network: Network, max_positions: int) -> Form:
         pack_gate_up=network.pack_gate_up,
         share_rounded_inputs=network.share_rounded_inputs,
         transpose_weight_only=network.transpose_weight_only,
+        zero_points=network.target == "onnxruntime",
+        wide_ffn=WIDE_FFN in network.plugins,
     )
 
 
@@ -198,6 +205,23 @@ def _dtype_problems(graph: ModelGraph, options: Options) -> Iterator[TargetError
                 expected=", ".join(dtype.name for dtype in WEIGHT_DTYPES),
                 found=", ".join(sorted(dtype.name for dtype in found)),
             )
+
+
+def _plugin_problems(graph: ModelGraph, options: Options) -> Iterator[TargetError]:
+    for network in options.networks:
+        for plugin in network.plugins:
+            if plugin not in PLUGINS:
+                yield TargetError(f"{network.file}: no such plugin", expected=", ".join(PLUGINS), found=plugin)
+        dtype = network_dtype(network, graph.dtype)
+        if network.plugins and network.target == "tensorrt" and dtype != BFLOAT16:
+            yield TargetError(
+                f"{network.file}: the plugins for TensorRT compute in bfloat16",
+                expected=BFLOAT16,
+                found=dtype,
+                hint="give the target as tensorrt:bfloat16",
+            )
+    if any(WIDE_FFN in network.plugins for network in options.networks):
+        yield from wide_ffn_problems(graph)
 
 
 def _parts(graph: ModelGraph) -> Iterator[tuple[int | None, tuple | Block]]:

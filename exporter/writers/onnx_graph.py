@@ -48,10 +48,15 @@ from exporter.graph import (
     members,
 )
 from exporter.network import CACHE_WRITE, INPUT_IDS, LOGITS, LOGITS_INDEX, POSITION_IDS, CacheSlot
+from exporter.one_gemm import can_be_one
 from exporter.safetensors_io import Shards
+from exporter.wide_ffn import WideFormat, wide_format
 from exporter.writers.onnx_nodes import Nodes
+from exporter.writers.onnx_plugins import DOMAIN as PLUGIN_DOMAIN
+from exporter.writers.onnx_plugins import DOMAIN_VERSION as PLUGIN_DOMAIN_VERSION
+from exporter.writers.onnx_plugins import wide_ffn, wide_ffn_functions
 from exporter.writers.onnx_quantization import OPS as QUANTIZATION_OPS
-from exporter.writers.onnx_quantization import LinearInput, can_be_one, quantized_product
+from exporter.writers.onnx_quantization import LinearInput, quantized_product
 from exporter.writers.onnx_weights import RopeTable, Stack, WeightStore, filled_biases
 
 OPSET = 24  # TensorScatter needs 24; TensorRT's parser stops there
@@ -80,6 +85,8 @@ class Form:
     pack_gate_up: bool
     share_rounded_inputs: bool
     transpose_weight_only: bool
+    zero_points: bool
+    wide_ffn: bool
 
 
 def cache_slots(graph: ModelGraph) -> tuple[CacheSlot, ...]:
@@ -105,12 +112,13 @@ class NetworkBuilder(Nodes):
 
     def __init__(self, graph: ModelGraph, form: Form, weights: WeightStore, max_positions: int) -> None:
         """Build all nodes; `max_positions` is the length of the stored cos and sin, of which `form` may want less."""
-        super().__init__(form.dtype, weights)
+        super().__init__(form.dtype, weights, zero_points=form.zero_points)
         self._graph = graph
         self._form = form
         self._table_positions = max_positions
         self._slots = cache_slots(graph)
         self._presents: list[ir.Value] = []
+        self._functions: dict[WideFormat, list[ir.Function]] = {}  # local functions that nodes refer to
 
         sizes = [form.batch or "batch", "sequence"]
         self._ids = _input(INPUT_IDS, INT64, sizes)
@@ -135,10 +143,12 @@ class NetworkBuilder(Nodes):
             outputs=[self._logits, *self._presents],
             nodes=self.nodes,
             initializers=self.initializers(shards),
-            opset_imports={"": OPSET},
+            opset_imports={"": OPSET} | ({PLUGIN_DOMAIN: PLUGIN_DOMAIN_VERSION} if self._functions else {}),
             name="decoder",
         )
-        return ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, producer_name="fuselage")).SerializeToString()
+        functions = [function for pair in self._functions.values() for function in pair]
+        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="fuselage", functions=functions)
+        return ir.to_proto(model).SerializeToString()
 
     # -- the model, top down
 
@@ -181,6 +191,9 @@ class NetworkBuilder(Nodes):
 
     def _block(self, x: ir.Value, block: Block, index: int) -> ir.Value:
         for sublayer, scope in _sublayers(block, index):
+            if self._form.wide_ffn and isinstance(sublayer, FFN):
+                x = self._wide_ffn(x, x, sublayer, scope)
+                continue
             x = self.op("Add", x, self._sublayer(x, sublayer, index, scope), name=f"{scope}.residual")
         return x
 
@@ -191,6 +204,9 @@ class NetworkBuilder(Nodes):
             inner = x
             sublayers = _sublayers(block, index)
             for number, (sublayer, scope) in enumerate(sublayers):
+                if self._form.wide_ffn and isinstance(sublayer, FFN):  # the last of its block
+                    y = self._wide_ffn(inner, y, sublayer, scope)
+                    continue
                 part = self._sublayer(inner, sublayer, index, scope)
                 y = self.op("Add", y, part, name=f"{scope}.parallel_residual")
                 if number + 1 < len(sublayers):
@@ -296,6 +312,13 @@ class NetworkBuilder(Nodes):
             gate, up = self._separate_linears(x, linears, ["gate_proj", "up_proj"], joined)
         inner = self.op("Mul", self._activated(gate, ffn.activation, scope), up, name=f"{scope}.gated")
         return self._linear(inner, ffn.down_proj, f"{scope}.down_proj")
+
+    def _wide_ffn(self, x: ir.Value, residual: ir.Value, ffn: FFN, scope: str) -> ir.Value:
+        """residual + FFN(norm(x)), as the nodes of a plugin."""
+        format = wide_format(ffn)
+        if format not in self._functions:
+            self._functions[format] = wide_ffn_functions(format, OPSET)
+        return wide_ffn(self, x, residual, ffn, scope)
 
     def _activated(self, x: ir.Value, activation: Activation, scope: str) -> ir.Value:
         name = f"{scope}.activation"

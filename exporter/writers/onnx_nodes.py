@@ -5,7 +5,7 @@ T = the dtype of the network.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +14,7 @@ from exporter.dtypes import DType
 from exporter.lazy import LazyTensor
 from exporter.safetensors_io import Shards
 from exporter.writers.onnx_weights import Reference, WeightStore, located
+from plugins.contract import CustomOp
 
 Attribute = int | float | str | Sequence[int]
 
@@ -24,9 +25,10 @@ class Nodes:
     Small constants are in the .onnx file itself; parameters are references to tensors of a `WeightStore`.
     """
 
-    def __init__(self, dtype: DType, weights: WeightStore) -> None:
+    def __init__(self, dtype: DType, weights: WeightStore, *, zero_points: bool) -> None:
         self.dtype = dtype  # T
         self.weights = weights
+        self.zero_points = zero_points  # whether int8 codes come with them
         self.once: dict[object, ir.Value] = {}  # values that several nodes share
         self._tape = ir.tape.Tape()
         self._references: dict[str, tuple[ir.Value, Reference]] = {}  # by initializer name
@@ -43,6 +45,14 @@ class Nodes:
     def split(self, x: ir.Value, sizes: Sequence[int], *, axis: int, name: str) -> Sequence[ir.Value]:
         inputs = [x, self.ints(*sizes)]
         return self._tape.op_multi_out("Split", inputs, {"axis": axis}, num_outputs=len(sizes), name=name)
+
+    def plugin(
+        self, op: CustomOp, inputs: Sequence[ir.Value], attributes: Mapping[str, Attribute], *, name: str
+    ) -> Sequence[ir.Value]:
+        """Add a node of a custom op; gives all of the op's outputs."""
+        return self._tape.op_multi_out(
+            op.name, inputs, attributes, num_outputs=len(op.outputs), domain=op.namespace, name=name
+        )
 
     def cast(self, x: ir.Value, found: DType, wanted: DType, name: str) -> ir.Value:
         """x, of dtype `found`, as `wanted`."""

@@ -43,6 +43,8 @@ from exporter.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 
 Target = Literal["onnxruntime", "tensorrt"]
 NETWORK_DTYPES = (FLOAT32, FLOAT16, BFLOAT16)
+WIDE_FFN = "wide_ffn"  # every gated FFN as `plugins.contract.wide_ffn_halves`
+PLUGINS = (WIDE_FFN,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,7 @@ class Network:
     pack_gate_up: bool = False  # one Gemm and a Split for gate and up
     share_rounded_inputs: bool = False  # one QuantizeLinear and DequantizeLinear for all quantized linears of an input
     transpose_weight_only: bool = False  # weight-only int8 as MatMul over transposed codes, not as Gemm
+    plugins: tuple[str, ...] = ()  # of PLUGINS: ops that a plugin runs, with local functions of the same meaning
 
     @property
     def file(self) -> str:
@@ -88,7 +91,11 @@ PRESETS: dict[str, Options] = {
 
 
 def options_for(
-    targets: Mapping[str, DType | None], *, max_positions: int | None = None, batch: int | None = None
+    targets: Mapping[str, DType | None],
+    *,
+    max_positions: int | None = None,
+    batch: int | None = None,
+    plugins: tuple[str, ...] = (),
 ) -> Options:
     """Put the presets of several targets into one export.
 
@@ -97,11 +104,13 @@ def options_for(
         max_positions: tokens a sequence may reach; None: the model's max_position_embeddings. A target with a fixed
             cache reserves, and attends over, all of them: name the length that is needed.
         batch: a fixed number of sequences; None: the presets'.
+        plugins: of PLUGINS, for all networks.
     """
     networks = []
     for target, dtype in targets.items():
         for network in PRESETS[target].networks:
-            networks.append(replace(network, dtype=dtype or network.dtype, batch=batch or network.batch))
+            network = replace(network, dtype=dtype or network.dtype, batch=batch or network.batch, plugins=plugins)
+            networks.append(network)
     return Options(networks=tuple(networks), max_positions=max_positions)
 
 

@@ -10,7 +10,8 @@ x is [B*S, in]; W are codes as the graph has them, [out, in], and w their scale,
 Why this form:
   - A scale per token is outside of Q and DQ: neither runtime has a fast product with such a scale inside. The codes are
     those of x / (t * u) all the same, since u is a power of two; it keeps the product in float16's range.
-  - Every int8 Q and DQ has a zero point of int8 zeros: without it ONNX Runtime dequantizes weights at every step.
+  - For ONNX Runtime every int8 Q and DQ has a zero point of int8 zeros: without it, it dequantizes weights at every
+    step. For TensorRT none has: before 11.0 it refuses a DQ that has both a zero point and `output_dtype`.
   - The bias is added to the product, not in it: a Gemm with a float bias stays float in ONNX Runtime.
   - Nothing stands between a DQ and its product, for the same reason in both.
   - Scales of FP8 are rounded to T, which is what TensorRT's FP8 kernels take (2^-9 at most in bfloat16); scales of int8
@@ -70,7 +71,7 @@ class LinearInput:
             scale, back = (nodes.scalar(UNIT[dtype], wanted) for wanted in (FLOAT32, _scale_dtype(nodes, dtype)))
         else:
             scale = back = _scale(nodes, f"{self._name}.input_scale", [quantization.scale], dtype)
-        zero = [_zero_points(nodes, ())] if dtype == INT8 else []
+        zero = _zero_points(nodes, dtype, ())
         kind = {} if zero else {"output_dtype": dtype.onnx}
         codes = nodes.op("QuantizeLinear", self._x, scale, *zero, name=f"{scope}.input.codes", **kind)
         return _dequantized(nodes, [codes, back, *zero], dtype, f"{scope}.input")
@@ -102,7 +103,7 @@ def quantized_product(nodes: Nodes, x: LinearInput, stack: Stack, *, transpose_w
         codes = nodes.op("Transpose", codes, perm=[1, 0], name=f"{stack.name}.weight.transposed")
         weight = _dequantized(nodes, [codes, scale], dtype, f"{stack.name}.weight", axis=1)
         return nodes.op("MatMul", x.values(stack.name), weight, name=stack.name)
-    zero = [_zero_points(nodes, () if one_for_all else (stack.out_features,))] if dtype == INT8 else []
+    zero = _zero_points(nodes, dtype, () if one_for_all else (stack.out_features,))
     weight = _dequantized(nodes, [codes, scale, *zero], dtype, f"{stack.name}.weight", axis=0)
     y = nodes.op("Gemm", x.values(stack.name), weight, transB=1, name=stack.name)
     if x.token_scale is None:
@@ -113,17 +114,19 @@ def quantized_product(nodes: Nodes, x: LinearInput, stack: Stack, *, transpose_w
 
 
 def _dequantized(nodes: Nodes, inputs: Sequence[ir.Value], dtype: DType, name: str, **attributes: int) -> ir.Value:
-    """Codes of `dtype` as values in T; `inputs` are codes, scale and, of int8, a zero point."""
+    """Codes of `dtype` as values in T; `inputs` are codes, scale and, where there is one, a zero point."""
     if _scale_dtype(nodes, dtype) != nodes.dtype:
         attributes["output_dtype"] = nodes.dtype.onnx
     return nodes.op("DequantizeLinear", *inputs, name=f"{name}.values", **attributes)
 
 
-def _zero_points(nodes: Nodes, shape: Sequence[int]) -> ir.Value:
-    """int8 zeros of the shape of a scale, [] or [out]."""
+def _zero_points(nodes: Nodes, dtype: DType, shape: Sequence[int]) -> list[ir.Value]:
+    """int8 zeros of the shape of a scale, [] or [out], as the last input of a Q or DQ; none where none is wanted."""
+    if dtype != INT8 or not nodes.zero_points:
+        return []
     if not shape:
-        return nodes.constant("zero_point", np.zeros((), np.int8))
-    return nodes.initializer(f"zero_points.{shape[0]}", nodes.weights.zero_points(shape[0]))
+        return [nodes.constant("zero_point", np.zeros((), np.int8))]
+    return [nodes.initializer(f"zero_points.{shape[0]}", nodes.weights.zero_points(shape[0]))]
 
 
 def _scale_dtype(nodes: Nodes, dtype: DType) -> DType:
@@ -148,33 +151,6 @@ def _quantization(linear: Linear) -> Quantization:
     if linear.quantization is None:
         raise AssertionError("Bug: not a quantized linear")
     return linear.quantization
-
-
-def can_be_one(linears: Sequence[Linear]) -> bool:
-    """Whether linears of one input can be stored, and run, as one: they round alike, and their scales go together.
-
-    Of tensors, at most static input scales are read, four bytes each.
-    """
-    if all(linear.quantization is None for linear in linears):
-        return True
-    if any(linear.quantization is None for linear in linears):
-        return False
-    first, *others = (_quantization(linear) for linear in linears)
-    weights_fit = len({linear.weight.dtype for linear in linears}) == 1 and all(
-        other.weight_scale is first.weight_scale or len(first.weight_scale.shape) == len(other.weight_scale.shape) == 1
-        for other in others
-    )
-    return weights_fit and all(_round_alike(first.input, other.input) for other in others)
-
-
-def _round_alike(one: InputQuantization | None, other: InputQuantization | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    if one.dtype != other.dtype:
-        return False
-    if one.scale is None or other.scale is None or one.scale is other.scale:
-        return one.scale is other.scale
-    return bool(one.scale.numpy() == other.scale.numpy())
 
 
 def number_format(graph: ModelGraph) -> str | None:

@@ -22,6 +22,7 @@ from exporter.errors import TargetError
 from exporter.graph import InputQuantization, KVQuantization, Linear, ModelGraph, Quantization, linears
 from exporter.lazy import LazyTensor, array, full
 from exporter.numerics import quantize, scale_from_amax
+from exporter.one_gemm import can_be_one
 from exporter.passes.quantize_linears import quantize_linears
 from exporter.quantization import read_quantization
 from exporter.ranges import BlockRanges
@@ -29,7 +30,7 @@ from exporter.safetensors_io import read_safetensors
 from exporter.writers import onnx as writer
 from exporter.writers.files import save_folder
 from exporter.writers.onnx import PRESETS, Options, options_for
-from exporter.writers.onnx_quantization import can_be_one, number_format
+from exporter.writers.onnx_quantization import number_format
 from tests.tiny import quantized_graph, tiny_graph
 
 FORMATS = ("int8-smoothquant", "int8-smoothquant-token", "int8-weight-only", "fp8", "fp8-rowwise")
@@ -82,6 +83,7 @@ def test_rules_of_both_runtimes(format_name: str, options: Options, tmp_path: Pa
     readers = Counter(name for node in graph.node for name in node.input)
     producers = {name: node for node in graph.node for name in node.output}
     is_int8 = format_name.startswith("int8")
+    has_zero_points = is_int8 and options in (ORT, UNPACKED)
     codes = TensorProto.INT8 if is_int8 else TensorProto.FLOAT8E4M3FN
     T = TensorProto.BFLOAT16 if options is TRT_BF16 else TensorProto.FLOAT
     products = [node for node in graph.node if node.op_type in ("Gemm", "MatMul") and node.name != "lm_head"]
@@ -110,11 +112,11 @@ def test_rules_of_both_runtimes(format_name: str, options: Options, tmp_path: Pa
         if node.op_type == "DequantizeLinear":
             assert scale == (TensorProto.FLOAT if is_int8 else T)
             assert attributes.get("output_dtype", scale) == T
-        elif not is_int8:
-            assert attributes["output_dtype"] == TensorProto.FLOAT8E4M3FN
-        if is_int8 and not is_transposed:
+        elif not has_zero_points:
+            assert attributes["output_dtype"] == codes
+        if has_zero_points and not is_transposed:
             assert dtypes[node.input[2]] == TensorProto.INT8
-        if not is_int8:
+        if not has_zero_points:
             assert len(node.input) == 2
 
 
