@@ -1,26 +1,92 @@
-"""Which runtimes there are, by the name that engine manifests carry."""
+"""Which runtimes there are, by the name that engine manifests carry, and what can be chosen about a build with each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
-from engines.base import Backend
+from engines import tensorrt, tensorrt_build, tensorrt_llm, torch
+from engines.base import Backend, BuildProgress
 from engines.onnxruntime import OnnxRuntime
-from engines.tensorrt_llm import TensorRtLlm
 from exporter.errors import EngineError
 
-BACKENDS: dict[str, Callable[[], Backend]] = {
-    "onnxruntime": OnnxRuntime,
-    "tensorrt-llm": TensorRtLlm,
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One runtime. `settings` and `progress` of a build may be None."""
+
+    make: Callable[[Any, BuildProgress | None], Backend]
+    settings: type | None = None  # a dataclass of what can be chosen; None: nothing
+    describe: Callable[[Path, Path, Any], str] | None = None  # a build in words, from network, output and settings
+    tells_progress: bool = False
+
+
+BACKENDS: dict[str, Kind] = {
+    "onnxruntime": Kind(lambda settings, progress: OnnxRuntime()),
+    "tensorrt": Kind(tensorrt.TensorRt, tensorrt_build.BuildSettings, tensorrt.describe_build, tells_progress=True),
+    "tensorrt-llm": Kind(
+        lambda settings, progress: tensorrt_llm.TensorRtLlm(settings),
+        tensorrt_llm.BuildSettings,
+        tensorrt_llm.describe_build,
+    ),
+    "torch": Kind(lambda settings, progress: torch.Torch(settings), torch.BuildSettings),
 }
 
 
-def backend_named(name: str) -> Backend:
+def backend_named(
+    name: str, options: Mapping[str, Any] | None = None, progress: BuildProgress | None = None
+) -> Backend:
     """Return the backend of that name.
 
+    Args:
+        options: what is chosen about its builds, by the names of its settings; the others have their defaults.
+        progress: is told how a build comes along, by those backends that know.
+
     Raises:
-        EngineError: there is none.
+        EngineError: there is none, or it has no such options.
     """
+    kind = _kind(name)
+    return kind.make(_settings(name, options), progress)
+
+
+def describe_build(name: str, network: Path, output: Path, options: Mapping[str, Any] | None = None) -> str:
+    """What a backend's `build` would do, as text; the runtime need not be there.
+
+    Raises:
+        EngineError: there is no such backend, it has no such options or they do not fit, or it plans nothing.
+        CheckpointError: the network folder is incomplete or malformed.
+    """
+    kind = _kind(name)
+    settings = _settings(name, options)
+    if kind.describe is None or kind.settings is None:
+        planning = " or ".join(name for name, kind in BACKENDS.items() if kind.describe is not None)
+        raise EngineError("a dry run has nothing to show here", expected=f"--backend {planning}", found=name)
+    return kind.describe(network, output, settings or kind.settings())
+
+
+def tells_progress(name: str) -> bool:
+    """Whether a backend says how its build comes along; what the others print must not meet a progress bar."""
+    return _kind(name).tells_progress
+
+
+def _kind(name: str) -> Kind:
     if name not in BACKENDS:
         raise EngineError("no such backend", expected=f"one of {', '.join(BACKENDS)}", found=name)
-    return BACKENDS[name]()
+    return BACKENDS[name]
+
+
+def _settings(name: str, options: Mapping[str, Any] | None) -> Any:
+    """The settings of a backend, checked for being its own; None: it has none, or none was chosen."""
+    refused = sorted(set(options or ()) - _options_of(name))
+    if refused:
+        owners = " or ".join(owner for owner in BACKENDS if set(refused) & _options_of(owner))
+        raise EngineError(f"these options belong to --backend {owners}", found=", ".join(refused))
+    kind = BACKENDS[name]
+    return kind.settings(**options) if kind.settings is not None and options else None
+
+
+def _options_of(name: str) -> set[str]:
+    settings = BACKENDS[name].settings
+    return set() if settings is None else {field.name for field in fields(settings)}

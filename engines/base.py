@@ -5,7 +5,7 @@ Shape letters: B = batch (sequences side by side), S = tokens of one call, V = v
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,8 @@ from exporter.safetensors_io import read_json
 ENGINE_KIND = "engine"  # of the folder's manifest
 ENGINE_FILE = "engine.json"
 ENGINE_SCHEMA = 1
+
+BuildProgress = Callable[[int, int, str], None]  # (done, total, what is being done)
 
 
 class EngineManifest(BaseModel):

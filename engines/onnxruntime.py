@@ -30,6 +30,7 @@ from engines.onnxruntime_kernels import (
     quantized_linears,
     session_config,
 )
+from engines.sequences import Sequences, StepInputs
 from exporter.dtypes import BY_NAME
 from exporter.errors import EngineError, FuselageError, raise_all
 from exporter.network import (
@@ -109,7 +110,8 @@ class OnnxRuntime:
         save_folder(output, contents, kind=ENGINE_KIND, details=details, force=force)
         return output
 
-    def open(self, engine: Path, *, threads: int | None) -> OnnxRuntimeRunner:
+    def open(self, engine: Path, *, threads: int | None, profile: Path | None = None) -> OnnxRuntimeRunner:
+        """See `engines.base.Backend`; with `profile`, ONNX Runtime's profiler writes a file whose name begins so."""
         raise_all([EngineError(problem) for problem in self.missing()])
         folder = check_folder(engine, ENGINE_KIND, hashes=True)
         manifest = read_engine_manifest(engine)
@@ -117,7 +119,7 @@ class OnnxRuntime:
             raise EngineError("engine of another backend", file=engine, expected=NAME, found=manifest.backend)
         if manifest.network_file not in folder.files:
             raise EngineError("the network is not in the engine folder", file=engine, found=manifest.network_file)
-        return OnnxRuntimeRunner(manifest, _session(manifest, engine, threads))
+        return OnnxRuntimeRunner(manifest, _session(manifest, engine, threads, profile))
 
 
 class EngineOptions(BaseModel):
@@ -139,95 +141,72 @@ class OnnxRuntimeRunner:
         self.manifest = manifest
         self._session: onnxruntime.InferenceSession | None = session
         self._dtype = BY_NAME[manifest.dtype].numpy
-        self._filled = np.zeros(0, dtype=np.int64)  # [B] tokens that each row holds
+        self._sequences: Sequences | None = None
         self._capacity = 0
         self._caches: dict[str, np.ndarray] = {}  # by input name, [B, Hkv, capacity, d]
         self._cache_values: dict[str, onnxruntime.OrtValue] = {}
         self._calls: dict[int, _Call] = {}  # by S: that of decode, and the last prefill's
 
     def start(self, batch: int, capacity: int) -> None:
-        manifest = self.manifest
-        if batch < 1 or (manifest.batch is not None and batch != manifest.batch):
-            raise EngineError("the engine cannot run this batch", expected=manifest.batch or ">= 1", found=batch)
-        if capacity > manifest.max_positions:
-            raise self._too_long(capacity)
-        self._filled = np.zeros(batch, dtype=np.int64)
+        self._sequences = Sequences(self.manifest, batch, capacity)
         self._capacity = 0
         self._caches, self._cache_values, self._calls = {}, {}, {}
-        if manifest.capacity is not None:
-            self._make_room(manifest.capacity)
+        if self.manifest.capacity is not None:
+            self._make_room(self._sequences, self.manifest.capacity)
 
     def prefill(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        batch, tokens = input_ids.shape
-        if batch != len(self._filled) or lengths.shape != (batch,):
-            raise EngineError(
-                "input does not fit the batch that was started", expected=len(self._filled), found=input_ids.shape
-            )
-        if lengths.min() < 0 or lengths.max() > tokens:
-            raise EngineError("lengths are beyond the input", expected=f"0 to {tokens}", found=lengths.tolist())
+        self._started().check_prefill(input_ids, lengths)
         return self._step(input_ids, lengths)
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
-        return self._step(tokens[:, None], np.ones(len(self._filled), dtype=np.int64))
+        return self._step(tokens[:, None], np.ones(self._started().batch, dtype=np.int64))
 
     def close(self) -> None:
         self._session = None
         self._caches, self._cache_values, self._calls = {}, {}, {}
 
+    def end_profile(self) -> Path:
+        """Stop the profiler that the engine was opened with, and return its file."""
+        if self._session is None:
+            raise AssertionError("Bug: a closed runner is used")
+        return Path(self._session.end_profiling())
+
     def _step(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         if self._session is None:
             raise AssertionError("Bug: a closed runner is used")
-        limit, vocab_size = self.manifest.max_positions, self.manifest.vocab_size
+        sequences = self._started()
         batch, tokens = input_ids.shape
-        after = self._filled + lengths
-        if after.max() > limit:
-            raise self._too_long(int(after.max()))
-        if input_ids.min() < 0 or input_ids.max() >= vocab_size:
-            raise EngineError(
-                "a token is not in the vocabulary", expected=f"0 to {vocab_size - 1}", found=int(input_ids.max())
-            )
-        self._make_room(int(self._filled.max()) + tokens)
+        sequences.check_room(input_ids, lengths)
+        self._make_room(sequences, sequences.cache_needed(tokens))
         call = self._calls.get(tokens)
         if call is None:
             # One call of decode and one of prefill are kept; prefills of many lengths would keep many buffers.
             self._calls = {length: kept for length, kept in self._calls.items() if length == 1}
             call = self._calls[tokens] = self._bind(batch, tokens)
-        call.input_ids[:] = input_ids
-        # Padding may lie beyond the last position; nothing looks at it, but it must not leave the rotation tables.
-        np.minimum(self._filled[:, None] + np.arange(tokens), limit - 1, out=call.position_ids)
-        call.cache_write[:] = self._filled
-        call.logits_index[:] = np.maximum(lengths - 1, 0)
+        sequences.fill(call.inputs, input_ids, lengths)
         self._session.run_with_iobinding(call.binding)
-        self._filled = after
+        sequences.count(lengths)
         return call.logits
 
-    def _make_room(self, needed: int) -> None:
+    def _make_room(self, sequences: Sequences, needed: int) -> None:
         """Grow the caches to hold `needed` positions, zero-filled: a NaN there would spread through the mask."""
         import onnxruntime
 
         if needed <= self._capacity:
             return
-        fixed = self.manifest.capacity
-        if fixed is not None and needed > fixed:
-            raise EngineError(
-                "padding runs past the cache",
-                expected=f"at most {fixed} positions",
-                found=needed,
-                hint="prefill rows of such different lengths one by one",
-            )
-        capacity = fixed or -(-needed // CACHE_STEP) * CACHE_STEP
-        nbytes = self.manifest.kv_bytes_per_token * capacity * len(self._filled)
+        capacity = self.manifest.capacity or -(-needed // CACHE_STEP) * CACHE_STEP
+        nbytes = self.manifest.kv_bytes_per_token * capacity * sequences.batch
         available = psutil.virtual_memory().available
         if nbytes > available:
             raise EngineError(
-                f"not enough memory for a KV cache of {len(self._filled)} x {capacity} tokens",
+                f"not enough memory for a KV cache of {sequences.batch} x {capacity} tokens",
                 expected=f"{nbytes / 2**30:.1f} GiB",
                 found=f"{available / 2**30:.1f} GiB",
                 hint="run fewer sequences, or shorter ones",
             )
         for slot in self.manifest.cache:
             for name in (slot.key, slot.value):
-                shape = (len(self._filled), slot.num_key_value_heads, capacity, slot.head_dim)
+                shape = (sequences.batch, slot.num_key_value_heads, capacity, slot.head_dim)
                 grown = _zeros(shape, self._dtype)
                 if self._capacity:
                     grown[:, :, : self._capacity] = self._caches[name]
@@ -242,20 +221,15 @@ class OnnxRuntimeRunner:
 
         if self._session is None:
             raise AssertionError("Bug: a closed runner is used")
-        call = _Call(
-            binding=self._session.io_binding(),
+        inputs = StepInputs(
             input_ids=np.zeros((batch, tokens), np.int64),
             position_ids=np.zeros((batch, tokens), np.int64),
             cache_write=np.zeros(batch, np.int64),
             logits_index=np.zeros(batch, np.int64),
-            logits=np.zeros((batch, self.manifest.vocab_size), np.float32),
         )
-        for name, buffer in (
-            (INPUT_IDS, call.input_ids),
-            (POSITION_IDS, call.position_ids),
-            (CACHE_WRITE, call.cache_write),
-            (LOGITS_INDEX, call.logits_index),
-        ):
+        logits = np.zeros((batch, self.manifest.vocab_size), np.float32)
+        call = _Call(binding=self._session.io_binding(), inputs=inputs, logits=logits)
+        for name, buffer in inputs.named().items():
             call.binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(buffer))
         call.binding.bind_ortvalue_output(LOGITS, onnxruntime.OrtValue.ortvalue_from_numpy(call.logits))
         for slot in self.manifest.cache:
@@ -264,13 +238,10 @@ class OnnxRuntimeRunner:
                 call.binding.bind_ortvalue_output(present, self._cache_values[past])
         return call
 
-    def _too_long(self, found: int) -> EngineError:
-        return EngineError(
-            "a sequence would be longer than the engine allows",
-            expected=f"at most {self.manifest.max_positions} tokens, prompt included",
-            found=found,
-            hint="generate fewer tokens, or export the network with more max_positions",
-        )
+    def _started(self) -> Sequences:
+        if self._sequences is None:
+            raise AssertionError("Bug: a runner is used before it is started")
+        return self._sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,10 +249,7 @@ class _Call:
     """Everything bound for calls of one S. ONNX Runtime reads and writes these arrays where they are."""
 
     binding: Any  # onnxruntime.IOBinding
-    input_ids: np.ndarray  # int64 [B, S]
-    position_ids: np.ndarray  # int64 [B, S]
-    cache_write: np.ndarray  # int64 [B]
-    logits_index: np.ndarray  # int64 [B]
+    inputs: StepInputs
     logits: np.ndarray  # float32 [B, V]
 
 

@@ -1,0 +1,550 @@
+"""From an ONNX network to a serialized TensorRT engine: the plan of a build, and TensorRT's calls in order.
+
+The plan is plain data, made without TensorRT: `--dry-run` prints it. The calls are those of TensorRT's Python bindings,
+the same from 10.15 to 11.x. Polygraphy's builder is not in between: it has the whole engine in memory before it writes,
+knows no stream writer, and its defaults for TF32 and verbosity are not TensorRT's. Never executed on a GPU: see
+docs/tensorrt.md.
+
+Letters: B = sequences, S = tokens of one call, C = cache capacity, D = hidden_size, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from engines.base import BuildProgress
+from engines.tensorrt_engine import (
+    ANY,
+    DATA_TYPES,
+    DECODE,
+    PREFILL,
+    Profile,
+    Tensors,
+    check_tensors,
+    tensors_of,
+)
+from engines.tensorrt_library import Gpu, failure, make_logger, start
+from exporter.dtypes import BY_NAME
+from exporter.errors import EngineError, FuselageError, OutputError, raise_all
+from exporter.network import NETWORK_FILE, NETWORK_KIND, NetworkManifest, NetworkVariant, network_manifest_from_json
+from exporter.safetensors_io import read_json
+from exporter.writers.files import check_folder, save_file
+from plugins.contract import WIDE_FFN_MOST_TOKENS
+
+GB = 10**9
+Sizes3 = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # min, opt and max of one input's shape
+
+# Builds of NVIDIA's own LLM exporter peaked at 3 to 4 times the weights in host memory, a small one at 14 GB.
+HOST_BYTES_PER_WEIGHT_BYTE, HOST_BYTES_BESIDE = 4, 10 * GB
+TIMING_ITERATIONS = 8  # measurements that a tactic's time is the mean of, as in trtexec; TensorRT's default is 1
+LOWEST_CAPABILITY = {"bfloat16": (8, 0), "float16": (7, 5), "float32": (7, 5), "fp8": (8, 9)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildSettings:
+    """What can be chosen about a build."""
+
+    max_batch_size: int | None = None  # of a network that leaves it open; None: 8
+    max_input_len: int | None = None  # tokens of one prefill call, longer prompts take several; None: 2048
+    opt_input_len: int | None = None  # the length that kernels are chosen for; None: max_input_len
+    builder_optimization_level: int = 3  # 0 (fast build) to 5 (compiles and compares most kernels)
+    timing_cache: Path | None = None  # file of measured tactics, read and extended; None: measure all
+    lean: bool = False  # version-compatible, for TensorRT's lean runtime
+    weight_streaming: bool = False  # weights may stay in host memory
+    weight_streaming_budget: int | None = None  # bytes of them on the GPU; None: TensorRT's choice when it opens
+    decomposable_attention: bool = False  # let TensorRT split an attention for which it has no fused kernel
+    detailed: bool = False  # keep layers' parameters for the engine inspector
+    ignore_memory: bool = False  # build even if it is not expected to fit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuMemory:
+    """What an engine is expected to take when it runs, in bytes; without the runtime's own."""
+
+    weights: int
+    kv_cache: int  # of all sequences at their full length
+    activations: int  # estimated, of the largest prefill call
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.activations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildPlan:
+    """Everything about a build that is known before TensorRT is asked."""
+
+    folder: Path  # of the network
+    fingerprint: str
+    contract: NetworkManifest
+    variant: NetworkVariant
+    capacity: int  # C
+    settings: BuildSettings
+    profiles: tuple[Profile, Profile]
+    flags: tuple[str, ...]  # of `tensorrt.BuilderFlag`, beside TensorRT's defaults
+    weight_bytes: int
+    kv_bytes_per_token: int
+    host_bytes: int  # estimated peak of the build
+    gpu_memory: GpuMemory
+
+    @property
+    def network_file(self) -> Path:
+        """The .onnx file."""
+        return self.folder / self.variant.file
+
+    @property
+    def tensors(self) -> Tensors:
+        """The network's inputs and outputs."""
+        return tensors_of(
+            self.contract.cache,
+            dtype=self.variant.dtype,
+            batch=self.variant.batch,
+            capacity=self.capacity,
+            vocab_size=self.contract.vocab_size,
+        )
+
+    def shapes(self, profile: Profile) -> dict[str, Sizes3]:
+        """Min, opt and max of every input whose shape is not fixed."""
+        found: dict[str, Sizes3] = {}
+        for name, (kind, _, shape) in self.tensors.items():
+            if kind == "input" and ANY in shape:
+                low, opt, high = (
+                    tuple(size if size != ANY else (batch if axis == 0 else tokens) for axis, size in enumerate(shape))
+                    for batch, tokens in zip(profile.batch, profile.tokens, strict=True)
+                )
+                found[name] = low, opt, high
+        return found
+
+
+def plan_build(network: Path, settings: BuildSettings, *, hashes: bool) -> BuildPlan:
+    """Plan the build of a network folder's engine.
+
+    Args:
+        hashes: also hold the files' contents against the folder's manifest.
+
+    Raises:
+        CheckpointError: the network folder is incomplete, altered or malformed.
+        EngineError: no network of the folder is for TensorRT, or the settings do not fit it.
+    """
+    folder = check_folder(network, NETWORK_KIND, hashes=hashes)
+    contract = network_manifest_from_json(read_json(network / NETWORK_FILE), network / NETWORK_FILE)
+    candidates = [variant for variant in contract.networks if variant.target == "tensorrt"]
+    if not candidates:
+        raise EngineError(
+            "no network of this folder is for TensorRT",
+            file=network,
+            found=", ".join(variant.target for variant in contract.networks),
+            hint="export one with --target tensorrt, beside the others if you like: --target onnxruntime "
+            "--target tensorrt",
+        )
+    variant = candidates[0]
+    if variant.capacity is None or variant.dtype not in DATA_TYPES:
+        raise EngineError(
+            "not a network that TensorRT can build",
+            file=network / variant.file,
+            expected=f"a cache of fixed capacity, and one of {', '.join(DATA_TYPES)}",
+            found=f"capacity {variant.capacity}, {variant.dtype}",
+        )
+    for name in (variant.file, *variant.weight_files):
+        if name not in folder.files:
+            raise EngineError("the network names a file that is not in its folder", file=network, found=name)
+    raise_all(list(_setting_problems(settings, variant)))
+    profiles = _profiles(settings, variant)
+    most_tokens = profiles[0].batch[2] * profiles[0].tokens[2]
+    if variant.options.get("plugins") and most_tokens > WIDE_FFN_MOST_TOKENS:
+        raise EngineError(
+            "the network has nodes of plugins, which take few tokens at a time",
+            file=network / variant.file,
+            expected=f"at most {WIDE_FFN_MOST_TOKENS} tokens of all sequences in one call",
+            found=most_tokens,
+            hint="choose a smaller --max-input-len; longer prompts then take several calls",
+        )
+    weight_bytes = _weight_bytes(contract, variant, sum(folder.files[name].bytes for name in variant.weight_files))
+    itemsize = BY_NAME[variant.dtype].itemsize
+    kv_bytes_per_token = sum(slot.elements_per_position() for slot in contract.cache) * itemsize
+    batch, tokens = profiles[0].batch[2], profiles[0].tokens[2]
+    on_gpu = settings.weight_streaming_budget if settings.weight_streaming else None
+    return BuildPlan(
+        folder=network,
+        fingerprint=folder.fingerprint,
+        contract=contract,
+        variant=variant,
+        capacity=variant.capacity,
+        settings=settings,
+        profiles=profiles,
+        flags=tuple(_flags(settings)),
+        weight_bytes=weight_bytes,
+        kv_bytes_per_token=kv_bytes_per_token,
+        host_bytes=HOST_BYTES_PER_WEIGHT_BYTE * weight_bytes + HOST_BYTES_BESIDE,
+        gpu_memory=GpuMemory(
+            weights=min(weight_bytes, on_gpu or weight_bytes),
+            kv_cache=batch * variant.capacity * kv_bytes_per_token,
+            activations=_activation_bytes(contract, batch, tokens, variant.capacity, itemsize),
+        ),
+    )
+
+
+def fit_problems(plan: BuildPlan, gpu: Gpu | None, available_host_bytes: int) -> list[EngineError]:
+    """Return why this machine cannot be expected to build the plan, or to run what comes of it."""
+    problems = []
+    wanted = [plan.variant.dtype] + (["fp8"] if "fp8" in (plan.variant.number_format or "") else [])
+    for name in wanted if gpu is not None else []:
+        if gpu is not None and gpu.compute_capability < LOWEST_CAPABILITY[name]:
+            lowest = ".".join(map(str, LOWEST_CAPABILITY[name]))
+            problems.append(
+                EngineError(
+                    f"the GPU has no {name} arithmetic",
+                    file=plan.network_file,
+                    expected=f"compute capability {lowest} or more",
+                    found=f"{gpu.name}: {gpu.capability}",
+                )
+            )
+    if plan.settings.ignore_memory:
+        return problems
+    way_out = "ignore the estimate with --ignore-memory"
+    if plan.host_bytes > available_host_bytes:
+        problems.append(
+            EngineError(
+                "not enough host memory to build",
+                expected=f"about {plan.host_bytes / GB:.1f} GB (estimated)",
+                found=f"{available_host_bytes / GB:.1f} GB available",
+                hint=f"quantize the weights, build on a machine with more memory, or {way_out}",
+            )
+        )
+    if gpu is not None and plan.gpu_memory.total > gpu.free_bytes:
+        problems.append(
+            EngineError(
+                "not enough GPU memory to run the engine",
+                expected=f"about {plan.gpu_memory.total / GB:.1f} GB (estimated)",
+                found=f"{gpu.free_bytes / GB:.1f} GB free",
+                hint=f"export with fewer max_positions, quantize, stream weights (--weight-streaming), or {way_out}",
+            )
+        )
+    return problems
+
+
+def describe(plan: BuildPlan, output: Path, gpu: Gpu | None, available_host_bytes: int) -> str:
+    """Put a plan into words, one fact a line."""
+    variant, settings, memory = plan.variant, plan.settings, plan.gpu_memory
+    batch = variant.batch or f"1 to {plan.profiles[0].batch[2]}"
+    lines = [
+        f"network        {plan.network_file}",
+        f"               {variant.dtype}, {variant.number_format or 'no quantized linears'}, batch {batch}, "
+        f"cache of {plan.capacity:,} tokens",
+        f"engine         {output}",
+        f"GPU            {'none here' if gpu is None else f'{gpu.name}, compute capability {gpu.capability}'}",
+        f"optimization   level {settings.builder_optimization_level}, "
+        f"{TIMING_ITERATIONS} measurements a tactic, timing cache {settings.timing_cache or 'none'}",
+        "types          those of the network (strongly typed)",
+        f"flags          {', '.join(plan.flags) or 'none'}",
+    ]
+    if settings.decomposable_attention:
+        lines.append("attention      may be decomposed")
+    for profile in plan.profiles:
+        lines.append(f"profile {profile.index}      {profile.name}: min, opt, max of each open input")
+        for name, sizes in plan.shapes(profile).items():
+            lines.append(f"  {name:<12} " + "  ".join("x".join(map(str, shape)) for shape in sizes))
+    lines += [
+        f"host memory    {plan.host_bytes / GB:.1f} GB to build (estimated), "
+        f"{available_host_bytes / GB:.1f} GB available",
+        f"GPU memory     {memory.total / GB:.2f} GB to run (estimated): weights {memory.weights / GB:.2f}, "
+        f"KV cache {memory.kv_cache / GB:.2f}, activations {memory.activations / GB:.2f}",
+    ]
+    return "\n".join(lines)
+
+
+def build_engine(
+    trt: Any, plan: BuildPlan, engine_file: Path, progress: BuildProgress | None
+) -> Literal["none", "begun", "continued"]:
+    """Build a plan's engine into a file; returns what became of the timing cache.
+
+    Args:
+        trt: the module `tensorrt`.
+
+    Raises:
+        EngineError: TensorRT does not import or build the network, one problem for each error that its parser names;
+            or the timing cache is another version's or another GPU's.
+        OutputError: the engine or the timing cache cannot be written.
+        KeyboardInterrupt: the build was interrupted.
+    """
+    logger = make_logger(trt)
+    builder = start(trt.Builder, logger)
+    # From 11.0 on every network is strongly typed; before, it has to be asked for.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    if plan.variant.options.get("plugins"):
+        from plugins.wide_ffn.tensorrt_plugin import register_plugins
+
+        register_plugins()  # the parser looks for them by name
+    parser = trt.OnnxParser(network, logger)  # holds the weights: it must outlive the build
+    if not parser.parse_from_file(str(plan.network_file)):
+        raise_all(list(_parser_problems(parser, plan.network_file)))
+        raise failure(logger, "TensorRT does not import the network", file=plan.network_file)
+    check_tensors(plan.tensors, _network_tensors(network), plan.network_file)
+    if plan.settings.decomposable_attention:
+        _make_attention_decomposable(trt, network)
+    config = builder.create_builder_config()
+    _configure(trt, config, builder, plan, logger)
+    timings = None if plan.settings.timing_cache is None else _TimingCache(config, plan.settings.timing_cache, logger)
+    monitor = _make_monitor(trt, progress)
+    config.progress_monitor = monitor
+    try:
+        with engine_file.open("wb") as file:
+            writer = _make_writer(trt, file)
+            built = builder.build_serialized_network_to_stream(network, config, writer)
+    except OSError as error:
+        raise OutputError(f"the engine cannot be written ({error.strerror})", file=engine_file.parent) from error
+    if monitor.interrupted:
+        raise KeyboardInterrupt
+    if writer.error is not None:
+        raise OutputError(
+            f"the engine cannot be written ({writer.error.strerror})", file=engine_file.parent
+        ) from writer.error
+    if not built:
+        hint = (
+            None if plan.settings.decomposable_attention else "if it names an attention, try --decomposable-attention"
+        )
+        raise failure(logger, "TensorRT does not build the network", file=plan.network_file, hint=hint)
+    if timings is None:
+        return "none"
+    timings.save()
+    return timings.state
+
+
+def _setting_problems(settings: BuildSettings, variant: NetworkVariant) -> Iterator[EngineError]:
+    for name in ("max_batch_size", "max_input_len", "opt_input_len", "weight_streaming_budget"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            yield EngineError(f"{name} is a whole number of at least 1", found=value)
+    if not 0 <= settings.builder_optimization_level <= 5:
+        yield EngineError("no such optimization level", expected="0 to 5", found=settings.builder_optimization_level)
+    if settings.max_batch_size is not None and variant.batch is not None:
+        yield EngineError(
+            "the network has a fixed batch",
+            file=variant.file,
+            expected="no max_batch_size",
+            found=settings.max_batch_size,
+        )
+    if settings.max_input_len is not None and settings.max_input_len > variant.max_positions:
+        yield EngineError(
+            "max_input_len is more than a sequence may have",
+            expected=f"at most {variant.max_positions}",
+            found=settings.max_input_len,
+        )
+    longest = _max_input_len(settings, variant)
+    if settings.opt_input_len is not None and settings.opt_input_len > longest:
+        yield EngineError(
+            "opt_input_len is within max_input_len", expected=f"at most {longest}", found=settings.opt_input_len
+        )
+    if settings.weight_streaming_budget is not None and not settings.weight_streaming:
+        yield EngineError("weight_streaming_budget belongs to weight_streaming")
+
+
+def _max_input_len(settings: BuildSettings, variant: NetworkVariant) -> int:
+    return settings.max_input_len or min(2048, variant.max_positions)
+
+
+def _profiles(settings: BuildSettings, variant: NetworkVariant) -> tuple[Profile, Profile]:
+    fixed = variant.batch
+    most = settings.max_batch_size or 8
+    batch = (fixed, fixed, fixed) if fixed is not None else (1, most, most)
+    longest = _max_input_len(settings, variant)
+    prefill = (1, settings.opt_input_len or longest, longest)
+    return (
+        Profile(name=PREFILL, index=0, batch=batch, tokens=prefill),
+        # Decode has a profile of its own because kernels are chosen for opt, and a matrix of one row wants others.
+        Profile(name=DECODE, index=1, batch=batch, tokens=(1, 1, 1)),
+    )
+
+
+def _flags(settings: BuildSettings) -> Iterator[str]:
+    if settings.lean:
+        yield "VERSION_COMPATIBLE"
+    if settings.weight_streaming:
+        yield "WEIGHT_STREAMING"
+
+
+def _weight_bytes(contract: NetworkManifest, variant: NetworkVariant, stored: int) -> int:
+    """Bytes of weights in the engine: float weights take the network's dtype, whatever they are stored as."""
+    if variant.number_format is not None:
+        return stored
+    return int(contract.structure["num_parameters"]) * BY_NAME[variant.dtype].itemsize
+
+
+def _activation_bytes(contract: NetworkManifest, batch: int, tokens: int, capacity: int, itemsize: int) -> int:
+    """The outputs of the widest GEMM and three hidden states [B*S, ...], the mask [B, S, C], the logits [B, V]."""
+    columns = _widest_gemm(contract.structure) + 3 * int(contract.structure["hidden_size"])
+    return batch * tokens * (itemsize * columns + capacity) + 4 * batch * contract.vocab_size
+
+
+def _widest_gemm(structure: dict[str, Any]) -> int:
+    """Columns of the widest product that is alive at once: gate and up, or query, key and value."""
+    widest = 0
+    for entry in structure["blocks"]:
+        for block in entry.get("parallel", [entry]):
+            attention, ffn = block["attention"] or {}, block["ffn"] or {}
+            heads = attention.get("num_attention_heads", 0) + 2 * attention.get("num_key_value_heads", 0)
+            widest = max(widest, 2 * ffn.get("intermediate_size", 0), heads * attention.get("head_dim", 0))
+    return widest
+
+
+def _parser_problems(parser: Any, file: Path) -> Iterator[FuselageError]:
+    for index in range(parser.num_errors):
+        reported = parser.get_error(index)
+        where = (
+            f"node {reported.node()} {reported.node_name()!r} ({reported.node_operator()})"
+            if reported.node() >= 0
+            else "file"
+        )
+        yield EngineError(
+            f"{where}: {reported.desc()}", file=file, found=f"{reported.code().name}, in {reported.func()}"
+        )
+
+
+def _network_tensors(network: Any) -> Tensors:
+    found: Tensors = {}
+    for kind, count, get in (
+        ("input", network.num_inputs, network.get_input),
+        ("output", network.num_outputs, network.get_output),
+    ):
+        for index in range(count):
+            tensor = get(index)
+            found[tensor.name] = kind, tensor.dtype.name, tuple(tensor.shape)
+    return found
+
+
+def _make_attention_decomposable(trt: Any, network: Any) -> None:
+    """Not an attribute of ONNX's Attention, so it cannot be in the file; this is how trtexec does it, too."""
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings' way of casting
+            layer.attention.decomposable = True
+
+
+def _configure(trt: Any, config: Any, builder: Any, plan: BuildPlan, logger: Any) -> None:
+    config.builder_optimization_level = plan.settings.builder_optimization_level
+    config.avg_timing_iterations = TIMING_ITERATIONS
+    for name in plan.flags:
+        config.set_flag(getattr(trt.BuilderFlag, name))
+    if plan.settings.detailed:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    for wanted in plan.profiles:
+        made = builder.create_optimization_profile()
+        for name, (low, opt, high) in plan.shapes(wanted).items():
+            made.set_shape(name, low, opt, high)
+        if config.add_optimization_profile(made) != wanted.index:
+            raise failure(logger, f"TensorRT refuses the {wanted.name} profile", file=plan.network_file)
+
+
+class _TimingCache:
+    """The file of measured tactics: read before the build, extended after it.
+
+    Another build may have written it in between; its measurements are kept.
+    """
+
+    def __init__(self, config: Any, file: Path, logger: Any) -> None:
+        self._config, self._file, self._logger = config, file, logger
+        self._read = self._content()
+        folder = next(path for path in file.absolute().parents if path.exists())
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OutputError("the timing cache cannot be written: no write permission", file=folder)
+        self.state: Literal["begun", "continued"] = "continued" if self._read else "begun"
+        # With ignore_mismatch, timings of another GPU would choose this one's kernels.
+        if not config.set_timing_cache(config.create_timing_cache(self._read), ignore_mismatch=False):
+            raise self._refused()
+
+    def save(self) -> None:
+        """Write the cache so that it appears whole or not at all."""
+        cache = self._config.get_timing_cache()
+        current = self._content()
+        if current != self._read and not cache.combine(
+            self._config.create_timing_cache(current), ignore_mismatch=False
+        ):
+            raise self._refused()
+        save_file(self._file, bytes(memoryview(cache.serialize())), force=True)
+
+    def _content(self) -> bytes:
+        try:
+            return self._file.read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise EngineError(f"the timing cache cannot be read ({error.strerror})", file=self._file) from error
+
+    def _refused(self) -> EngineError:
+        return failure(
+            self._logger,
+            "TensorRT does not take this timing cache",
+            file=self._file,
+            hint="it belongs to one version of TensorRT and one kind of GPU: name another file",
+        )
+
+
+def _make_monitor(trt: Any, progress: BuildProgress | None) -> Any:
+    """Make a `trt.IProgressMonitor` that reports the outermost phase's steps and names the latest inner phase."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.interrupted = False
+            self._lock = threading.Lock()  # TensorRT calls from several threads
+            self._outer: tuple[str, int] | None = None  # name, steps
+            self._done = 0
+            self._inner = ""
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            with self._lock:
+                if parent_phase is None:
+                    self._outer, self._done, self._inner = (phase_name, num_steps), 0, ""
+                else:
+                    self._inner = phase_name
+            self._tell()
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            """Return whether to go on."""
+            with self._lock:
+                if self._outer is not None and phase_name == self._outer[0]:
+                    self._done = step + 1
+            self._tell()
+            return not self.interrupted
+
+        def phase_finish(self, phase_name: str) -> None:
+            with self._lock:
+                if self._outer is not None and phase_name == self._outer[0]:
+                    self._done = self._outer[1]
+            self._tell()
+
+        def _tell(self) -> None:
+            if progress is None or self._outer is None:
+                return
+            name, steps = self._outer
+            try:
+                progress(self._done, steps, f"{name}: {self._inner}" if self._inner else name)
+            except KeyboardInterrupt:  # must not travel through TensorRT
+                self.interrupted = True
+
+    return Monitor()
+
+
+def _make_writer(trt: Any, file: BinaryIO) -> Any:
+    """Make a `trt.IStreamWriter` into a file; what goes wrong is kept in `error`."""
+
+    class Writer(trt.IStreamWriter):
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.error: OSError | None = None
+
+        def write(self, data: bytes) -> int:
+            """Return the bytes written; an exception must not travel through TensorRT."""
+            try:
+                return file.write(data)
+            except OSError as error:
+                self.error = error
+                return 0
+
+    return Writer()
