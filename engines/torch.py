@@ -1,0 +1,358 @@
+"""PyTorch: an engine is a Hugging Face folder, run with a static KV cache and, on a GPU, decode as a CUDA graph.
+
+It needs nothing but PyTorch, so that variants of a model can be timed against each other on any NVIDIA GPU; on a CPU
+the same code runs without graphs. The engine folder holds copies of the model's files beside its manifest, and is
+itself a model folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os.path
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import psutil
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from engines.base import ENGINE_FILE, ENGINE_KIND, EngineManifest, read_engine_manifest
+from engines.machine import cpu_name
+from engines.sequences import Sequences
+from exporter.dtypes import BFLOAT16, BY_NAME, FLOAT8_E4M3FN, FLOAT16, FLOAT32, DType
+from exporter.errors import EngineError, FuselageError, raise_all
+from exporter.graph import CODES, FFN, ModelGraph, linear_names, linears, structure, weights
+from exporter.network import NETWORK_FILE
+from exporter.pipeline import refuse_overlap, source_fingerprint
+from exporter.read import CONFIG, HF_QUANT_CONFIG, Checkpoint, open_model
+from exporter.safetensors_io import checkpoint_files, path_inside
+from exporter.wide_ffn import wide_ffn_problems
+from exporter.writers.files import Content, FileCopy, check_folder, json_bytes, refuse_existing, save_folder
+
+if TYPE_CHECKING:
+    from engines.torch_model import StaticCache, TorchModel
+
+NAME = "torch"
+WIDE_FFN = "wide_ffn"  # the plugin's name
+PLUGINS = (WIDE_FFN,)
+DTYPES = (BFLOAT16, FLOAT16, FLOAT32)
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildSettings:
+    """How an engine runs."""
+
+    device: Device = "cuda"
+    dtype: DType | None = None  # of activations and KV cache; None: the model's
+    plugins: tuple[str, ...] = ()  # of PLUGINS
+    capacity: int | None = None  # tokens that every sequence has room for; None: chosen at run time
+
+
+class EngineOptions(BaseModel):
+    """What this backend keeps in `EngineManifest.options`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: Device
+    emulated: bool  # whether a number format is imitated, so that timings say nothing about it
+    plugins: tuple[Literal["wide_ffn"], ...]
+
+
+class Torch:
+    """The backend; see `engines.base.Backend`."""
+
+    name = NAME
+
+    def __init__(self, settings: BuildSettings | None = None) -> None:
+        self.settings = settings or BuildSettings()
+
+    def missing(self) -> list[str]:
+        try:
+            import torch  # noqa: F401
+        except ImportError:
+            return ["PyTorch is not installed: pip install 'torch>=2.8'"]
+        return []
+
+    def build(
+        self,
+        network: Path,
+        output: Path,
+        *,
+        label: str | None,
+        force: bool,
+        details: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Copy a model folder into an engine folder; `network` is that model folder. No GPU is needed for it.
+
+        Raises:
+            CheckpointError: the model folder is incomplete, altered or malformed.
+            EngineError: the settings do not fit the model, or the folder is a network and not a model.
+            OutputError: the output is in the way or cannot be written.
+        """
+        refuse_existing(output, force=force)
+        refuse_overlap(network, output)
+        if os.path.lexists(network / NETWORK_FILE):
+            raise EngineError(
+                "the torch backend runs model folders, and this is a network definition",
+                file=network,
+                hint="give the Hugging Face folder that it was exported from",
+            )
+        checkpoint = open_model(network, need_weights=True)
+        manifest = _engine_manifest(checkpoint, self.settings, label or output.name)
+        contents: list[tuple[str, Content | bytes]] = [(ENGINE_FILE, json_bytes(manifest.model_dump(mode="json")))]
+        contents += [(name, FileCopy(path)) for name, path in _model_files(checkpoint).items()]
+        if details is None:
+            details = {"backend": NAME, "label": manifest.label, "network_sha256": manifest.network_sha256}
+        save_folder(output, contents, kind=ENGINE_KIND, details=details, force=force)
+        return output
+
+    def open(self, engine: Path, *, threads: int | None) -> TorchRunner:
+        import torch
+
+        check_folder(engine, ENGINE_KIND, hashes=True)
+        manifest = read_engine_manifest(engine)
+        if manifest.backend != NAME:
+            raise EngineError("engine of another backend", file=engine, expected=NAME, found=manifest.backend)
+        try:
+            options = EngineOptions.model_validate(manifest.options)
+        except ValidationError as error:
+            raise EngineError(
+                f"malformed options in the engine manifest ({error.errors()[0]['msg']})", file=engine
+            ) from error
+        if manifest.dtype not in {dtype.name for dtype in DTYPES}:
+            raise EngineError("not a dtype that runs here", file=engine, expected=_names(DTYPES), found=manifest.dtype)
+        device = torch.device(options.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise EngineError(
+                "the engine runs on a GPU, and PyTorch sees none", file=engine, hint="build it with --device cpu"
+            )
+        if threads is not None:
+            torch.set_num_threads(threads)
+        graph = open_model(engine, need_weights=True).graph
+        _refuse_beyond(device, _bytes_on_device(graph, BY_NAME[manifest.dtype]), "the model's weights", engine)
+        if device.type == "cuda":  # what reports call the device is its name
+            manifest = manifest.model_copy(
+                update={"options": {**manifest.options, "device": torch.cuda.get_device_name(device)}}
+            )
+        return TorchRunner(manifest, _model(graph, device, manifest.dtype, WIDE_FFN in options.plugins))
+
+
+class TorchRunner:
+    """An opened engine; see `engines.base.Runner`. Cache and recorded decode are kept while starts ask for the same."""
+
+    def __init__(self, manifest: EngineManifest, model: TorchModel) -> None:
+        self.manifest = manifest
+        self._model: TorchModel | None = model
+        self._sequences: Sequences | None = None
+        self._room: _Room | None = None
+
+    def start(self, batch: int, capacity: int) -> None:
+        if self._model is None:
+            raise AssertionError("Bug: a closed runner is used")
+        self._sequences = None
+        sequences = Sequences(self.manifest, batch, capacity)
+        wanted = batch, self.manifest.capacity or max(1, capacity)
+        if self._room is None or (self._room.batch, self._room.cache.capacity) != wanted:
+            self._room = None  # the old cache goes before the new one comes
+            self._room = _Room(self._model, *wanted, self.manifest)
+        self._sequences = sequences
+
+    def prefill(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        import torch
+
+        sequences, room = self._started()
+        sequences.check_prefill(input_ids, lengths)
+        self._check_room(input_ids, lengths)
+        filled, columns = sequences.filled, np.arange(input_ids.shape[1])
+        positions = np.where(columns < lengths[:, None], filled[:, None] + columns, room.cache.capacity)
+        rows = np.arange(room.batch) * len(columns) + np.maximum(lengths - 1, 0)
+        device = room.model.device
+        logits = room.model.step(
+            torch.from_numpy(input_ids).to(device),
+            torch.from_numpy(positions).to(device),
+            torch.from_numpy(rows).to(device),
+            room.cache,
+            fresh=not filled.any(),
+        )
+        sequences.count(lengths)
+        return room.on_host(logits)
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        import torch
+
+        sequences, room = self._started()
+        lengths = np.ones(sequences.batch, dtype=np.int64)
+        self._check_room(tokens, lengths)
+        room.decode.tokens.copy_(torch.from_numpy(tokens))
+        room.decode.positions.copy_(torch.from_numpy(sequences.filled))
+        logits = room.decode()
+        sequences.count(lengths)
+        return room.on_host(logits)
+
+    def close(self) -> None:
+        self._room = self._model = self._sequences = None
+
+    def _started(self) -> tuple[Sequences, _Room]:
+        if self._sequences is None or self._room is None:
+            raise AssertionError("Bug: a step without a start")
+        return self._sequences, self._room
+
+    def _check_room(self, input_ids: np.ndarray, lengths: np.ndarray) -> None:
+        sequences, room = self._started()
+        sequences.check_room(input_ids, lengths)
+        longest = int((sequences.filled + lengths).max())
+        if longest > room.cache.capacity:
+            raise EngineError(
+                "the KV cache is full",
+                expected=f"at most {room.cache.capacity} tokens",
+                found=longest,
+                hint="start with a larger capacity",
+            )
+
+
+class _Room:
+    """Everything that depends on batch and capacity."""
+
+    def __init__(self, model: TorchModel, batch: int, capacity: int, manifest: EngineManifest) -> None:
+        import torch
+
+        from engines.torch_model import DecodeStep
+
+        nbytes = manifest.kv_bytes_per_token * capacity * batch
+        _refuse_beyond(model.device, nbytes, f"a KV cache of {batch} x {capacity} tokens")
+        self.model = model
+        self.batch = batch
+        self.cache: StaticCache = model.new_cache(batch, capacity)
+        self.decode = DecodeStep(model, self.cache, batch)
+        self._logits = torch.empty((batch, manifest.vocab_size), pin_memory=model.device.type == "cuda")
+
+    def on_host(self, logits: Any) -> np.ndarray:
+        """Wait for logits, float32 [B, V] on the device; valid until the next call."""
+        return self._logits.copy_(logits).numpy()
+
+
+def _model(graph: ModelGraph, device: Any, dtype: str, wide_ffn: bool) -> TorchModel:
+    import torch
+
+    from engines.torch_model import TorchModel
+
+    if wide_ffn:
+        import plugins.wide_ffn.op  # noqa: F401  registers torch.ops.fuselage.wide_ffn
+    return TorchModel(graph, device=device, dtype=getattr(torch, BY_NAME[dtype].torch), wide_ffn=wide_ffn)
+
+
+def _bytes_on_device(graph: ModelGraph, dtype: DType) -> int:
+    """What the weights of a graph take, scales aside: codes are one byte each, everything else is in `dtype`."""
+    return sum(
+        tensor.size * (1 if tensor.dtype in CODES else dtype.itemsize) for tensor in weights(graph, scales=False)
+    )
+
+
+def _refuse_beyond(device: Any, nbytes: int, what: str, file: Path | None = None) -> None:
+    """Raise EngineError if the device has no room for so much more."""
+    import torch
+
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if nbytes > available:
+        raise EngineError(
+            f"not enough memory for {what}",
+            file=file,
+            expected=f"{nbytes / 2**30:.1f} GiB",
+            found=f"{available / 2**30:.1f} GiB",
+        )
+
+
+def _engine_manifest(checkpoint: Checkpoint, settings: BuildSettings, label: str) -> EngineManifest:
+    import torch
+
+    from exporter.writers.onnx_quantization import number_format
+
+    graph = checkpoint.graph
+    dtype = settings.dtype or graph.dtype
+    raise_all(list(_problems(graph, dtype, settings)))
+    source = json.dumps(source_fingerprint(checkpoint.path), sort_keys=True)
+    return EngineManifest(
+        backend=NAME,
+        runtime={"torch": torch.__version__},
+        machine={"cpu": cpu_name(), "arch": platform.machine()},
+        label=label,
+        network_file=CONFIG,
+        network_sha256=hashlib.sha256(source.encode()).hexdigest(),
+        dtype=dtype.name,
+        number_format=number_format(graph),
+        vocab_size=graph.vocab_size,
+        max_positions=settings.capacity or graph.max_position_embeddings,
+        capacity=settings.capacity,
+        cache=(),  # the runner's own affair
+        kv_bytes_per_token=graph.kv_bytes_per_token(dtype),
+        weight_bytes=graph.weight_bytes,
+        structure=structure(graph),
+        options=EngineOptions.model_validate(
+            {
+                "device": settings.device,
+                "emulated": _is_emulated(graph, settings),
+                "plugins": settings.plugins,
+            }
+        ).model_dump(mode="json"),
+    )
+
+
+def _problems(graph: ModelGraph, dtype: DType, settings: BuildSettings) -> Iterator[FuselageError]:
+    from engines.torch_linear import linear_problems
+
+    if dtype not in DTYPES:
+        yield EngineError("not a dtype of activations", expected=_names(DTYPES), found=dtype)
+    if settings.capacity is not None and not 1 <= settings.capacity <= graph.max_position_embeddings:
+        yield EngineError(
+            "the KV cache holds no more tokens than the model knows positions",
+            expected=f"a capacity of 1 to {graph.max_position_embeddings}",
+            found=settings.capacity,
+        )
+    for plugin in settings.plugins:
+        if plugin not in PLUGINS:
+            yield EngineError("no such plugin", expected=", ".join(PLUGINS), found=plugin)
+    if WIDE_FFN in settings.plugins:
+        if dtype != BFLOAT16:
+            yield EngineError(
+                "the wide-FFN op computes in bfloat16",
+                expected=BFLOAT16,
+                found=dtype,
+                hint="build the engine with --dtype bfloat16",
+            )
+        yield from wide_ffn_problems(graph)
+    if settings.device == "cuda":
+        in_op = {id(linear) for linear in _ffn_linears(graph)} if WIDE_FFN in settings.plugins else set()
+        for name, linear in linear_names(graph).items():
+            if id(linear) not in in_op:
+                yield from linear_problems(name, linear, dtype)
+
+
+def _ffn_linears(graph: ModelGraph) -> Iterator[Any]:
+    for block in graph.flat_blocks:
+        if isinstance(block.ffn, FFN):
+            yield from linears(block.ffn).values()
+
+
+def _is_emulated(graph: ModelGraph, settings: BuildSettings) -> bool:
+    """FP8 on a CPU, the plugin's reference over codes, and caches that hold rounded values and not their codes."""
+    formats = {linear.weight.dtype for linear in linear_names(graph).values()} & set(CODES)
+    imitated = FLOAT8_E4M3FN in formats or (bool(formats) and bool(settings.plugins))
+    return (settings.device == "cpu" and imitated) or any(a.kv_quantization is not None for _, a in graph.attentions)
+
+
+def _model_files(checkpoint: Checkpoint) -> dict[str, Path]:
+    """The files of a model folder that belong to the model, by relative path."""
+    folder = checkpoint.path
+    names = [CONFIG, *checkpoint_files(folder)]
+    if os.path.lexists(folder / HF_QUANT_CONFIG):
+        names.append(HF_QUANT_CONFIG)
+    return {name: path_inside(folder, name) for name in names} | dict(checkpoint.assets)
+
+
+def _names(dtypes: tuple[DType, ...]) -> str:
+    return ", ".join(dtype.name for dtype in dtypes)
