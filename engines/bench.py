@@ -26,6 +26,8 @@ from pydantic import BaseModel, ValidationError
 
 from engines.base import EngineManifest, read_engine_manifest
 from engines.machine import cpu_name
+from engines.profile import Profile
+from engines.profiling import profile_engine, profiler_problems
 from engines.results import (
     Cell,
     EngineResult,
@@ -82,6 +84,7 @@ def bench_engines(
     cpus: Sequence[int] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    profile: bool = False,
     worker: WorkerCommand = python_worker,
 ) -> Results:
     """Time every engine at every request shape and keep all samples.
@@ -95,6 +98,7 @@ def bench_engines(
         cpus: CPUs that every worker is pinned to; None does not pin.
         seed: of the input tokens, the same for all engines and rounds.
         progress: called before each step.
+        profile: then run every engine once more under its runtime's profiler, at the first request shape.
         worker: the command that serves one engine.
 
     Raises:
@@ -104,8 +108,10 @@ def bench_engines(
     began = datetime.now(timezone.utc)
     raise_all(_setting_problems(grid, rounds=rounds, warmup=warmup, threads=threads, cpus=cpus, seed=seed))
     manifests, described = _checked_engines(engines, grid)
+    if profile:
+        raise_all(profiler_problems(manifest.backend for manifest in manifests))
     report = progress if progress is not None else lambda done, total, text: None
-    total = len(engines) * (1 + len(grid) * (warmup + rounds))
+    total = len(engines) * (1 + len(grid) * (warmup + rounds) + profile)
     steps = itertools.count()
     samples: dict[tuple[str, RequestShape], list[Sample]] = defaultdict(list)
 
@@ -125,6 +131,10 @@ def bench_engines(
                     if round_index >= warmup:
                         samples[turn.label, shape].append(sample)
         farewells = [turn.ask(Close(), Closed) for turn in workers]
+    profiles: list[tuple[Profile, ...]] = [()] * len(engines)
+    for index, manifest in enumerate(manifests if profile else ()):
+        report(next(steps), total, f"profiling {manifest.label}")
+        profiles[index] = profile_engine(engines[index], manifest, grid[0], threads=threads, cpus=cpus, seed=seed)
     report(total, total, "done")
 
     return Results(
@@ -141,11 +151,13 @@ def bench_engines(
                 update={
                     "device": turn.ready.device,
                     "runtime": turn.ready.runtime,
+                    "program": turn.ready.program,
                     "load_time_s": turn.ready.load_time_s,
                     "peak_memory_gib": farewell.peak_memory_gib,
+                    "profiles": found,
                 }
             )
-            for engine, turn, farewell in zip(described, workers, farewells, strict=True)
+            for engine, turn, farewell, found in zip(described, workers, farewells, profiles, strict=True)
         ),
         cells=tuple(_cell(turn.label, shape, samples[turn.label, shape]) for shape in grid for turn in workers),
     )
@@ -199,12 +211,17 @@ class _Worker:
     def time(self, run: Run) -> Sample:
         """Have one request timed."""
         sample = self.ask(run, Sample)
-        if len(sample.step_ms) != run.output_len - 1:
-            raise EngineError(
-                f"the worker of {self.label!r} timed another request than asked",
-                expected=f"{run.output_len - 1} decode steps",
-                found=len(sample.step_ms),
-            )
+        for times, wanted, what in (
+            (sample.step_ms, run.output_len - 1, "decode steps"),
+            (sample.run_ms, run.output_len, "calls of the runtime"),
+            (sample.device_ms, run.output_len, "calls on the device"),
+        ):
+            if times is not None and len(times) != wanted:
+                raise EngineError(
+                    f"the worker of {self.label!r} timed another request than asked",
+                    expected=f"{wanted} {what}",
+                    found=len(times),
+                )
         return sample
 
     def _reply(self, expected: type[Message]) -> Message:
@@ -383,7 +400,15 @@ def _cell(label: str, shape: RequestShape, samples: Sequence[Sample]) -> Cell:
         ttft_ms=tuple(sample.ttft_ms for sample in samples),
         step_ms=tuple(sample.step_ms for sample in samples),
         request_ms=tuple(sample.request_ms for sample in samples),
+        run_ms=_where_all([sample.run_ms for sample in samples]),
+        device_ms=_where_all([sample.device_ms for sample in samples]),
     )
+
+
+def _where_all(calls: Sequence[tuple[float, ...] | None]) -> tuple[tuple[float, ...], ...] | None:
+    """What every round has, None where a worker does not know it."""
+    known = tuple(call for call in calls if call is not None)
+    return known if len(known) == len(calls) else None
 
 
 def environment_here(

@@ -14,12 +14,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Final, Literal, NamedTuple
 
 import numpy as np
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import from_json
 
+from engines.profile import Profile
 from exporter.errors import EngineError
 
 RESULTS_SCHEMA: Final = 1
@@ -152,16 +154,20 @@ class EngineResult(_Strict):
     backend: Text
     device: Text  # "cpu", or the accelerator's name
     runtime: dict[str, Text]  # versions of what ran it
+    program: Literal["cpp", "python"] | None = None  # which of our programs took the samples; None: another one
     dtype: Text  # of activations and KV cache
     number_format: Text | None = None  # of quantized linears, as the engine runs them
     network_sha256: Text | None = None
     engine_bytes: Count | None = None  # the whole folder
     weight_bytes: Count
     kv_bytes_per_token: Count  # in the engine's own cache dtype
-    load_time_s: Duration | None = None  # a fresh process opens the engine, hashes checked
-    peak_memory_gib: Duration | None = None  # resident memory of that process, interpreter included
+    load_time_s: Duration | None = None  # a fresh process opens the engine; with the Python program, hashes checked
+    peak_memory_gib: Duration | None = (
+        None  # resident memory of that process; with the Python program, interpreter included
+    )
     structure: Structure
     accuracy: Accuracy | None = None
+    profiles: tuple[Profile, ...] = Field(default=(), max_length=100)  # of runs apart from the timed ones
 
 
 class EvaluatedModel(_Strict):
@@ -195,6 +201,10 @@ class Cell(_Strict):
     # [rounds][output_len - 1] decode and the choice of the next token; empty if only whole requests were timed
     step_ms: tuple[tuple[Amount, ...], ...]
     request_ms: tuple[Duration, ...]  # [rounds] from the start of prefill to the last token
+    # [rounds][output_len] of prefill, then of each decode step, where the program that took the samples knows them:
+    # host time in the runtime's own call (a CPU's whole work, a GPU's enqueue), GPU time between events around it
+    run_ms: tuple[tuple[Amount, ...], ...] | None = None
+    device_ms: tuple[tuple[Amount, ...], ...] | None = None
 
     @model_validator(mode="after")
     def _samples_fit(self) -> Cell:
@@ -206,6 +216,9 @@ class Cell(_Strict):
         for index, steps in enumerate(self.step_ms):
             if len(steps) != self.output_len - 1:
                 raise ValueError(f"round {index} has {len(steps)} steps instead of output_len - 1")
+        for name, calls in (("run_ms", self.run_ms), ("device_ms", self.device_ms)):
+            if calls is not None and [len(call) for call in calls] != [self.output_len] * rounds:
+                raise ValueError(f"{name} is not {rounds} rounds of output_len calls")
         for index in range(rounds):
             # Timestamps only grow, so nothing but rounding can bring the whole below the first part.
             if self.request_ms[index] < self.ttft_ms[index] * (1 - 1e-9):
@@ -279,11 +292,12 @@ class Statistics:
 
 
 def statistics(cell: Cell) -> Statistics:
-    """Summarize a cell; percentiles interpolate linearly between samples (numpy's default)."""
+    """Summarize a cell; percentiles interpolate linearly between samples."""
     request = _spread(cell.request_ms)
     inter_token = _spread(cell.inter_token_ms) if cell.output_len > 1 else None
-    steps = np.array(cell.step_ms, dtype=np.float64).ravel()
-    p50, p90, p99 = (float(p) for p in np.percentile(steps, (50, 90, 99))) if steps.size else (None, None, None)
+    steps = np.sort(cell.step_ms, axis=None)
+    ranks = np.multiply((0.5, 0.9, 0.99), steps.size - 1)
+    p50, p90, p99 = np.interp(ranks, range(steps.size), steps).tolist() if steps.size else (None, None, None)
     tokens = cell.batch * cell.output_len
     return Statistics(
         rounds=len(cell.ttft_ms),
@@ -395,6 +409,15 @@ def read_results(path: Path) -> Results:
     Raises:
         EngineError: unreadable, too large, not JSON, of another schema version, or fields that break a rule.
     """
+    return results_from_json(read_results_bytes(path), file=path)
+
+
+def read_results_bytes(path: Path) -> bytes:
+    """Read a results file without a look at what is in it.
+
+    Raises:
+        EngineError: unreadable or too large.
+    """
     try:
         with path.open("rb") as stream:
             content = stream.read(MAX_RESULTS_BYTES + 1)
@@ -402,7 +425,7 @@ def read_results(path: Path) -> Results:
         raise EngineError(f"the results file cannot be read: {error.strerror}", file=path) from error
     if len(content) > MAX_RESULTS_BYTES:
         raise EngineError("the results file is too large", file=path, expected=f"at most {MAX_RESULTS_BYTES} bytes")
-    return results_from_json(content, file=path)
+    return content
 
 
 def results_from_json(content: bytes, *, file: object = None) -> Results:
@@ -453,4 +476,4 @@ def _clipped(value: object) -> str:
 
 
 def _spread(samples: Sequence[float]) -> Spread:
-    return Spread(median=float(np.median(samples)), low=min(samples), high=max(samples))
+    return Spread(median=float(median(samples)), low=min(samples), high=max(samples))

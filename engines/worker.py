@@ -3,15 +3,17 @@
 Started by `engines.bench`, which talks to it in JSON lines and knows nothing else of it; any program that speaks the
 same lines can take its place:
 
-    worker -> {"event": "ready", "protocol": 1, "load_time_s": ..., "runtime": {...}, "device": ..., "clock": ...}
-    bench  -> {"op": "run", "batch": B, "input_len": S, "output_len": N, "seed": n}
+    worker -> {"event": "ready", "protocol": 1, "load_time_s": ..., "runtime": {...}, "device": ..., "clock": ...,
+               "program": "python"}
+    bench  -> {"op": "run", "batch": B, "input_len": S, "output_len": N, "seed": n, "with_tokens": false}
     worker -> {"event": "sample", "ttft_ms": ..., "step_ms": [N - 1 numbers], "request_ms": ...}
     bench  -> {"op": "close"}
     worker -> {"event": "closed", "peak_memory_gib": ...}        and exits; the end of its input makes it exit, too
     worker -> {"event": "error", "problem": ...}                 at any time, and exits
 
 Every round of a request has the same input: token k of the batch, counted row by row, is output k of the SplitMix64
-generator that starts from `seed`, modulo vocab_size.
+generator that starts from `seed`, modulo vocab_size. A worker that knows them adds `run_ms` and `device_ms` to a sample
+(`engines.results.Cell`), and one that was asked for them the generated `tokens`.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ class Run(_Message):
     input_len: int = Field(ge=1)
     output_len: int = Field(ge=1)
     seed: int = Field(ge=0, lt=2**64)
+    with_tokens: bool = False  # whether the sample is to hold what was generated
 
 
 class Close(_Message):
@@ -68,6 +71,7 @@ class Ready(_Message):
     runtime: dict[str, str]  # versions of what runs the engine
     device: str  # "cpu", or the accelerator's name
     clock: str  # what takes the samples
+    program: Literal["cpp", "python"] = "python"  # that speaks
 
 
 class Sample(_Message):
@@ -77,6 +81,9 @@ class Sample(_Message):
     ttft_ms: Duration
     step_ms: tuple[Amount, ...]
     request_ms: Duration
+    run_ms: tuple[Amount, ...] | None = None  # of prefill, then of each decode step
+    device_ms: tuple[Amount, ...] | None = None
+    tokens: tuple[tuple[int, ...], ...] | None = None  # [output_len][B], if asked for
 
 
 class Closed(_Message):
@@ -115,7 +122,12 @@ def token_ids(batch: int, input_len: int, *, vocab_size: int, seed: int) -> np.n
 
 
 def timed_request(
-    runner: Runner, input_ids: np.ndarray, output_len: int, *, clock_ns: Callable[[], int] = time.perf_counter_ns
+    runner: Runner,
+    input_ids: np.ndarray,
+    output_len: int,
+    *,
+    with_tokens: bool = False,
+    clock_ns: Callable[[], int] = time.perf_counter_ns,
 ) -> Sample:
     """Generate `output_len` tokens greedily for `input_ids` int64 [B, S] and time every one of them.
 
@@ -128,11 +140,18 @@ def timed_request(
     stamps_ns = [clock_ns()]
     tokens = runner.prefill(input_ids, lengths).argmax(axis=-1)
     stamps_ns.append(clock_ns())
+    generated = [tokens]
     for _ in range(output_len - 1):
         tokens = runner.decode(tokens).argmax(axis=-1)
         stamps_ns.append(clock_ns())
+        generated.append(tokens)
     ttft_ms, *step_ms = ((after - before) / 1e6 for before, after in itertools.pairwise(stamps_ns))
-    return Sample(ttft_ms=ttft_ms, step_ms=tuple(step_ms), request_ms=(stamps_ns[-1] - stamps_ns[0]) / 1e6)
+    return Sample(
+        ttft_ms=ttft_ms,
+        step_ms=tuple(step_ms),
+        request_ms=(stamps_ns[-1] - stamps_ns[0]) / 1e6,
+        tokens=tuple(tuple(row.tolist()) for row in generated) if with_tokens else None,
+    )
 
 
 def serve(runner: Runner, lines: Iterable[str], send: Send) -> None:
@@ -147,7 +166,7 @@ def serve(runner: Runner, lines: Iterable[str], send: Send) -> None:
         gc.collect()
         gc.disable()  # a collection in the middle of a step would be timed as the engine's
         try:
-            sample = timed_request(runner, input_ids, order.output_len)
+            sample = timed_request(runner, input_ids, order.output_len, with_tokens=order.with_tokens)
         finally:
             gc.enable()
         send(sample)
@@ -173,11 +192,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("engine", type=Path, help="engine folder")
     parser.add_argument("--backend", required=True, help="name of the backend that opens it")
     parser.add_argument("--threads", type=int, help="threads of the runtime (default: its own choice)")
-    parser.add_argument("--cpus", type=_cpu_list, help="pin the process to these CPUs, e.g. 0,1")
+    parser.add_argument("--cpus", type=cpu_list, help="pin the process to these CPUs, e.g. 0,1")
     options = parser.parse_args(arguments)
 
     def work(send: Send) -> None:
-        _pin(options.cpus)  # before a runtime starts threads: they inherit it
+        pin(options.cpus)  # before a runtime starts threads: they inherit it
         _serve_engine(options.engine, options.backend, options.threads, send)
 
     return reporting(work)
@@ -240,7 +259,8 @@ def take_stdout() -> TextIO:
     return protocol
 
 
-def _pin(cpus: Sequence[int] | None) -> None:
+def pin(cpus: Sequence[int] | None) -> None:
+    """Keep this process, and the threads it will have, on these CPUs; None: anywhere."""
     if cpus is None:
         return
     if not hasattr(os, "sched_setaffinity"):
@@ -248,7 +268,8 @@ def _pin(cpus: Sequence[int] | None) -> None:
     os.sched_setaffinity(0, cpus)
 
 
-def _cpu_list(text: str) -> tuple[int, ...]:
+def cpu_list(text: str) -> tuple[int, ...]:
+    """Parse "0,1"."""
     return tuple(int(part) for part in text.split(","))
 
 

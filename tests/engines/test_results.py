@@ -178,6 +178,12 @@ REFUSED = {
     "negative time": (changed("cells.0.ttft_ms.0", -1.0), "cells.0.ttft_ms.0"),
     "no rounds": (changed("cells.0.ttft_ms", []), "cells.0.ttft_ms"),
     "rounds differ": (changed("cells.0.request_ms", [16.0]), "3 rounds in ttft_ms"),
+    "calls differ": (changed("cells.0.run_ms", [[1.0]] * 3), "run_ms is not 3 rounds of output_len calls"),
+    "rounds of calls differ": (changed("cells.0.device_ms", [[1.0] * 3]), "device_ms is not 3 rounds of output_len"),
+    "another program": (
+        changed("engines.0.program", "fortran"),
+        "engines.0.program: Input should be 'cpp' or 'python'",
+    ),
     "steps differ": (changed("cells.0.step_ms.1", [3.0]), "round 1 has 1 steps"),
     "request before first token": (changed("cells.0.request_ms.2", 1.0), "round 2 has a request shorter"),
     "cell without engine": (changed("cells.0.engine", "other"), "names engine 'other'"),
