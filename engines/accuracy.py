@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from engines.intervals import RatioInterval
 from engines.report_words import Unit, Value, compared, formatted
 from engines.results import EngineResult, EvaluatedModel, FFNShape, ParallelShape, Structure, ratio
 from engines.structure_strip import flat_blocks, layers_text
@@ -86,13 +87,16 @@ def changes_text(source: Parts, parts: Parts, number_format: str | None = None) 
 
 
 def accuracy_table(
-    models: Sequence[Model], latency: tuple[str, Sequence[float | None]]
+    models: Sequence[Model],
+    latency: tuple[str, Sequence[float | None]],
+    intervals: Sequence[RatioInterval | None],
 ) -> tuple[tuple[Column, ...], tuple[AccuracyRow, ...]]:
     """Put every variant's accuracy beside what was done to it.
 
     Args:
         models: the baseline, to which ratios refer, first.
         latency: what the last column is called, and its value for every model in ms; None: not timed.
+        intervals: of the latencies' ratios, where there are any.
 
     Returns:
         The columns that at least one model has a value in, and one row per model.
@@ -114,6 +118,7 @@ def accuracy_table(
         (latency[0], "ms", -1, latency[1]),
     ]
     shown, values = [], []
+    no_intervals = [None] * len(models)
     for name, unit, better, figures in columns:
         if all(figure is None for figure in figures):
             continue
@@ -121,8 +126,10 @@ def accuracy_table(
         shown.append(Column(name, unit_text, better))
         values.append(
             [
-                compared(text, None if model is models[0] else ratio(figure, figures[0]), better)
-                for model, figure, text in zip(models, figures, texts, strict=True)
+                compared(text, None if model is models[0] else ratio(figure, figures[0]), better, interval)
+                for model, figure, text, interval in zip(
+                    models, figures, texts, intervals if name == latency[0] else no_intervals, strict=True
+                )
             ]
         )
     source = parts_of(_deepest(models).structure)

@@ -1,4 +1,4 @@
-"""Grouped bars and structure strips: laid out for SVG, drawn by matplotlib for PNG."""
+"""Grouped bars and structure strips: laid out for the page's SVG, drawn by matplotlib for files."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from engines.report_words import depth_text, digits, named
-from engines.results import EngineResult, EvaluatedModel, Spread
+from engines.report_words import digits, named
+from engines.results import EngineResult, Spread
 from engines.structure_strip import Strip, roles_of
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class Chart:
     y_label: str
     x: tuple[int, ...]
     bars: tuple[tuple[Spread | None, ...], ...]  # [engines][x]
+    ratios: tuple[tuple[str, ...], ...]  # [engines][x] of the bar to the baseline's, in words; empty where it has none
 
 
 def axis_ticks(largest: float) -> list[float]:
@@ -84,13 +85,13 @@ class Bar:
     width: float
     height: float
     whisker: tuple[float, float] | None
-    text: str  # on top, empty where bars are too narrow
+    text: str  # on top, empty where the bars are too narrow
     tooltip: str
 
 
 CHART_WIDTH, CHART_HEIGHT = 360.0, 230.0
 CHART_LEFT, CHART_RIGHT, CHART_TOP, CHART_BOTTOM = 46.0, 6.0, 16.0, 36.0
-TEXT_FROM = 23.0  # bars at least this wide carry their value
+CHARACTER_WIDTH = 5.2  # of a bar's value; where one does not fit its bar, none is written
 
 
 def bar_layout(chart: Chart, engines: Sequence[EngineResult]) -> dict[str, Any]:
@@ -103,7 +104,8 @@ def bar_layout(chart: Chart, engines: Sequence[EngineResult]) -> dict[str, Any]:
         return CHART_TOP + plot_height * (1 - value / ticks[-1])
 
     group = plot_width / len(chart.x)
-    width = min(0.8 * group / len(engines), 46.0)
+    width = min(0.86 * group / len(engines), 46.0)
+    longest = max(len(_short(bar.median)) for row in chart.bars for bar in row if bar is not None)
     bars = []
     for series, (engine, row) in enumerate(zip(engines, chart.bars, strict=True)):
         for index, bar in enumerate(row):
@@ -119,9 +121,9 @@ def bar_layout(chart: Chart, engines: Sequence[EngineResult]) -> dict[str, Any]:
                     width=0.9 * width,
                     height=y_of(0) - y_of(bar.median),
                     whisker=whisker,
-                    text=digits(bar.median) if width >= TEXT_FROM else "",
+                    text=_short(bar.median) if width >= CHARACTER_WIDTH * longest else "",
                     tooltip=f"{engine.label}, {chart.x_label} {chart.x[index]}: {digits(bar.median)} {chart.y_label}"
-                    f" ({digits(bar.low)} to {digits(bar.high)} over the rounds)",
+                    f" ({digits(bar.low)} to {digits(bar.high)} over the rounds){chart.ratios[series][index]}",
                 )
             )
     return {
@@ -138,28 +140,51 @@ def bar_layout(chart: Chart, engines: Sequence[EngineResult]) -> dict[str, Any]:
     }
 
 
+def _short(value: float) -> str:
+    """Write a figure in as many characters as fit a bar: 0.63, 15.9, 1.05k."""
+    if 1000 <= value < 1e6:
+        return f"{digits(value / 1000)}k"
+    return f"{value:.2f}" if 0.1 <= value < 1 else digits(value)
+
+
 def new_figure(width: float, height: float) -> Figure:
     """A figure of so many inches that only itself knows of."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # without pyplot, which keeps figures in global state
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # without pyplot, which keeps figures in global state
-    return figure
+    return Figure(figsize=(width, height), dpi=PNG_DPI, layout="constrained")
 
 
 def png_of(draw: Callable[[], Figure]) -> bytes:
     """Draw a figure and save it as PNG."""
+    return images_of(draw)[0]
+
+
+def images_of(draw: Callable[[], Figure]) -> tuple[bytes, bytes]:
+    """Draw a figure and save it as PNG and as SVG; the same figure gives the same bytes."""
     import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    # Labels are anybody's text: a dollar sign in one must not start a formula.
-    with matplotlib.rc_context({"text.parse_math": False, "font.size": 9, "hatch.linewidth": 0.6}):
-        stream = io.BytesIO()
-        draw().savefig(stream, format="png", dpi=PNG_DPI, metadata={"Software": None})
-    return stream.getvalue()
+    with matplotlib.rc_context(
+        {
+            "text.parse_math": False,  # labels are anybody's text: a dollar sign in one must not start a formula
+            "font.size": 9,
+            "hatch.linewidth": 0.6,
+            "svg.fonttype": "none",  # text stays text
+            "svg.hashsalt": "fuselage",  # ids are drawn at random without one
+        }
+    ):
+        figure, png, svg = draw(), io.BytesIO(), io.BytesIO()
+        # Not by savefig, which draws twice.
+        FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
+        figure.set_layout_engine("none")  # as it was just laid out
+        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
+    return png.getvalue(), svg.getvalue()
 
 
-def chart_png(chart: Chart, engines: Sequence[EngineResult]) -> bytes:
+def chart_images(chart: Chart, engines: Sequence[EngineResult]) -> tuple[bytes, bytes]:
+    """Draw a chart: (PNG, SVG)."""
+
     def draw() -> Figure:
         figure = new_figure(6, 3.6)
         axes = figure.subplots()
@@ -185,24 +210,27 @@ def chart_png(chart: Chart, engines: Sequence[EngineResult]) -> bytes:
         _legend(figure, [(named(e), colors[i % len(colors)], None, "-") for i, e in enumerate(engines)])
         return figure
 
-    return png_of(draw)
+    return images_of(draw)
 
 
-def structure_png(models: Sequence[EngineResult | EvaluatedModel], strips: Sequence[Strip]) -> bytes:
+def structure_images(drawings: Sequence[tuple[str, Strip]]) -> tuple[bytes, bytes]:
+    """Draw structures below each other, each with its name: (PNG, SVG)."""
+
     def draw() -> Figure:
         from matplotlib.patches import Rectangle
 
+        strips = [strip for _, strip in drawings]
         inches = 9 / strips[0].width
         figure = new_figure(9, sum(strip.height * inches + 0.3 for strip in strips) + 0.5)
         heights = [strip.height for strip in strips]
         rows = figure.subplots(len(strips), squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-        for model, strip, axes in zip(models, strips, rows, strict=True):
+        for (name, strip), axes in zip(drawings, rows, strict=True):
             axes.set_xlim(0, strip.width)
             axes.set_ylim(strip.bottom, strip.top)
             axes.set_axis_off()
-            axes.set_title(f"{model.label}: {depth_text(model)}", loc="left", fontsize=9)
+            axes.set_title(name, loc="left", fontsize=9)
             for mark in strip.marks:
-                face, hatch, style = _png_look(mark.role)
+                face, hatch, style = _look(mark.role)
                 axes.add_patch(
                     Rectangle(
                         (mark.x, mark.y),
@@ -217,13 +245,13 @@ def structure_png(models: Sequence[EngineResult | EvaluatedModel], strips: Seque
                 )
             for x, y, text in strip.texts:
                 axes.text(x, y, text, ha="center", va="baseline", fontsize=6.5, color="#555555")
-        _legend(figure, [(text, *_png_look(role)) for role, text in roles_of(strips).items()])
+        _legend(figure, [(text, *_look(role)) for role, text in roles_of(strips).items()])
         return figure
 
-    return png_of(draw)
+    return images_of(draw)
 
 
-def _png_look(role: str) -> tuple[str, str | None, LineStyle]:
+def _look(role: str) -> tuple[str, str | None, LineStyle]:
     """Return face color, hatch and line style of a mark."""
     outlined: dict[str, tuple[str | None, LineStyle]] = {
         "dropped": ("////", "-"),

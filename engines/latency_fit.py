@@ -83,8 +83,10 @@ def fit_constants(
     """Choose the constants with the smallest errors. What the observations do not determine stays as in `start`.
 
     Raises:
-        EngineError: fewer observations than constants to fit.
+        EngineError: there are no observations.
     """
+    if not observations:
+        raise EngineError("nothing to fit constants to", expected="at least one measured latency", found=0)
     best = _fit_from(start, observations, criterion)
     if len(observations) < len(NAMES):
         return best  # so few cannot tell a search from another start from this one
@@ -106,8 +108,14 @@ def leave_one_out(observations: Sequence[Observation], criterion: Criterion = "l
     """The error for each observation of the constants that the others alone would give.
 
     Raises:
-        EngineError: without one of them too few are left to fit to.
+        EngineError: without one of them nothing is left to fit to.
     """
+    if len(observations) < 2:
+        raise EngineError(
+            "constants are held against what they were not fitted to",
+            expected="at least two measured latencies",
+            found=len(observations),
+        )
     start = fit_constants(observations, criterion).constants
     return [
         one.error(_fit_from(start, [other for other in observations if other is not one], criterion).constants)

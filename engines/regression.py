@@ -15,51 +15,18 @@ from typing import Any, Final, Literal
 import numpy as np
 from rich.table import Table
 
+from engines.intervals import RatioInterval, ratio_interval
+from engines.markdown import markdown_escaped
 from engines.results import Cell, EngineResult, RequestShape, Results, check_same_model
 from exporter.errors import EngineError
 
 COMPARISON_SCHEMA: Final = 1
 SIGNIFICANCE = 0.05
 LEAST_ROUNDS = 4  # of each run: with three of each, no order of the samples is significant
-RESAMPLES = 1999
 METRICS = {"ttft_ms": "TTFT", "inter_token_ms": "inter-token", "request_ms": "request"}
 
 Verdict = Literal["slower", "faster", "no difference"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RatioInterval:
-    """A ratio of medians, and its bootstrap confidence interval."""
-
-    ratio: float
-    low: float
-    high: float
-
-
-def ratio_interval(
-    samples: Sequence[float], baseline: Sequence[float], *, confidence: float = 0.95, seed: int = 0
-) -> RatioInterval:
-    """Estimate median(samples) / median(baseline) of two independent runs, by the percentile bootstrap.
-
-    Args:
-        samples, baseline: at least two each, positive.
-    """
-    from scipy.stats import bootstrap
-
-    def ratio(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarray:
-        return np.median(ours, axis=axis) / np.median(theirs, axis=axis)
-
-    ours, theirs = np.asarray(samples, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
-    found = bootstrap(
-        (ours, theirs),
-        ratio,
-        confidence_level=confidence,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        vectorized=True,
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return RatioInterval(ratio=float(ratio(ours, theirs)), low=float(found.low), high=float(found.high))
+STYLES: dict[Verdict, str] = {"slower": "red", "faster": "green", "no difference": "dim"}  # on a terminal
 
 
 def adjusted_p_values(runs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> list[float]:
@@ -102,13 +69,20 @@ class Changes:
         return {"comparison_schema": COMPARISON_SCHEMA, "changes": changes, "notes": list(self.notes)}
 
 
-def compare_results(before: Results, after: Results) -> Changes:
+def compare_results(before: Results, after: Results, *, metrics: Sequence[str] | None = None) -> Changes:
     """Compare the cells that two results files share, metric by metric.
+
+    Args:
+        metrics: keys of METRICS; None takes all of them.
 
     Raises:
         EngineError: nothing in common; an engine of another model or kind of figures under the same label; or too few
-            rounds to tell a change from noise.
+            rounds to tell a change from noise; an unknown metric, or none that the shared cells have.
     """
+    chosen = list(METRICS) if metrics is None else list(dict.fromkeys(metrics))
+    unknown = [metric for metric in chosen if metric not in METRICS]
+    if unknown:
+        raise EngineError("unknown metric", expected=", ".join(METRICS), found=", ".join(unknown))
     engines = _common_engines(before, after)
     pairs = _common_cells(before, after, engines)
     if not pairs:
@@ -126,7 +100,11 @@ def compare_results(before: Results, after: Results) -> Changes:
                 found=rounds,
                 hint="repeat bench with more --rounds",
             )
-    measured = [(old, new, metric) for old, new in pairs for metric in METRICS if getattr(old, metric)]
+    measured = [(old, new, metric) for old, new in pairs for metric in chosen if getattr(old, metric)]
+    if not measured:
+        raise EngineError(
+            "the shared cells have nothing of that metric", expected="output_len above 1", found=", ".join(chosen)
+        )
     p_values = adjusted_p_values([(getattr(new, metric), getattr(old, metric)) for old, new, metric in measured])
     changes = tuple(
         _change(old, new, metric, p_value) for (old, new, metric), p_value in zip(measured, p_values, strict=True)
@@ -210,19 +188,51 @@ def changes_table(changes: Changes) -> Table:
     for name in ("before", "after ms", "ratio", "95 % interval", "p"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
-    styles = {"slower": "red", "faster": "green", "no difference": "dim"}
     for change in changes.changes:
-        interval = change.interval
-        table.add_row(
-            change.engine,
-            str(change.shape),
-            METRICS[change.metric],
-            f"{change.before_ms:,.3f}",
-            f"{change.after_ms:,.3f}",
-            f"{interval.ratio:.3f}",
-            f"{interval.low:.3f} to {interval.high:.3f}",
-            f"{change.p_value:.3f}",
-            change.verdict,
-            style=styles[change.verdict],
-        )
+        table.add_row(*_cells(change), change.verdict, style=STYLES[change.verdict])
     return table
+
+
+def _cells(change: Change) -> list[str]:
+    interval = change.interval
+    return [
+        change.engine,
+        str(change.shape),
+        METRICS[change.metric],
+        f"{change.before_ms:,.3f}",
+        f"{change.after_ms:,.3f}",
+        f"{interval.ratio:.3f}",
+        f"{interval.low:.3f} to {interval.high:.3f}",
+        f"{change.p_value:.3f}",
+    ]
+
+
+def changes_markdown(changes: Changes, threshold: float | None) -> str:
+    """The changes as a comment for a pull request: a sentence, a table, notes.
+
+    Args:
+        threshold: share beyond which being slower counts as a regression; None: it was not asked for.
+    """
+    found = {verdict: sum(change.verdict == verdict for change in changes.changes) for verdict in STYLES}
+    told = ", ".join(f"{count} {verdict}" for verdict, count in found.items() if count)
+    lines = ["# Latency before and after", "", f"**Of {len(changes.changes)} figures: {told}.**"]
+    if threshold is not None:
+        slower = sum(change.is_regression(threshold) for change in changes.changes)
+        lines[-1] += f" {slower or 'None'} slower by more than {threshold:.1%}."
+    lines += [
+        "",
+        "| engine | request | metric | before, ms | after, ms | ratio | 95 % interval | p | |",
+        "|---|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for change in changes.changes:
+        mark = "**" if change.verdict == "slower" else ""
+        cells = [markdown_escaped(cell) for cell in _cells(change)]
+        lines.append(f"| {' | '.join(cells)} | {mark}{change.verdict}{mark} |")
+    lines += [
+        "",
+        "Medians over the rounds. The intervals are the bootstrap's, p values those of the Mann-Whitney U test,",
+        f"adjusted for the number of comparisons; {SIGNIFICANCE} or less counts as a difference.",
+        "",
+        *(f"- {markdown_escaped(note)}" for note in changes.notes),
+    ]
+    return "\n".join(lines).rstrip() + "\n"

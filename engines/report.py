@@ -1,41 +1,47 @@
-"""Results files -> one HTML page, one Markdown page and PNG charts. Renders what the files say and runs nothing.
+"""Results files -> one HTML page, one Markdown page, a CSV table, charts. Renders what the files say and runs nothing.
 
-Everything in a results file is untrusted text: HTML is escaped by jinja2, Markdown by `_markdown_escaped`, and the data
-embedded for download cannot end its script element.
+This module chooses what is said and shown; `engines.report_pages` writes it down.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
-
-from markupsafe import Markup
+from typing import Any
 
 from engines.accuracy import accuracy_table, findings
 from engines.analysis import Analysis, check_same_layers, read_analysis
 from engines.charts import (
-    SERIES_COLORS,
-    STRIP_COLORS,
     Chart,
-    bar_layout,
-    chart_png,
-    structure_png,
+    chart_images,
+    structure_images,
 )
+from engines.comparison_table import (
+    METRICS,
+    Figures,
+    Intervals,
+    Row,
+    comparison_rows,
+    csv_of,
+    have_comparable_times,
+    intervals_of,
+    ratio_to_baseline,
+)
+from engines.intervals import LEAST_ROUNDS, RatioInterval
+from engines.prediction_report import METRICS as PREDICTED_METRICS
+from engines.prediction_report import Calibration, Predicted, Wanted, without_predicted
 from engines.quantization_errors import QuantizationErrors, read_quantization_errors
+from engines.report_pages import html_page, markdown_page
 from engines.report_words import (
     NOTHING,
-    Unit,
-    Value,
     Verdict,
     compared,
     depth_text,
     digits,
-    formatted,
+    interval_text,
     is_same,
     joined,
     named,
@@ -46,19 +52,29 @@ from engines.results import (
     Comparison,
     EngineResult,
     Environment,
+    EvaluatedModel,
     RequestShape,
     Spread,
     Statistics,
+    Structure,
     comparison_from_results,
-    json_from_results,
     ratio,
-    read_results,
+    read_results_bytes,
+    results_from_json,
     statistics,
 )
-from engines.structure_strip import Strip, flat_blocks, roles_of, strips_from_structures
-from engines.tradeoff import Point, Tradeoff, tradeoff_layout, tradeoff_png
+from engines.structure_strip import strips_from_structures
+from engines.throughput import Layout as ThroughputLayout
+from engines.throughput import (
+    throughput_chart,
+    throughput_images,
+    throughput_layout,
+)
+from engines.time_chart import NOTE as TIME_NOTE
+from engines.time_chart import time_charts, time_images, time_layout
+from engines.tradeoff import Point, Tradeoff, tradeoff_images, tradeoff_layout
+from exporter.errors import EngineError
 
-TEMPLATES = Path(__file__).parent / "templates"
 CPU_NOTE = (
     "These engines ran on a CPU, which at small batch is bound by reading weights from memory. Fusion saves sequential "
     "steps and, under tensor parallelism, one all-reduce each; it does not make weights smaller. So the figures show "
@@ -76,75 +92,24 @@ FILES_NOTE = (
 MACHINES_NOTE = (
     "The results files differ in machine or settings (see Environment): ratios across them compare those as well."
 )
+ROUNDS_NOTE = f"No ratio has a confidence interval: that takes {LEAST_ROUNDS} rounds of each engine."
 DEVICES_NOTE = "The engines are of different devices: ratios across them compare hardware as well as models."
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One row of the comparison: where its value comes from and which direction is good (0: neither)."""
-
-    group: str
-    name: str
-    unit: Unit
-    better: Literal[-1, 0, 1]
-    value: Callable[[EngineResult, Statistics | None], float | None]
-
-
-def _timing(value: Callable[[Statistics], float | None]) -> Callable[[EngineResult, Statistics | None], float | None]:
-    return lambda engine, figures: None if figures is None else value(figures)
-
-
-def _accuracy(name: str) -> Callable[[EngineResult, Statistics | None], float | None]:
-    return lambda engine, figures: getattr(engine.accuracy, name, None)
-
-
-METRICS = (
-    Metric("Latency", "Time to first token", "ms", -1, _timing(lambda s: s.ttft_ms.median)),
-    Metric(
-        "Latency",
-        "Inter-token latency",
-        "ms",
-        -1,
-        _timing(lambda s: s.inter_token_ms.median if s.inter_token_ms else None),
-    ),
-    Metric("Latency", "Decode step p50", "ms", -1, _timing(lambda s: s.step_p50_ms)),
-    Metric("Latency", "Decode step p90", "ms", -1, _timing(lambda s: s.step_p90_ms)),
-    Metric("Latency", "Decode step p99", "ms", -1, _timing(lambda s: s.step_p99_ms)),
-    Metric("Latency", "Request", "ms", -1, _timing(lambda s: s.request_ms.median)),
-    Metric("Throughput", "Output tokens/s per user", "tokens/s", 1, _timing(lambda s: s.output_tokens_per_s_per_user)),
-    Metric(
-        "Throughput", "Output tokens/s in total", "tokens/s", 1, _timing(lambda s: s.output_tokens_per_s_total.median)
-    ),
-    Metric("Memory", "Peak memory", "gib", -1, lambda e, _: e.peak_memory_gib),
-    Metric("Memory", "Load time", "s", -1, lambda e, _: e.load_time_s),
-    Metric("Memory", "Engine folder", "bytes", -1, lambda e, _: e.engine_bytes),
-    Metric("Memory", "Weights", "bytes", -1, lambda e, _: e.weight_bytes),
-    Metric("Memory", "KV cache per token", "bytes", -1, lambda e, _: e.kv_bytes_per_token),
-    Metric("Structure", "Sequential sublayers", "count", -1, lambda e, _: e.structure.sequential_sublayers),
-    Metric("Structure", "Blocks", "count", 0, lambda e, _: len(flat_blocks(e.structure))),
-    Metric(
-        "Structure",
-        "Attention sublayers",
-        "count",
-        0,
-        lambda e, _: sum(block.attention is not None for block in flat_blocks(e.structure)),
-    ),
-    Metric("Structure", "Parameters", "parameters", 0, lambda e, _: e.structure.num_parameters),
-    Metric("Accuracy", "Perplexity", "perplexity", -1, _accuracy("perplexity")),
-    Metric("Accuracy", "KL divergence, nats per token", "number", -1, _accuracy("kl_divergence")),
-    Metric("Accuracy", "Top-1 agreement", "number", 1, _accuracy("top1_agreement")),
-)
+STRUCTURES = 24  # drawn below each other
+CHARTED = 8  # engines in a chart, which has as many colours; tables have all
+TITLED = 6  # engines named in the headline
+COLUMNS = 9  # engines side by side; a table of more has a line for each
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One metric across the engines."""
+class PredictedTable:
+    """The engines on one kind of hardware, as predicted."""
 
-    group: str
-    name: str
-    unit: str
-    better: int
-    values: tuple[Value, ...]
+    part: Predicted
+    shape: RequestShape | None  # None: nothing fits
+    rows: Sequence[Row]
+    throughput: ThroughputLayout | None
 
 
 def report_from_results(
@@ -154,6 +119,7 @@ def report_from_results(
     title: str | None = None,
     analysis: Path | None = None,
     quantization: Mapping[str, Path] | None = None,
+    prediction: Wanted | None = None,
 ) -> Iterable[tuple[str, bytes]]:
     """Render results files side by side.
 
@@ -163,58 +129,129 @@ def report_from_results(
         title: headline of the pages; None names the engines.
         analysis: a folder that `analyze` wrote, whose numbers and plan are shown too.
         quantization: name -> folder of the errors of a quantized model (`quantize --report`), shown too.
+        prediction: what the latency model is to say about the engines, in a section of its own.
 
     Returns:
-        (relative path, content) pairs: `report.html` (self-contained), `report.md` and the PNGs it shows.
+        (relative path, content) pairs: `report.html` (self-contained), `report.md`, `report.csv`, and every chart as
+        PNG and SVG.
 
     Raises:
-        EngineError: a file is malformed, or the files do not belong together. Raised before the first pair.
+        EngineError: a file is malformed, the files do not belong together, or what is wanted cannot be predicted.
+            Raised before the first pair.
         CheckpointError, PlanError: a file of the analysis is missing or malformed. Likewise.
     """
-    comparison = comparison_from_results([(path.name, read_results(path)) for path in paths], baseline=baseline)
+    contents = dict(zip(_names(paths), map(read_results_bytes, paths), strict=True))
+    sources = [
+        (name, results_from_json(content, file=path))
+        for path, (name, content) in zip(paths, contents.items(), strict=True)
+    ]
+    comparison = comparison_from_results(sources, baseline=baseline)
     study = None
     if analysis is not None:
         study = read_analysis(analysis)
         check_same_layers(study, comparison.models, analysis)
-    return _rendered(comparison, title, study, read_quantization_errors(quantization or {}))
+    rounding = read_quantization_errors(quantization or {})
+    comparison, predicted = without_predicted(comparison, baseline)
+    calibration = None
+    if prediction is not None:
+        from engines.prediction_of_engines import calibration_of, predicted_parts
+
+        predicted += predicted_parts(comparison, prediction)
+        calibration = None if prediction.calibrate is None else calibration_of(comparison, prediction.calibrate)
+    return _rendered(contents, comparison, title, study, rounding, predicted, calibration)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """What a report calls its files: their names, with their folders where two have the same.
+
+    Raises:
+        EngineError: a file is given twice.
+    """
+    twice = next((path for index, path in enumerate(paths) if path in paths[:index]), None)
+    if twice is not None:
+        raise EngineError("a results file is given twice", file=twice, hint="give each once")
+    count = Counter(path.name for path in paths)
+    return [path.name if count[path.name] == 1 else str(path) for path in paths]
 
 
 def _rendered(
-    comparison: Comparison, title: str | None, study: Analysis | None, rounding: Sequence[QuantizationErrors]
+    contents: Mapping[str, bytes],
+    comparison: Comparison,
+    title: str | None,
+    study: Analysis | None,
+    rounding: Sequence[QuantizationErrors],
+    predicted: Sequence[Predicted],
+    calibration: Calibration | None,
 ) -> Iterable[tuple[str, bytes]]:
-    figures = {key: statistics(cell) for key, cell in comparison.cells.items()}
+    figures = _figures(comparison)
+    intervals = intervals_of(comparison)
     shape = headline_shape(comparison)
-    charts = _charts(comparison, figures, shape)
-    tradeoffs = [tradeoff_layout(chart) for chart in _tradeoffs(comparison, figures, shape)]
-    strips = strips_from_structures([model.structure for model in comparison.models])
+    charted = replace(comparison, engines=comparison.engines[:CHARTED])
+    charts = _charts(charted, figures, intervals, shape)
+    tradeoffs = [tradeoff_layout(chart) for chart in _tradeoffs(charted, figures, shape)]
+    curves = throughput_chart(charted, figures, shape, file="throughput.png")
+    throughput = None if curves is None else throughput_layout(curves)
+    times = [time_layout(chart) for chart in time_charts(charted.engines)]
+    structures = _structures(comparison)
+    drawn = structures[:STRUCTURES]
+    strips = strips_from_structures([structure for _, structure in drawn])
+    drawings = list(zip([name for name, _ in drawn], strips, strict=True))
+    predictions = [_predicted_table(part, index) for index, part in enumerate(predicted)]
+    parts: list[tuple[Comparison, Figures, Intervals]] = [(comparison, figures, intervals)]
+    parts += [(part.comparison, _figures(part.comparison), {}) for part in predicted]
     context: dict[str, Any] = {
         "comparison": comparison,
-        "title": title or "Latency of " + joined([engine.label for engine in comparison.engines]),
-        "summary": summary_sentence(comparison, figures, shape),
+        "title": title or "Latency of " + _few([engine.label for engine in comparison.engines], TITLED),
+        "summary": summary_sentence(comparison, figures, shape, intervals),
         "shape": shape,
-        "tiles": [_tile(comparison, figures, shape, engine) for engine in comparison.engines[1:]],
-        "notes": _notes(comparison),
-        "rows": _rows(comparison, figures, shape),
-        "accuracy": _accuracy_section(comparison, figures, shape),
+        "tiles": [_tile(comparison, figures, shape, engine, intervals) for engine in charted.engines[1:]],
+        "notes": _notes(comparison, intervals),
+        "rows": comparison_rows(comparison, figures, intervals, shape),
+        "has_intervals": bool(intervals),
+        "columns": COLUMNS,
+        "charted": charted.engines,
+        "accuracy": _accuracy_section(comparison, figures, shape, intervals),
         "tradeoffs": tradeoffs,
         "charts": charts,
+        "throughput": throughput,
+        "structures": structures,
+        "times": times,
+        "time_note": TIME_NOTE,
+        "predictions": predictions,
+        "calibration": calibration,
         "rounding": rounding,
         "study": study,
         "pictures": [] if study is None else [(p, p.draw("light"), p.draw("dark")) for p in study.pictures],
-        "cells": _cell_rows(comparison, figures),
-        "environments": [(name, _environment_items(results.environment)) for name, results in comparison.sources],
+        "cells": _cell_rows(comparison, figures, intervals),
+        "environments": _environments(comparison),
         "commands": list(dict.fromkeys(shlex.join(r.environment.command) for _, r in comparison.sources)),
+        "csv": csv_of(parts),
         "rounds": sorted({len(cell.ttft_ms) for cell in comparison.cells.values()}),
     }
-    yield "report.html", _html(context, strips, comparison)
-    yield "report.md", _markdown(context)
-    yield "structure.png", structure_png(comparison.models, strips)
+    yield "report.html", html_page(context, drawings, contents)
+    yield "report.md", markdown_page(context)
+    yield "report.csv", context["csv"].encode()
+    yield from _images("structure.png", structure_images(drawings))
     for chart in charts:
-        yield chart.file, chart_png(chart, comparison.engines)
+        yield from _images(chart.file, chart_images(chart, charted.engines))
     for layout in tradeoffs:
-        yield layout.chart.file, tradeoff_png(layout)
+        yield from _images(layout.chart.file, tradeoff_images(layout))
+    for curve in (throughput, *(table.throughput for table in predictions)):
+        if curve is not None:
+            yield from _images(curve.chart.file, throughput_images(curve))
+    for time in times:
+        yield from _images(time.chart.file, time_images(time.chart))
     for picture, light, _ in context["pictures"]:
-        yield picture.file, light
+        yield from _images(picture.file, (light, picture.draw("light", "svg")))
+
+
+def _images(file: str, images: tuple[bytes, bytes]) -> Iterator[tuple[str, bytes]]:
+    """Name the two forms of a chart after its PNG."""
+    yield from zip((file, f"{file.removesuffix('.png')}.svg"), images, strict=True)
+
+
+def _figures(comparison: Comparison) -> Figures:
+    return {key: statistics(cell) for key, cell in comparison.cells.items()}
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------
@@ -234,18 +271,16 @@ def headline_shape(comparison: Comparison) -> RequestShape:
     return max(comparison.shapes, key=preference)
 
 
-def summary_sentence(
-    comparison: Comparison, figures: dict[tuple[str, RequestShape], Statistics], shape: RequestShape
-) -> str:
+def summary_sentence(comparison: Comparison, figures: Figures, shape: RequestShape, intervals: Intervals) -> str:
     """Say in one sentence how the variants compare with the baseline, slower ones included."""
     base = comparison.baseline
     base_ms, what = pace_of(figures.get((base.label, shape)))
     if base_ms is None or len(comparison.engines) == 1:
         paces = ((engine, pace_of(figures.get((engine.label, shape)))[0]) for engine in comparison.engines)
         parts = [f"{named(engine)} takes {digits(pace)} ms {what}" for engine, pace in paces if pace is not None]
-        return f"{joined(parts)} at {shape}."
+        return f"{_few(parts)} at {shape}."
     parts = []
-    for engine in comparison.engines[1:]:
+    for engine in comparison.engines[1:CHARTED]:
         pace, _ = pace_of(figures.get((engine.label, shape)))
         if pace is None:
             parts.append(f"{named(engine)} was not timed there")
@@ -253,48 +288,78 @@ def summary_sentence(
         if engine.kind == "emulated":
             parts.append(f"{engine.label} is emulated and its time says nothing about its format")
             continue
-        words = _speed_words(base_ms, pace)
-        parts.append(
-            f"{named(engine)} is {words} {what}" if words != "as fast" else f"{named(engine)} is as fast {what}"
-        )
-    return f"At {shape}, compared with {named(base)}: {joined(parts)}."
+        words, doubt = _speed_words(base_ms, pace, _pace_interval(engine, shape, intervals))
+        parts.append(f"{named(engine)} is {words} {what}{doubt and f' ({doubt})'}")
+    more = len(comparison.engines) - CHARTED
+    rest = f"; {more:,} more are in the table" if more > 0 else ""
+    return f"At {shape}, compared with {named(base)}: {joined(parts)}{rest}."
 
 
-def _speed_words(baseline_ms: float, pace_ms: float) -> str:
+def _few(texts: Sequence[str], most: int = CHARTED) -> str:
+    """Join texts, of many only the first ones."""
+    return joined(texts) if len(texts) <= most else f"{', '.join(texts[:most])} and {len(texts) - most:,} more"
+
+
+def _speed_words(baseline_ms: float, pace_ms: float, interval: RatioInterval | None) -> tuple[str, str]:
+    """Say how much faster a pace is, and whether that is certain; nothing where it is."""
     faster = baseline_ms / pace_ms
     if is_same(faster):
-        return "as fast"
-    return f"{faster:.2f}× faster" if faster > 1 else f"{1 / faster:.2f}× slower"
+        return "as fast", ""
+    words = f"{faster:.2f}× faster" if faster > 1 else f"{1 / faster:.2f}× slower"
+    return words, "within the noise" if is_same(faster, interval) else ""
+
+
+def _pace_interval(
+    engine: EngineResult | EvaluatedModel, shape: RequestShape, intervals: Intervals
+) -> RatioInterval | None:
+    """The interval of the ratio of paces (see `pace_of`)."""
+    return intervals.get((engine.label, shape, "inter_token_ms" if shape.output_len > 1 else "ttft_ms"))
 
 
 def _tile(
-    comparison: Comparison,
-    figures: dict[tuple[str, RequestShape], Statistics],
-    shape: RequestShape,
-    engine: EngineResult,
+    comparison: Comparison, figures: Figures, shape: RequestShape, engine: EngineResult, intervals: Intervals
 ) -> dict[str, Any]:
     base_ms, _ = pace_of(figures.get((comparison.baseline.label, shape)))
     pace, what = pace_of(figures.get((engine.label, shape)))
     if base_ms is None or pace is None:
-        return {"engine": engine, "number": NOTHING, "words": "no measurement to compare", "verdict": "neutral"}
+        return {
+            "engine": engine,
+            "number": NOTHING,
+            "words": "no measurement to compare",
+            "interval": "",
+            "verdict": "neutral",
+        }
     if engine.kind == "emulated":
-        return {"engine": engine, "number": NOTHING, "words": "its time says nothing", "verdict": "neutral"}
+        return {
+            "engine": engine,
+            "number": NOTHING,
+            "words": "its time says nothing",
+            "interval": "",
+            "verdict": "neutral",
+        }
     faster = base_ms / pace
-    verdict: Verdict = "same" if is_same(faster) else "better" if faster > 1 else "worse"
-    words = {"same": "as fast", "better": "faster", "worse": "slower", "neutral": ""}[verdict]
+    interval = _pace_interval(engine, shape, intervals)
+    verdict: Verdict = "same" if is_same(faster, interval) else "better" if faster > 1 else "worse"
+    words = "as fast" if is_same(faster) else "faster" if faster > 1 else "slower"
+    _, doubt = _speed_words(base_ms, pace, interval)
+    shown = interval if interval is None or faster < 1 else interval.inverse
     return {
         "engine": engine,
         "number": f"{max(faster, 1 / faster):.2f}×",
         "words": f"{words} {what}",
+        "interval": interval_text(shown) + (doubt and f", {doubt}"),
         "detail": f"{digits(pace)} ms, {comparison.baseline.label} {digits(base_ms)} ms",
         "verdict": verdict,
     }
 
 
-def _notes(comparison: Comparison) -> list[str]:
+def _notes(comparison: Comparison, intervals: Intervals) -> list[str]:
     kinds = {engine.kind for engine in comparison.engines}
+    shown = {engine.label for engine in comparison.engines}
     environments = [
-        results.environment.model_dump(exclude={"utc", "command", "seed", "clock"}) for _, results in comparison.sources
+        results.environment.model_dump(exclude={"utc", "command", "seed", "clock"})
+        for _, results in comparison.sources
+        if shown & {engine.label for engine in results.engines}
     ]
     conditions = (
         (any(e.device == "cpu" and e.kind != "predicted" for e in comparison.engines), CPU_NOTE),
@@ -303,29 +368,40 @@ def _notes(comparison: Comparison) -> list[str]:
         (len({engine.device for engine in comparison.engines}) > 1, DEVICES_NOTE),
         (len(environments) > 1, FILES_NOTE),
         (any(environment != environments[0] for environment in environments), MACHINES_NOTE),
+        (not intervals and len(comparison.engines) > 1 and comparison.baseline.kind == "measured", ROUNDS_NOTE),
     )
     return [note for holds, note in conditions if holds]
 
 
-def _rows(
-    comparison: Comparison, figures: dict[tuple[str, RequestShape], Statistics], shape: RequestShape
-) -> list[Row]:
-    """Build the comparison table; a metric that no engine has is left out."""
-    rows = []
-    for metric in METRICS:
-        values = [metric.value(engine, figures.get((engine.label, shape))) for engine in comparison.engines]
-        if all(value is None for value in values):
-            continue
-        unit, texts = formatted(values, metric.unit)
-        cells = [Value(texts[0])]
-        for value, text in zip(values[1:], texts[1:], strict=True):
-            cells.append(compared(text, ratio(value, values[0]), metric.better))
-        rows.append(Row(metric.group, metric.name, unit, metric.better, tuple(cells)))
-    return rows
+def _predicted_table(part: Predicted, index: int) -> PredictedTable:
+    comparison = part.comparison
+    if not comparison.cells:
+        return PredictedTable(part, None, (), None)
+    figures, shape = _figures(comparison), headline_shape(comparison)
+    charted = replace(comparison, engines=comparison.engines[:CHARTED])
+    curves = throughput_chart(
+        charted, figures, shape, file=f"throughput_predicted_{index}.png", on=part.name, devices=part.tp_size
+    )
+    return PredictedTable(
+        part,
+        shape,
+        comparison_rows(comparison, figures, {}, shape, metrics=PREDICTED_METRICS),
+        None if curves is None else throughput_layout(curves),
+    )
+
+
+def _structures(comparison: Comparison) -> list[tuple[str, Structure]]:
+    """The different structures, each with the names of what has it."""
+    labels: dict[Any, list[str]] = {}
+    first: dict[Any, EngineResult | EvaluatedModel] = {}
+    for model in comparison.models:
+        labels.setdefault(model.structure.blocks, []).append(model.label)
+        first.setdefault(model.structure.blocks, model)
+    return [(f"{_few(labels[blocks])}: {depth_text(model)}", model.structure) for blocks, model in first.items()]
 
 
 def _accuracy_section(
-    comparison: Comparison, figures: dict[tuple[str, RequestShape], Statistics], shape: RequestShape
+    comparison: Comparison, figures: Figures, shape: RequestShape, intervals: Intervals
 ) -> dict[str, Any] | None:
     """Gather what the table of all variants needs; None where no accuracy was measured."""
     models = comparison.models
@@ -334,12 +410,13 @@ def _accuracy_section(
     _, what = pace_of(figures.get((comparison.baseline.label, shape)))
     emulated = {engine.label for engine in comparison.engines if engine.kind == "emulated"}
     paces = [None if m.label in emulated else pace_of(figures.get((m.label, shape)))[0] for m in models]
-    columns, rows = accuracy_table(models, (f"Latency {what}", paces))
+    sure = [_pace_interval(m, shape, intervals) for m in models]
+    columns, rows = accuracy_table(models, (f"Latency {what}", paces), sure)
     return {"columns": columns, "rows": rows, "findings": findings(models)}
 
 
 def _cell_rows(
-    comparison: Comparison, figures: dict[tuple[str, RequestShape], Statistics]
+    comparison: Comparison, figures: Figures, intervals: Intervals
 ) -> list[tuple[RequestShape, list[dict[str, Any]]]]:
     """Everything that was timed: per request shape one entry per engine."""
     table = []
@@ -350,7 +427,9 @@ def _cell_rows(
             found = figures.get((engine.label, shape))
             if found is None:
                 continue
-            quotient = ratio(pace_of(found)[0], pace_of(base)[0]) if engine is not comparison.baseline else None
+            quotient = None
+            if engine is not comparison.baseline and have_comparable_times(engine, comparison.baseline):
+                quotient = ratio(pace_of(found)[0], pace_of(base)[0])
             entries.append(
                 {
                     "engine": engine,
@@ -359,7 +438,7 @@ def _cell_rows(
                     "steps": [digits(p) for p in (found.step_p50_ms, found.step_p90_ms, found.step_p99_ms)],
                     "per_user": digits(found.output_tokens_per_s_per_user),
                     "total": digits(found.output_tokens_per_s_total.median),
-                    "compared": compared("", quotient, -1),
+                    "compared": compared("", quotient, -1, _pace_interval(engine, shape, intervals)),
                     "rounds": found.rounds,
                 }
             )
@@ -367,7 +446,22 @@ def _cell_rows(
     return table
 
 
-def _environment_items(environment: Environment) -> list[tuple[str, str]]:
+def _environments(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What the files ran on: (names of the files, items), files that say the same together."""
+    alike: dict[str, list[tuple[str, Environment]]] = {}
+    for name, results in comparison.sources:
+        key = results.environment.model_dump_json(exclude={"utc", "command"})
+        alike.setdefault(key, []).append((name, results.environment))
+    return [
+        (_few([name for name, _ in files]), _environment_items([environment for _, environment in files]))
+        for files in alike.values()
+    ]
+
+
+def _environment_items(environments: Sequence[Environment]) -> list[tuple[str, str]]:
+    """Describe environments that differ in nothing but when they began."""
+    environment = environments[0]
+    began = sorted({one.utc.strftime("%Y-%m-%d %H:%M:%S") for one in environments})
     pinned = environment.pinned_cpus
     return [
         ("CPU", f"{environment.cpu}, {environment.cores} logical cores"),
@@ -379,13 +473,11 @@ def _environment_items(environment: Environment) -> list[tuple[str, str]]:
         ("Clock", environment.clock),
         ("Warm-up rounds", str(environment.warmup_rounds)),
         ("Seed of the input tokens", str(environment.seed)),
-        ("Began (UTC)", environment.utc.strftime("%Y-%m-%d %H:%M:%S")),
+        ("Began (UTC)", began[0] if len(began) == 1 else f"{began[0]} to {began[-1]}"),
     ]
 
 
-def _charts(
-    comparison: Comparison, figures: dict[tuple[str, RequestShape], Statistics], shape: RequestShape
-) -> list[Chart]:
+def _charts(comparison: Comparison, figures: Figures, intervals: Intervals, shape: RequestShape) -> list[Chart]:
     """Choose the cells of each chart: one length varies, the others are the headline's."""
     by_batch = tuple(s for s in comparison.shapes if s[1:] == shape[1:])
     by_input = tuple(s for s in comparison.shapes if (s.batch, s.output_len) == (shape.batch, shape.output_len))
@@ -393,6 +485,7 @@ def _charts(
 
     def chart(
         file: str,
+        name: str,
         title: str,
         subtitle: str,
         axis: tuple[str, int],
@@ -400,13 +493,23 @@ def _charts(
         shapes: tuple[RequestShape, ...],
         value: Callable[[Statistics], Spread | None],
     ) -> Chart:
+        metric = next(one for one in METRICS if one.name == name)
+
+        def ratio_words(engine: EngineResult, shape: RequestShape) -> str:
+            quotient, interval = ratio_to_baseline(comparison, figures, intervals, metric, engine, shape)
+            found = compared("", quotient, metric.better, interval)
+            between = f", 95 % interval {found.interval}" if found.interval else ""
+            return f"; {found.ratio} of {comparison.baseline.label}{between}" if found.ratio else ""
+
         cells = [[figures.get((engine.label, s)) for s in shapes] for engine in comparison.engines]
         bars = tuple(tuple(None if cell is None else value(cell) for cell in row) for row in cells)
-        return Chart(file, title, subtitle, axis[0], y_label, tuple(s[axis[1]] for s in shapes), bars)
+        ratios = tuple(tuple(ratio_words(engine, s) for s in shapes) for engine in comparison.engines)
+        return Chart(file, title, subtitle, axis[0], y_label, tuple(s[axis[1]] for s in shapes), bars, ratios)
 
     charts = (
         chart(
             "inter_token_latency.png",
+            "Inter-token latency",
             "Inter-token latency",
             f"{lengths}; lower is better",
             ("batch", 0),
@@ -417,6 +520,7 @@ def _charts(
         chart(
             "time_to_first_token.png",
             "Time to first token",
+            "Time to first token",
             f"batch {shape.batch}; lower is better",
             ("input tokens", 1),
             "ms",
@@ -425,6 +529,7 @@ def _charts(
         ),
         chart(
             "tokens_per_second.png",
+            "Output tokens/s in total",
             "Total throughput",
             f"{lengths}; higher is better",
             ("batch", 0),
@@ -436,9 +541,7 @@ def _charts(
     return [chart for chart in charts if any(bar is not None for row in chart.bars for bar in row)]
 
 
-def _tradeoffs(
-    comparison: Comparison, figures: dict[tuple[str, RequestShape], Statistics], shape: RequestShape
-) -> list[Tradeoff]:
+def _tradeoffs(comparison: Comparison, figures: Figures, shape: RequestShape) -> list[Tradeoff]:
     """Choose the accuracy-latency charts: one per batch size at the headline's lengths, where two engines have both.
 
     The time of an emulated number format says nothing, so such an engine is in none.
@@ -465,84 +568,3 @@ def _tradeoffs(
                 charts.append(Tradeoff(file, "Accuracy and latency", subtitle, f"{what}, ms", y_label, points))
                 break
     return charts
-
-
-# --- pages ------------------------------------------------------------------------------------------------------------
-
-
-class _Verbatim(str):
-    """Text that goes into Markdown as it is."""
-
-
-def _html(context: dict[str, Any], strips: Sequence[Strip], comparison: Comparison) -> bytes:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    script = (TEMPLATES / "report.js").read_text()
-    style = environment.get_template("report.css.j2").render(series=SERIES_COLORS, strip=STRIP_COLORS)
-    page = environment.get_template("report.html.j2").render(
-        **context,
-        style=Markup(style),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        drawings=[bar_layout(chart, comparison.engines) for chart in context["charts"]],
-        strips=[(model, depth_text(model), strip) for model, strip in zip(comparison.models, strips, strict=True)],
-        roles=roles_of(strips),
-        embedded=[(picture.title, _address(light), _address(dark)) for picture, light, dark in context["pictures"]],
-        series_count=len(SERIES_COLORS["light"]),
-        downloads=[(name, _json_in_html(json_from_results(results))) for name, results in comparison.sources],
-    )
-    return page.encode()
-
-
-def _address(png: bytes) -> str:
-    """The address that holds a picture itself."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _json_in_html(content: bytes) -> Markup:
-    """Make JSON safe inside a script element: `<`, `>` and `&` occur only in its strings, where they may be escaped."""
-    text = content.decode()
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
-
-
-def _markdown(context: dict[str, Any]) -> bytes:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=False,
-        finalize=_markdown_escaped,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["code_block"] = _code_block
-    environment.filters["verbatim"] = _Verbatim
-    return environment.get_template("report.md.j2").render(**context).encode()
-
-
-def _markdown_escaped(value: Any) -> Any:
-    """Escape what Markdown or GitHub would take for markup; applied to everything a template prints."""
-    if isinstance(value, _Verbatim):
-        return value
-    text = "".join(f"\\{character}" if character in "\\`*_[]|~#$" else character for character in str(value))
-    # A mention would notify somebody, an entity is the only way to write one without.
-    entities = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "&#64;", "\n": " ", "\r": " "}
-    return "".join(entities.get(character, character) for character in text)
-
-
-def _code_block(text: str) -> _Verbatim:
-    """Fence text with more backticks than it has in a row."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return _Verbatim(f"{fence}\n{text}\n{fence}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from engines.intervals import RatioInterval
 from engines.results import EngineResult, EvaluatedModel, Spread, Statistics
 from engines.structure_strip import flat_blocks
 
@@ -59,27 +60,37 @@ def spread_text(spread: Spread | None) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """One figure as text, and what it is over the baseline's."""
+    """One figure as text, and what it is over the baseline's, with the confidence interval of that ratio."""
 
     text: str
     ratio: str = ""
     verdict: Verdict = "neutral"
+    interval: str = ""
 
 
-def compared(text: str, quotient: float | None, better: int) -> Value:
+def compared(text: str, quotient: float | None, better: int, interval: RatioInterval | None = None) -> Value:
     """Put a ratio beside a figure; `better` is 1 where more is better, -1 where less is, 0 where neither."""
     if quotient is None:
         return Value(text)
-    shown = f"{quotient:.2f}×" if quotient < 100 else f"{quotient:,.0f}×"
-    if is_same(quotient):
-        return Value(text, shown, "same")
+    shown, between = f"{ratio_text(quotient)}×", interval_text(interval)
+    if is_same(quotient, interval):
+        return Value(text, shown, "same", between)
     if better == 0:
-        return Value(text, shown)
-    return Value(text, shown, "better" if (quotient > 1) == (better > 0) else "worse")
+        return Value(text, shown, "neutral", between)
+    return Value(text, shown, "better" if (quotient > 1) == (better > 0) else "worse", between)
 
 
-def is_same(quotient: float) -> bool:
-    return f"{quotient:.2f}" == "1.00"
+def is_same(quotient: float, interval: RatioInterval | None = None) -> bool:
+    """Whether a ratio may as well be 1; without an interval, whether it is 1 as far as it is written."""
+    return ratio_text(quotient) == "1.00" if interval is None else interval.holds_one
+
+
+def ratio_text(quotient: float) -> str:
+    return f"{quotient:.2f}" if quotient < 100 else f"{quotient:,.0f}"
+
+
+def interval_text(interval: RatioInterval | None) -> str:
+    return "" if interval is None else f"{ratio_text(interval.low)}–{ratio_text(interval.high)}"
 
 
 def joined(parts: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ OUTPUT/calibration              activation ranges of the model, where a variant 
 OUTPUT/analysis                 measurements and a suggested plan, where the recipe analyzes
 OUTPUT/benchmark                results.json of the benchmark
 OUTPUT/results                  the same with the variants' accuracy
-OUTPUT/report                   report.html, report.md, pictures
+OUTPUT/report                   report.html, report.md, report.csv, charts
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ from engines.backends import backend_named
 from engines.base import Backend
 from engines.bench import Progress as BenchProgress
 from engines.bench import bench_engines, request_grid
+from engines.cpp_program import refuse_missing, worker_for
+from engines.hardware import gpu_named, read_gpus
+from engines.latency_model import stages_of, structure_from_graph
 from engines.machine import cpus_for
+from engines.prediction_report import Wanted
+from engines.profiling import profiler_problems
 from engines.report import report_from_results
 from engines.results import Accuracy, EvaluatedModel, json_from_results, read_results
 from engines.tensorrt_llm import BuildSettings, TensorRtLlm
 from exporter.analysis.tasks import check_tasks, run_tasks
-from exporter.dtypes import BY_NAME
+from exporter.dtypes import BY_NAME, DType
 from exporter.errors import EngineError, raise_all
 from exporter.graph import ModelGraph, structure
 from exporter.network import NETWORK_KIND
@@ -49,6 +54,7 @@ from exporter.recipe import (
     BenchRecipe,
     CalibrationRecipe,
     EvaluateRecipe,
+    PredictRecipe,
     Recipe,
     TensorRtLlmRecipe,
     VariantRecipe,
@@ -67,14 +73,22 @@ if TYPE_CHECKING:
     from exporter.analysis.evaluate import HeldModel
 
 Notify = Callable[[str, bool], None]  # (step, whether it was made now; False: it was there already)
+Note = Callable[[str], None]
 RESULTS_FILE = "results.json"
 EVALUATION_FILE = "evaluation.json"
 
 
 def run_recipe(
-    recipe: Recipe, output: Path, *, notify: Notify | None = None, bench_progress: BenchProgress | None = None
+    recipe: Recipe,
+    output: Path,
+    *,
+    notify: Notify | None = None,
+    bench_progress: BenchProgress | None = None,
+    note: Note | None = None,
 ) -> Path:
     """Carry out a recipe; returns the report's folder (the output folder if the recipe has no benchmark).
+
+    `note` is called with what people should know: that a program is built, or which one stood in for another.
 
     Every plan is applied to the model's structure before the first file is written, so that a plan that does not fit
     is known at once, and so is a task that nobody knows. Steps that are complete and whose inputs are the same are not
@@ -86,7 +100,12 @@ def run_recipe(
     tell = notify if notify is not None else lambda step, made: None
     backend = _backend(recipe)
     raise_all([EngineError(problem) for problem in backend.missing()])
+    if recipe.bench is not None and recipe.bench.runtime == "cpp":
+        refuse_missing(backend.name)
+    if recipe.bench is not None and recipe.bench.profile:
+        raise_all(profiler_problems([backend.name]))
     source = open_model(recipe.model, need_weights=True)
+    prediction = None if recipe.predict is None else _prediction(recipe.predict, source.graph)
     plans = {variant.name: variant.plan for variant in recipe.variants if variant.plan != "auto"}
     graphs = {
         variant.name: apply_plan(source.graph, plans[variant.name], norm=variant.norm)
@@ -146,7 +165,7 @@ def run_recipe(
             network = _done(
                 _network_step(recipe, variant, plans[variant.name], folder / "network", origin, graph, origin_key), tell
             )
-            step = _engine_step(backend, variant, folder / "engine", folder / "network", network)
+            step = _engine_step(recipe, backend, variant, folder / "engine", folder / "network", network)
             engines.append((step.folder, _done(step, tell)))
         if recipe.evaluate is not None:
             step = _evaluate_step(
@@ -165,12 +184,12 @@ def run_recipe(
             untimed[variant.name] = {"structure": structure(graph), "number_format": number_format(graph)}
     if recipe.bench is None:
         return output
-    step = _bench_step(recipe.bench, output / "benchmark", engines, bench_progress)
+    step = _bench_step(recipe.bench, output / "benchmark", engines, bench_progress, note)
     manifest = _done(step, tell)
     if evaluations:
         step = _results_step(output / "results", step.folder, manifest, evaluations, untimed)
         manifest = _done(step, tell)
-    step = _report_step(recipe, output / "report", step.folder, manifest, analysis, quantizations)
+    step = _report_step(recipe, output / "report", step.folder, manifest, analysis, quantizations, prediction)
     _done(step, tell)
     return step.folder
 
@@ -307,13 +326,16 @@ def _network_step(
     origin_key: Mapping[str, Any],
 ) -> Step:
     wanted = recipe.network
+    if not isinstance(wanted, TensorRtLlmRecipe) and variant.dtype is not None:
+        wanted = wanted.model_copy(update={"dtype": variant.dtype})
 
     def make(details: Mapping[str, Any]) -> None:
         if isinstance(wanted, TensorRtLlmRecipe):
             ranks = trtllm.Options(tp_size=wanted.tp, pp_size=wanted.pp, split_embedding=wanted.split_embedding)
             save(trtllm_writing(origin, graph, folder, options=ranks, details=details, force=True))
         else:
-            options = options_for({wanted.target: BY_NAME[wanted.dtype]}, max_positions=wanted.max_positions)
+            dtypes: dict[str, DType | None] = {wanted.target: BY_NAME[wanted.dtype]}
+            options = options_for(dtypes, max_positions=wanted.max_positions, batch=wanted.batch)
             save(network_writing(origin, graph, folder, options=options, details=details, force=True))
 
     inputs = {
@@ -326,11 +348,24 @@ def _network_step(
     return Step(name=f"{variant.name}: network", folder=folder, kind=kind, inputs=inputs, make=make)
 
 
+def _prediction(wanted: PredictRecipe, graph: ModelGraph) -> Wanted:
+    """What the report is to predict; refuses hardware that nobody knows, and sizes that the model cannot have."""
+    known = read_gpus()
+    for size in wanted.tp:
+        stages_of(structure_from_graph(graph), size)
+    return Wanted(
+        gpus=[gpu_named(name, known) for name in wanted.gpu],
+        tp_sizes=wanted.tp,
+        batches=wanted.batch,
+        dtype=wanted.dtype,
+    )
+
+
 def _backend(recipe: Recipe) -> Backend:
     """What builds a recipe's engines."""
     wanted = recipe.network
     if not isinstance(wanted, TensorRtLlmRecipe):
-        return backend_named("onnxruntime")
+        return backend_named(wanted.target, _engine_options(recipe))
     settings = BuildSettings(
         max_batch_size=wanted.max_batch,
         max_seq_len=wanted.max_seq_len,
@@ -340,18 +375,29 @@ def _backend(recipe: Recipe) -> Backend:
     return TensorRtLlm(settings)
 
 
+def _engine_options(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe chooses about the build of its engines, by the names of the backend's settings."""
+    return {} if recipe.engine is None else recipe.engine.model_dump(exclude={"backend"}, exclude_unset=True)
+
+
 def _engine_step(
-    backend: Backend, variant: VariantRecipe, folder: Path, network_folder: Path, network: Manifest
+    recipe: Recipe, backend: Backend, variant: VariantRecipe, folder: Path, network_folder: Path, network: Manifest
 ) -> Step:
     def make(details: Mapping[str, Any]) -> None:
         backend.build(network_folder, folder, label=variant.name, details=details, force=True)
 
-    inputs = {"network": network.fingerprint, "label": variant.name, "backend": backend.name}
+    inputs: dict[str, Any] = {"network": network.fingerprint, "label": variant.name, "backend": backend.name}
+    if recipe.engine is not None:
+        inputs["engine"] = recipe.engine.model_dump(mode="json")
     return Step(name=f"{variant.name}: engine", folder=folder, kind="engine", inputs=inputs, make=make)
 
 
 def _bench_step(
-    bench: BenchRecipe, folder: Path, engines: list[tuple[Path, Manifest]], progress: BenchProgress | None
+    bench: BenchRecipe,
+    folder: Path,
+    engines: list[tuple[Path, Manifest]],
+    progress: BenchProgress | None,
+    note: Note | None,
 ) -> Step:
     def make(details: Mapping[str, Any]) -> None:
         results = bench_engines(
@@ -363,6 +409,8 @@ def _bench_step(
             cpus=cpus_for(bench.threads),
             seed=bench.seed,
             progress=progress,
+            profile=bench.profile,
+            worker=worker_for(bench.runtime, note if note is not None else lambda text: None),
         )
         save_folder(folder, [(RESULTS_FILE, json_from_results(results))], kind="results", details=details, force=True)
 
@@ -461,6 +509,7 @@ def _report_step(
     manifest: Manifest,
     analysis: tuple[Path, Manifest] | None,
     quantizations: Mapping[str, tuple[Path, Manifest]],
+    prediction: Wanted | None,
 ) -> Step:
     def make(details: Mapping[str, Any]) -> None:
         check_folder(results, "results", hashes=True)
@@ -468,6 +517,7 @@ def _report_step(
             [results / RESULTS_FILE],
             baseline=recipe.baseline_name,
             title=recipe.title,
+            prediction=prediction,
             analysis=analysis and analysis[0],
             quantization={name: path for name, (path, _) in quantizations.items()},
         )
@@ -477,6 +527,7 @@ def _report_step(
         "results": manifest.fingerprint,
         "analysis": analysis and analysis[1].fingerprint,
         "quantization": {name: errors.fingerprint for name, (_, errors) in quantizations.items()},
+        "predict": recipe.predict and recipe.predict.model_dump(mode="json"),
         "baseline": recipe.baseline_name,
         "title": recipe.title,
     }

@@ -1,4 +1,4 @@
-"""The accuracy-latency chart: one point per engine, laid out once, drawn as SVG by the page and as PNG here.
+"""The accuracy-latency chart: one point per engine, laid out once, drawn as SVG by the page and for files here.
 
 Source of the form: Bercovich et al., "FFN Fusion", arXiv:2503.18908, figure 6. Coordinates are pixels, y downwards.
 """
@@ -17,8 +17,8 @@ from engines.charts import (
     CHART_TOP,
     CHART_WIDTH,
     SERIES_COLORS,
+    images_of,
     new_figure,
-    png_of,
 )
 from engines.report_words import digits
 from engines.results import Spread
@@ -189,8 +189,8 @@ def _ticks(values: Sequence[float]) -> list[float]:
     return ticks_between(max(low - room, 0.0), high + room)
 
 
-def tradeoff_png(layout: Layout) -> bytes:
-    """Draw a layout with matplotlib, light colours, one pixel of the layout to the point."""
+def tradeoff_images(layout: Layout) -> tuple[bytes, bytes]:
+    """Draw a layout with matplotlib, light colours, one pixel of the layout to the point: (PNG, SVG)."""
 
     def draw() -> Figure:
         figure = new_figure(layout.width / 72, (layout.height + 22) / 72)
@@ -223,4 +223,4 @@ def tradeoff_png(layout: Layout) -> bytes:
             axes.text(dot.text_x, dot.text_y, dot.text, ha=alignment, va="baseline", fontsize=9, color="#17212d")
         return figure
 
-    return png_of(draw)
+    return images_of(draw)

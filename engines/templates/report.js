@@ -1,6 +1,8 @@
 "use strict";
-// The raw data is in the page; the links only turn it into files.
+// The data is in the page; the links only turn it into files.
 for (const link of document.querySelectorAll("a[data-source]")) {
   const text = document.getElementById(link.dataset.source).textContent;
-  link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+  const isTable = link.dataset.source === "table";
+  const type = isTable ? "text/csv" : "application/json";
+  link.href = URL.createObjectURL(new Blob([isTable ? JSON.parse(text) : text], { type }));
 }

@@ -21,6 +21,7 @@ TITLES = {"block": "blocks", "attention": "attentions", "ffn": "FFNs"}
 FRAME = "#f0563f"
 
 Theme = Literal["light", "dark"]
+Form = Literal["png", "svg"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +60,19 @@ class Measured(Protocol):
     def kl(self) -> Mapping[Any, np.ndarray]: ...  # kind -> [n], what the logits lose
 
 
+class Draw(Protocol):
+    """Gives the bytes of a picture."""
+
+    def __call__(self, theme: Theme, form: Form = "png") -> bytes: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A PNG file and what it shows; `draw` gives its bytes."""
+    """A PNG file and what it shows."""
 
     file: str
     title: str
-    draw: Callable[[Theme], bytes]
+    draw: Draw
 
 
 def pictures_of(measured: Measured, plan: Plan) -> Iterator[Picture]:
@@ -87,12 +94,18 @@ def pictures_of(measured: Measured, plan: Plan) -> Iterator[Picture]:
         if first in position_of and last in position_of
     ]
 
-    def map_of(kind: str, title: str) -> Callable[[Theme], bytes]:
-        matrix = measured.matrices[kind]
-        return lambda theme: heat_map(matrix, labels, title=title, hatched=bare, groups=groups, theme=theme)
+    def map_of(kind: str, title: str) -> Draw:
+        def draw(theme: Theme, form: Form = "png") -> bytes:
+            matrix = measured.matrices[kind]
+            return heat_map(matrix, labels, title=title, hatched=bare, groups=groups, theme=theme, form=form)
 
-    def bars_of(values: np.ndarray, title: str, what: str) -> Callable[[Theme], bytes]:
-        return lambda theme: importance_bars(values, labels, title=title, what=what, theme=theme)
+        return draw
+
+    def bars_of(values: np.ndarray, title: str, what: str) -> Draw:
+        def draw(theme: Theme, form: Form = "png") -> bytes:
+            return importance_bars(values, labels, title=title, what=what, theme=theme, form=form)
+
+        return draw
 
     for kind, parts in TITLES.items():
         if kind in measured.matrices:
@@ -116,8 +129,9 @@ def heat_map(
     hatched: Collection[int] = (),
     groups: Sequence[tuple[int, int]] = (),
     theme: Theme = "light",
+    form: Form = "png",
 ) -> bytes:
-    """Draw a dependency matrix as PNG, colours on a logarithmic scale.
+    """Draw a dependency matrix, colours on a logarithmic scale.
 
     Args:
         matrix: [n, n] distances, row i removed, column j compared; NaN is left empty.
@@ -156,13 +170,19 @@ def heat_map(
         axes.set_ylabel("layer removed")
         axes.set_title(title, loc="left")
 
-    return _png(draw, (_width(count), _width(count) - 0.5), colors)
+    return _image(draw, (_width(count), _width(count) - 0.5), colors, form)
 
 
 def importance_bars(
-    importance: np.ndarray, labels: Sequence[str], *, title: str, what: str, theme: Theme = "light"
+    importance: np.ndarray,
+    labels: Sequence[str],
+    *,
+    title: str,
+    what: str,
+    theme: Theme = "light",
+    form: Form = "png",
 ) -> bytes:
-    """Draw how much the output changes without each part as PNG, on a logarithmic scale.
+    """Draw how much the output changes without each part, on a logarithmic scale.
 
     Args:
         importance: [n], NaN where a block has no such part.
@@ -191,7 +211,7 @@ def importance_bars(
         axes.set_ylabel(what)
         axes.set_title(title, loc="left")
 
-    return _png(draw, (_width(len(labels)), 2.2), colors)
+    return _image(draw, (_width(len(labels)), 2.2), colors, form)
 
 
 def error_bars(errors: Sequence[tuple[str, float]], *, title: str, count: int = 30, theme: Theme = "light") -> bytes:
@@ -213,7 +233,7 @@ def error_bars(errors: Sequence[tuple[str, float]], *, title: str, count: int = 
         axes.set_title(title + left_out, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
 
-    return _png(draw, (6.4, 0.9 + 0.19 * max(1, len(shown))), colors)
+    return _image(draw, (6.4, 0.9 + 0.19 * max(1, len(shown))), colors, "png")
 
 
 def _width(count: int) -> float:
@@ -221,7 +241,7 @@ def _width(count: int) -> float:
     return max(3.8, 1.6 + 0.06 * count)
 
 
-def _png(draw: Callable[[Figure], None], inches: tuple[float, float], colors: Colors) -> bytes:
+def _image(draw: Callable[[Figure], None], inches: tuple[float, float], colors: Colors, form: Form) -> bytes:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -232,6 +252,8 @@ def _png(draw: Callable[[Figure], None], inches: tuple[float, float], colors: Co
             "font.size": 8,
             "axes.titlesize": 9,
             "hatch.linewidth": 0.6,
+            "svg.fonttype": "none",  # text stays text
+            "svg.hashsalt": "fuselage",  # ids are drawn at random without one
             "figure.facecolor": colors.card,
             "axes.facecolor": colors.card,
             "axes.edgecolor": colors.rule,
@@ -246,5 +268,6 @@ def _png(draw: Callable[[Figure], None], inches: tuple[float, float], colors: Co
         figure = Figure(figsize=inches, layout="constrained")
         FigureCanvasAgg(figure)  # without pyplot, which keeps figures in global state
         draw(figure)
-        figure.savefig(stream, format="png", dpi=PNG_DPI, metadata={"Software": None})
+        when_and_by_what = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
+        figure.savefig(stream, format=form, dpi=PNG_DPI, metadata=when_and_by_what[form])
     return stream.getvalue()

@@ -47,6 +47,7 @@ def test_pictures_are_in_the_page_in_both_themes_and_beside_it(tmp_path: Path) -
     assert all(address.startswith(head) for address in addresses)
     dark, light = (base64.b64decode(address.removeprefix(head)) for address in addresses)
     assert light == files["dependency_ffn.png"]
+    assert b"<svg" in files["dependency_ffn.svg"]
     assert dark.startswith(b"\x89PNG")
     assert dark != light
     assert pictures[0]["media"] == "screen and (prefers-color-scheme: dark)"

@@ -185,3 +185,10 @@ def test_the_documented_figures(published: list[Observation]) -> None:
     constants = fit.constants
     assert f"**{100 * constants.memory_efficiency:.1f} %** of the memory rate" in page
     assert f"**{constants.sublayer_us:.1f} us** per sequential sublayer" in page
+
+
+def test_constants_need_observations():
+    with pytest.raises(EngineError, match="nothing to fit"):
+        fit_constants([])
+    with pytest.raises(EngineError, match="at least two measured latencies"):
+        leave_one_out(synthetic(KNOWN)[:1])

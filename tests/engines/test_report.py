@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import re
+import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -152,15 +153,19 @@ def relabelled(label: str) -> dict:
     return json.loads(json.dumps(REALISTIC).replace('"fused"', json.dumps(label)))
 
 
-def rendered(
-    folder: Path, *documents: dict, baseline: str | None = None, analysis: Path | None = None, count: int | None = 2
-) -> dict[str, bytes]:
-    """The report's first files: two pages, which cost little, then the pictures; None for all of them."""
+def report_files(folder: Path, *documents: dict, count: int | None = 3, **options: Any) -> dict[str, bytes]:
+    """The report's first files: two pages and a table, which cost little, then the pictures; None for all of them."""
     paths = []
     for index, document in enumerate(documents):
         paths.append(folder / f"results-{index}.json")
         paths[-1].write_text(json.dumps(document))
-    return dict(itertools.islice(report_from_results(paths, baseline=baseline, analysis=analysis), count))
+    return dict(itertools.islice(report_from_results(paths, **{"baseline": None, **options}), count))
+
+
+def rendered(
+    folder: Path, *documents: dict, baseline: str | None = None, analysis: Path | None = None, count: int | None = 2
+) -> dict[str, bytes]:
+    return report_files(folder, *documents, baseline=baseline, analysis=analysis, count=count)
 
 
 class Page(HTMLParser):
@@ -212,20 +217,29 @@ def test_files_of_a_report(tmp_path):
     assert list(files) == [
         "report.html",
         "report.md",
-        "structure.png",
-        "inter_token_latency.png",
-        "time_to_first_token.png",
-        "tokens_per_second.png",
-        "accuracy_latency_batch_1.png",
-        "accuracy_latency_batch_4.png",
+        "report.csv",
+        *(
+            f"{chart}.{form}"
+            for chart in (
+                "structure",
+                "inter_token_latency",
+                "time_to_first_token",
+                "tokens_per_second",
+                "accuracy_latency_batch_1",
+                "accuracy_latency_batch_4",
+                "throughput",
+            )
+            for form in ("png", "svg")
+        ),
     ]
     assert all(content.startswith(b"\x89PNG") for name, content in files.items() if name.endswith(".png"))
+    assert all(ElementTree.fromstring(files[name]).tag.endswith("svg") for name in files if name.endswith(".svg"))
     shown = re.findall(r"!\[[^]]*\]\(([^)]*)\)", files["report.md"].decode())
     assert sorted(shown) == sorted(name for name in files if name.endswith(".png"))
 
 
 def test_the_same_results_give_the_same_bytes(tmp_path):
-    assert rendered(tmp_path, REALISTIC, count=4) == rendered(tmp_path, REALISTIC, count=4)
+    assert rendered(tmp_path, REALISTIC, count=7) == rendered(tmp_path, REALISTIC, count=7)
 
 
 def test_figures_in_the_table(tmp_path):
@@ -311,8 +325,8 @@ NOTES = {
     "emulated": ({"kind": "emulated"}, ["Emulated:", "fused is emulated and its time says nothing"], ["Predicted:"]),
     "predicted": (
         {"kind": "predicted", "device": "H100", "load_time_s": None, "peak_memory_gib": None, "engine_bytes": None},
-        ["Predicted:", "fused (predicted) is", "of different devices"],
-        ["Emulated:"],
+        ["Predicted", "othing here was run"],
+        ["Emulated:", "fused is", "of different devices"],
     ),
 }
 
@@ -327,6 +341,13 @@ def test_figures_are_labelled_by_what_they_are(tmp_path, fields, said, not_said)
         assert [phrase for phrase in not_said if phrase in text] == []
 
 
+def test_engines_of_two_devices_are_said_to_be(tmp_path):
+    engines = [*ENGINES[:2], {**ENGINES[2], "device": "NVIDIA H200"}]
+    files = rendered(tmp_path, with_changes(engines=engines))
+    for text in (Page(files["report.html"]).text, files["report.md"].decode()):
+        assert "The engines are of different devices" in text
+
+
 def test_several_files_are_said_to_be_several(tmp_path):
     first = with_changes(engines=ENGINES[:2], cells=[cell for cell in REALISTIC["cells"] if cell["engine"] != "fused"])
     second = with_changes(
@@ -337,20 +358,9 @@ def test_several_files_are_said_to_be_several(tmp_path):
     page = Page(rendered(tmp_path, first, second)["report.html"])
     assert "not timed in turns" in page.text
     assert "differ in machine or settings" not in page.text
-    assert [json.loads(data) for data in page.data] == [json_form(first), json_form(second)]
+    assert [json.loads(data) for data in page.data[:-1]] == [first, second]
     second["environment"]["cpu"] = "Another CPU"
     assert "differ in machine or settings" in Page(rendered(tmp_path, first, second)["report.html"]).text
-
-
-def json_form(document: dict) -> dict:
-    """A document with the optional fields that the writer spells out."""
-    engines = []
-    for engine in document["engines"]:
-        accuracy = engine.get("accuracy")
-        if accuracy is not None:
-            accuracy = {"perplexity": None, "kl_divergence": None, "top1_agreement": None, "tasks": [], **accuracy}
-        engines.append({"number_format": None, **engine, "accuracy": accuracy})
-    return {**document, "engines": engines, "evaluated": document.get("evaluated", [])}
 
 
 HOSTILE = [
@@ -375,7 +385,7 @@ def test_hostile_labels_stay_text(tmp_path, label):
     assert label in page.text
     assert [tag for tag, _ in page.elements] == [tag for tag, _ in usual.elements]
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
-    assert json.loads(page.data[0]) == json_form(relabelled(label))
+    assert json.loads(page.data[0]) == relabelled(label)
     markdown = files["report.md"].decode()
     assert "<script" not in markdown
     assert re.findall(r"(?<!\\)\]\(http", markdown) == []
@@ -386,7 +396,7 @@ def test_hostile_labels_stay_text(tmp_path, label):
 
 @pytest.mark.parametrize("label", ["$\\frac{$", "_underscore first"])
 def test_labels_that_matplotlib_would_interpret(tmp_path, label):
-    files, usual = (rendered(tmp_path, relabelled(name), count=4) for name in (label, "fused"))
+    files, usual = (rendered(tmp_path, relabelled(name), count=6) for name in (label, "fused"))
     for name in ("structure.png", "inter_token_latency.png"):
         assert files[name] != usual[name]
 
@@ -415,7 +425,9 @@ def test_the_page_reaches_for_nothing(tmp_path):
     content = rendered(tmp_path, REALISTIC)["report.html"]
     page = Page(content)
     assert {tag for tag, _ in page.elements} & {"link", "img", "iframe", "object", "base", "form"} == set()
-    assert [a for _, a in page.elements if {"src", "href", "srcset"} & set(a)] == []
+    addresses = [a[name] for _, a in page.elements for name in ("src", "href", "srcset") if name in a]
+    assert addresses
+    assert all(str(address).startswith("#") for address in addresses)
     assert re.findall(rb"url\((?!#)|@import|https?://", content) == []
     policy = next(a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a)
     assert policy is not None
@@ -462,8 +474,12 @@ def test_accuracy_of_what_was_timed_and_what_was_not(tmp_path):
 
 def test_emulated_time_is_not_held_against_accuracy(tmp_path):
     engines = [*ENGINES[:2], {**ENGINES[2], "kind": "emulated", "number_format": "int8"}]
-    page = Page(rendered(tmp_path, with_changes(engines=engines))["report.html"])
+    content = rendered(tmp_path, with_changes(engines=engines))["report.html"]
+    page = Page(content[: content.index(b'id="batch"')])
     assert page.row("fusedattention")[-1] == "–"
+    timed = Page(content[content.index(b'id="measurements"') :])
+    ratios = [timed.row(label)[3] for label in ("baseline", "attention-dropped", "fused emulated")]
+    assert [bool(ratio) for ratio in ratios] == [False, True, False]
     assert page.row("attention-droppedattention")[-1] != "–"
     dots = [" ".join(str(a["class"]).split()[1:]) for tag, a in page.elements if tag == "circle"]
     assert dots == ["baseline series-0", "series-1"] * 2  # one chart per batch size
@@ -506,7 +522,7 @@ ODD_STRUCTURES = {
 def test_any_structure_can_be_drawn(tmp_path, blocks):
     document = with_changes()
     document["engines"][2]["structure"]["blocks"] = blocks
-    files = rendered(tmp_path, document, count=3)
+    files = rendered(tmp_path, document, count=4)
     assert files["structure.png"].startswith(b"\x89PNG")
 
 
@@ -631,3 +647,174 @@ def test_quantization_errors_are_shown_the_worst_first(tmp_path):
 def test_malformed_quantization_errors(tmp_path, change):
     with pytest.raises(EngineError, match="quantization errors"):
         with_errors(tmp_path, {**ERRORS, **change})
+
+
+# --- for everybody: keyboard, contrast, many engines
+
+
+def test_everything_can_be_reached_by_keyboard(tmp_path):
+    page = Page(rendered(tmp_path, with_changes(evaluated=[REMOVED]))["report.html"])
+    ids = {a["id"] for _, a in page.elements if "id" in a}
+    links = [str(a["href"]) for tag, a in page.elements if tag == "a" and "href" in a]
+    assert links[0] == "#comparison"  # past the header, for those who tab
+    assert {link[1:] for link in links} <= ids
+    scrolling = [a for _, a in page.elements if "scroll" in str(a.get("class", "")).split()]
+    assert scrolling
+    for attributes in scrolling:
+        assert (attributes.get("role"), attributes.get("tabindex")) == ("region", "0")
+        assert attributes.get("aria-label")
+    assert not [a for _, a in page.elements if a.get("tabindex") not in (None, "0")]
+
+
+def test_every_picture_has_words(tmp_path):
+    page = Page(rendered(tmp_path, REALISTIC)["report.html"])
+    charts = [a for tag, a in page.elements if tag == "svg" and a.get("aria-hidden") != "true"]
+    assert charts
+    assert all(a.get("role") == "img" and a.get("aria-label") for a in charts)
+    throughput = next(str(a["aria-label"]) for a in charts if "tokens/s per user" in str(a["aria-label"]))
+    assert re.search(r"fused: batch 1, [0-9,.]+ and [0-9,.]+; batch 4, [0-9,.]+ and [0-9,.]+\.", throughput)
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of "#rrggbb" (WCAG 2.2)."""
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+# What is written on what; `--series-1` is the colour of links and of the focus ring.
+WRITTEN = [
+    *((ink, ground) for ink in ("ink", "muted", "better", "worse") for ground in ("page", "card", "soft")),
+    ("ink", "note"),
+    ("series-1", "page"),
+    ("series-1", "card"),
+]
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_contrast_of_text_is_enough(tmp_path, theme):
+    content = rendered(tmp_path, REALISTIC)["report.html"].decode()
+    palettes = [
+        dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]{6});", part))
+        for part in content.split("(prefers-color-scheme: dark)", 1)
+    ]
+    colors = palettes[theme]
+    assert [(ink, ground) for ink, ground in WRITTEN if contrast(colors[ink], colors[ground]) < 4.5] == []
+
+
+def test_contrast_by_hand():
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
+
+
+def many(count: int) -> dict:
+    labels = [f"engine-{index:02d}" for index in range(count)]
+    engines = [{**ENGINES[index % 3], "label": label} for index, label in enumerate(labels)]
+    cells = [
+        {**cell, "engine": label}
+        for index, label in enumerate(labels)
+        for cell in REALISTIC["cells"]
+        if cell["engine"] == ENGINES[index % 3]["label"]
+    ]
+    return with_changes(engines=engines, cells=cells)
+
+
+def test_very_many_engines_have_a_line_each_and_charts_of_the_first(tmp_path):
+    few, lots = many(9), many(12)
+    by_metric = Page(rendered(tmp_path, few)["report.html"])
+    assert len(by_metric.row("Metric")) == 1 + 9
+    files = rendered(tmp_path, lots, count=None)
+    page = Page(files["report.html"])
+    by_engine = page.row("Engine")
+    assert by_engine[1:3] == ["Time to first token ms ↓", "Inter-token latency ms ↓"]
+    first, last = by_metric.row("Inter-token latency"), page.row("engine-08")
+    assert first[9] == last[2]
+    assert "Charts show the first 8 of 12 engines" in page.text
+    assert "4 more are in the table." in page.text
+    assert files["inter_token_latency.svg"].count(b"engine-") == 8
+    assert page.text.count("sequential sublayers") >= 3
+    assert "engine-00, engine-03, engine-06 and engine-09: 16 blocks" in page.text
+    rows = [line for line in files["report.md"].decode().splitlines() if line.startswith("| engine-11 | measured |")]
+    assert len(rows) == 1
+
+
+def test_ratios_with_their_intervals_in_both_pages(tmp_path):
+    files = rendered(tmp_path, REALISTIC)
+    page, markdown = Page(files["report.html"]), files["report.md"].decode()
+    (interval,) = re.findall(r"0\.70× (0\.\d\d–0\.\d\d)$", page.row("Inter-token latency")[3])
+    assert re.search(rf"\| Inter-token latency, ms \|.*\(\*\*0\.70×\*\*, {interval}\) \|\n", markdown)
+    assert "95\xa0% interval" in page.text
+    assert "No ratio has a confidence interval" not in page.text
+
+
+def test_what_may_be_chance_is_not_called_faster_without_a_word(tmp_path):
+    """Steps of the fused engine vary by more than its median differs."""
+    shuffled = (0.6, 1.7, 0.9, 1.4, 0.8)
+    cells = [
+        {
+            **cell,
+            "request_ms": [
+                ttft + factor * (request - ttft)
+                for request, ttft, factor in zip(cell["request_ms"], cell["ttft_ms"], shuffled, strict=True)
+            ],
+        }
+        if cell["engine"] == "fused"
+        else cell
+        for cell in REALISTIC["cells"]
+    ]
+    files = rendered(tmp_path, with_changes(cells=cells))
+    page = Page(files["report.html"])
+    for text in (page.text, files["report.md"].decode()):
+        assert re.search(r"fused is 1\.\d\d× faster per token \(within the noise\)\.", text)
+        assert re.search(r"attention-dropped is 1\.\d\d× faster per token and", text)
+    tiles = re.findall(r"95\xa0% interval ([0-9.]+)–([0-9.]+)(, within the noise)?", page.text)
+    assert [bool(doubt) for _, _, doubt in tiles] == [False, True]
+    assert [float(low) < 1 < float(high) for low, high, _ in tiles] == [False, True]
+
+
+def test_bars_say_their_ratio_when_pointed_at(tmp_path):
+    page = Page(rendered(tmp_path, REALISTIC)["report.html"])
+    (interval,) = re.findall(r"1\.42× (1\.\d\d–1\.\d\d)$", page.row("Output tokens/s in total")[3])
+    assert re.search(
+        rf"fused, batch 1: [0-9.,]+ tokens/s \(.*\); 1\.42× of baseline, 95 % interval {interval}", page.text
+    )
+    assert re.search(r"baseline, batch 1: [0-9.,]+ tokens/s \([0-9., to]+ over the rounds\)(?!;)", page.text)
+
+
+def test_too_few_rounds_for_intervals_are_said(tmp_path):
+    cells = [{**c, **{key: c[key][:2] for key in ("ttft_ms", "step_ms", "request_ms")}} for c in REALISTIC["cells"]]
+    page = Page(rendered(tmp_path, with_changes(cells=cells))["report.html"])
+    assert "No ratio has a confidence interval: that takes 5 rounds" in page.text
+    assert "interval; grey" not in page.text
+
+
+def test_files_of_one_name_are_told_apart(tmp_path):
+    for folder, engines in (("a", ENGINES[:2]), ("b", ENGINES[2:])):
+        labels = {engine["label"] for engine in engines}
+        cells = [cell for cell in REALISTIC["cells"] if cell["engine"] in labels]
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "results.json").write_text(json.dumps(with_changes(engines=engines, cells=cells)))
+    paths = [tmp_path / folder / "results.json" for folder in ("a", "b")]
+    page = Page(dict(itertools.islice(report_from_results(paths, baseline=None), 1))["report.html"])
+    assert {a["download"] for tag, a in page.elements if tag == "a" and "download" in a} == {
+        "report.csv",
+        *map(str, paths),
+    }
+    with pytest.raises(EngineError, match="given twice"):
+        report_from_results([paths[0], paths[0]], baseline=None)
+
+
+def test_the_csv_is_in_the_page_and_beside_it(tmp_path):
+    files = rendered(tmp_path, relabelled("</script>=1"), count=3)
+    assert json.loads(Page(files["report.html"]).data[-1]) == files["report.csv"].decode()
+
+
+def test_which_program_took_the_samples_is_said(tmp_path):
+    engines = [{**ENGINES[0], "program": "cpp"}, {**ENGINES[1], "program": "python"}, ENGINES[2]]
+    text = Page(rendered(tmp_path, with_changes(engines=engines))["report.html"]).text
+    assert text.count("timed by the C++ program") == text.count("timed by the Python program") == 1

@@ -16,8 +16,8 @@ from engines.tradeoff import (
     Point,
     Tradeoff,
     ticks_between,
+    tradeoff_images,
     tradeoff_layout,
-    tradeoff_png,
 )
 
 
@@ -104,4 +104,6 @@ def test_any_numbers_and_labels_can_be_drawn(points: list[tuple[str, float, floa
     for dot in layout.dots:
         assert CHART_LEFT <= dot.x <= CHART_WIDTH - RIGHT
         assert CHART_TOP <= dot.y <= CHART_HEIGHT - CHART_BOTTOM
-    assert tradeoff_png(layout).startswith(b"\x89PNG")
+    png, svg = tradeoff_images(layout)
+    assert png.startswith(b"\x89PNG")
+    assert b"<svg" in svg
