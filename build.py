@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 a bug (with its traceback); 2 bad input, a refused request
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import sys
@@ -265,6 +266,7 @@ def quantize(
 )
 @click.option("--max-positions", type=click.IntRange(1), help="onnx: tokens a sequence may reach.")
 @click.option("--batch", type=click.IntRange(1), help="onnx: a fixed number of sequences.")
+@click.option("--plugins", help="onnx: custom ops in place of standard ones; wide_ffn is the only one.")
 @click.option("--tp", default=1, show_default=True, type=click.IntRange(1), help="trtllm: tensor-parallel size.")
 @click.option("--pp", default=1, show_default=True, type=click.IntRange(1), help="trtllm: pipeline-parallel size.")
 @click.option("--split-embedding", is_flag=True, help="trtllm: every GPU holds a part of the embedding, not all.")
@@ -272,6 +274,7 @@ def quantize(
 @click.option("--calibration", type=click.Path(path_type=Path), help="trtllm: a calibration of MODEL, for --format.")
 @click.option("--kv-cache", type=click.Choice(["fp8", "int8"]), help="trtllm: quantize the KV cache, with --format.")
 @click.option("--list-tensors", is_flag=True, help="trtllm: with --dry-run, every tensor of every rank.")
+@click.option("--check", "runtime", help="onnx: refuse what it would not import: tensorrt, or tensorrt:10.15.")
 @output_option
 @dry_run_option
 @force_option
@@ -284,6 +287,7 @@ def export(
     targets: tuple[str, ...],
     max_positions: int | None,
     batch: int | None,
+    plugins: str | None,
     tp: int,
     pp: int,
     split_embedding: bool,
@@ -291,6 +295,7 @@ def export(
     calibration: Path | None,
     kv_cache: str | None,
     list_tensors: bool,
+    runtime: str | None,
     output: Path,
     dry_run: bool,
     force: bool,
@@ -301,11 +306,15 @@ def export(
     A dry run to trtllm needs no weights: a config.json or a *.structure.json will do.
     """
     from exporter.pipeline import checkpoint_writing, network_writing, trtllm_writing
-    from exporter.writers import trtllm
+    from exporter.writers import onnx_tensorrt_rules, trtllm
     from exporter.writers.onnx import options_for
+    from exporter.writers.onnx_plugins import plugin_ops
 
     details: dict[str, Any] = {"plan": str(plan_path) if plan_path else None, "norm": norm}
     is_structure_enough = dry_run and target_format == "trtllm"
+    if runtime is not None and target_format != "onnx":
+        raise click.UsageError("--check belongs to --to onnx")
+    version = None if runtime is None else onnx_tensorrt_rules.version_from_text(runtime)
     checkpoint, graph = _planned(model, plan_path, norm, need_weights=not is_structure_enough)
     if target_format == "trtllm":
         if format_name is not None:
@@ -322,23 +331,64 @@ def export(
     elif target_format == "hf":
         writing = checkpoint_writing(checkpoint, graph, output, details=details, force=force)
     else:
-        variants = options_for(_targets(targets), max_positions=max_positions, batch=batch)
+        named = tuple(plugins.split(",")) if plugins else ()
+        variants = options_for(_targets(targets), max_positions=max_positions, batch=batch, plugins=named)
         writing = network_writing(checkpoint, graph, output, options=variants, details=details, force=force)
+        if version is not None:
+            files = onnx_tensorrt_rules.files_for_tensorrt(variants.networks)
+            _refuse_violations({file: writing.files[file] for file in files}, version, plugin_ops(named))
     _carry_out(writing, dry_run, quiet)
+
+
+@main.command()
+@click.argument("network", type=click.Path(path_type=Path))
+@click.option("--against", "runtime", default="tensorrt", show_default=True, help="tensorrt, or tensorrt:10.15.")
+@click.option("--plugin", "plugins", multiple=True, help="An op that a plugin implements there. Repeat it for more.")
+def check(network: Path, runtime: str, plugins: tuple[str, ...]) -> None:
+    """Check ONNX networks against the rules of a runtime's importer; no weight is read.
+
+    NETWORK is a folder that `export` wrote, or any .onnx file. The runtime need not be installed.
+    """
+    from exporter.writers.onnx_tensorrt_rules import networks_to_check, version_from_text
+
+    version = version_from_text(runtime)
+    files = networks_to_check(network)
+    _refuse_violations(files, version, plugins)
+    click.echo(f"no rule of {runtime} is broken by {', '.join(files)}")
 
 
 @main.command()
 @click.argument("network", type=click.Path(path_type=Path))
 @click.option("--backend", default="onnxruntime", show_default=True, help="The runtime that is to run it.")
 @click.option("--label", help="What reports call it; the folder's name if not given.")
-@click.option("--max-batch", type=click.IntRange(1), help="tensorrt-llm: sequences side by side; 8 if not given.")
+@click.option(
+    "--max-batch", type=click.IntRange(1), help="tensorrt-llm, tensorrt: sequences side by side; 8 if not given."
+)
 @click.option("--max-seq-len", type=click.IntRange(1), help="tensorrt-llm: tokens of a sequence; 8192 if not given.")
 @click.option("--max-num-tokens", type=click.IntRange(1), help="tensorrt-llm: tokens of a step; 8192 if not given.")
 @click.option("--low-latency", is_flag=True, help="tensorrt-llm: FP8 GEMMs for few tokens at a time.")
 @click.option(
     "--workers", type=click.IntRange(1), help="tensorrt-llm: GPUs that build at the same time; all if not given."
 )
-@click.option("--dry-run", is_flag=True, help="tensorrt-llm: print the build command and the memory per GPU.")
+@click.option("--max-input-len", type=click.IntRange(1), help="tensorrt: tokens of a prefill call; 2048 if not given.")
+@click.option("--opt-input-len", type=click.IntRange(1), help="tensorrt: the length that kernels are chosen for.")
+@click.option("--builder-optimization-level", type=click.IntRange(0, 5), help="tensorrt: 3 if not given.")
+@click.option("--timing-cache", type=click.Path(path_type=Path), help="tensorrt: file of measured tactics, extended.")
+@click.option("--lean", is_flag=True, help="tensorrt: an engine for later versions and the lean runtime.")
+@click.option("--weight-streaming", is_flag=True, help="tensorrt: weights may stay in host memory.")
+@click.option("--weight-streaming-budget", help="tensorrt: of those on the GPU, e.g. 20GB; TensorRT's if not given.")
+@click.option("--decomposable-attention", is_flag=True, help="tensorrt: attention need not be one fused kernel.")
+@click.option("--detailed", is_flag=True, help="tensorrt: keep what an engine inspector shows of layers.")
+@click.option("--ignore-memory", is_flag=True, help="tensorrt: build even if it is not expected to fit.")
+@click.option("--dry-run", is_flag=True, help="tensorrt-llm, tensorrt: print what would be built, and its memory.")
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), help="torch: where it is to run; cuda if not given.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="torch: of activations and KV cache; the model's if not given.",
+)
+@click.option("--plugins", help="torch: custom ops in place of standard ones; wide_ffn is the only one.")
+@click.option("--capacity", type=click.IntRange(1), help="torch: tokens of a fixed KV cache; by request if not given.")
 @output_option
 @force_option
 @quiet_option
@@ -351,14 +401,32 @@ def engine(
     max_num_tokens: int | None,
     low_latency: bool,
     workers: int | None,
+    max_input_len: int | None,
+    opt_input_len: int | None,
+    builder_optimization_level: int | None,
+    timing_cache: Path | None,
+    lean: bool,
+    weight_streaming: bool,
+    weight_streaming_budget: str | None,
+    decomposable_attention: bool,
+    detailed: bool,
+    ignore_memory: bool,
     dry_run: bool,
+    device: str | None,
+    dtype: str | None,
+    plugins: str | None,
+    capacity: int | None,
     output: Path,
     force: bool,
     quiet: bool,
 ) -> None:
-    """Build an engine from a network definition."""
-    from engines.backends import backend_named
-    from engines.tensorrt_llm import NAME, BuildSettings, TensorRtLlm, describe_build
+    """Build an engine from a network definition: a folder that `export` wrote.
+
+    For --backend torch NETWORK is a Hugging Face folder instead, one that `transform` or `quantize` wrote or any other
+    that can be read.
+    """
+    from engines.backends import backend_named, describe_build, tells_progress
+    from exporter.dtypes import BY_NAME
 
     given = {
         "max_batch_size": max_batch,
@@ -366,17 +434,28 @@ def engine(
         "max_num_tokens": max_num_tokens,
         "low_latency": low_latency or None,
         "workers": workers,
+        "max_input_len": max_input_len,
+        "opt_input_len": opt_input_len,
+        "builder_optimization_level": builder_optimization_level,
+        "timing_cache": timing_cache,
+        "lean": lean or None,
+        "weight_streaming": weight_streaming or None,
+        "weight_streaming_budget": weight_streaming_budget
+        and _bytes(weight_streaming_budget, "--weight-streaming-budget"),
+        "decomposable_attention": decomposable_attention or None,
+        "detailed": detailed or None,
+        "ignore_memory": ignore_memory or None,
+        "device": device,
+        "dtype": dtype and BY_NAME[dtype],
+        "plugins": plugins and tuple(plugins.split(",")),
+        "capacity": capacity,
     }
-    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if backend != NAME:
-        if chosen or dry_run:
-            raise click.UsageError(f"these options belong to --backend {NAME}")
-        backend_named(backend).build(network, output, label=label, force=force)
-    elif dry_run:
-        click.echo(describe_build(network, output, BuildSettings(**chosen)))
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if dry_run:
+        click.echo(describe_build(backend, network, output, chosen))
         return
-    else:
-        TensorRtLlm(BuildSettings(**chosen)).build(network, output, label=label, force=force)
+    with _step_progress(quiet or not tells_progress(backend)) as progress:
+        backend_named(backend, chosen, progress).build(network, output, label=label, force=force)
     _done(quiet, output)
 
 
@@ -385,11 +464,19 @@ def engine(
 @click.option("--batch", default="1", show_default=True, help="Sequences side by side, e.g. 1,4.")
 @click.option("--input-len", default="64", show_default=True, help="Prompt tokens, e.g. 64,512.")
 @click.option("--output-len", default="32", show_default=True, help="Generated tokens.")
+@click.option(
+    "--runtime",
+    type=click.Choice(["cpp", "python"]),
+    default="cpp",
+    show_default=True,
+    help="Program that takes the samples; the C++ one is built on first use.",
+)
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Kept requests per combination.")
 @click.option("--warmup", default=1, show_default=True, type=click.IntRange(0), help="Requests before those.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of each runtime.")
 @click.option("--cpus", help="CPUs that each runtime is pinned to, e.g. 0,1; as many as threads if not given.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the input tokens.")
+@click.option("--profile", is_flag=True, help="Then run each engine under its profiler: where did the time go?")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Results file (JSON).")
 @force_option
 @quiet_option
@@ -398,17 +485,20 @@ def bench(
     batch: str,
     input_len: str,
     output_len: str,
+    runtime: Any,
     rounds: int,
     warmup: int,
     threads: int | None,
     cpus: str | None,
     seed: int,
+    profile: bool,
     output: Path,
     force: bool,
     quiet: bool,
 ) -> None:
     """Time engines against each other; the first is the baseline. Rounds are interleaved."""
     from engines.bench import bench_engines, request_grid
+    from engines.cpp_program import worker_for
     from engines.machine import cpus_for
     from engines.results import json_from_results
     from exporter.writers.files import refuse_existing_file, save_file
@@ -427,6 +517,8 @@ def bench(
             cpus=cpus_for(threads) if cpus is None else _numbers(cpus, "--cpus", least=0),
             seed=seed,
             progress=progress,
+            profile=profile,
+            worker=worker_for(runtime, _note(quiet)),
         )
     save_file(output, json_from_results(results), force=force)
     _done(quiet, output)
@@ -466,7 +558,14 @@ def import_bench(
     type=click.Path(path_type=Path),
     help="Also show this folder that `quantize --report` wrote. Repeat it for more.",
 )
+@click.option("--predict-gpu", "gpu_names", default="", help="Also predict the engines on these, e.g. h100-sxm,h200.")
+@click.option("--predict-tp", "tp", help="Tensor-parallel sizes: 1,8, or 1..16 for 1,2,4,8,16; 1 if not given.")
+@click.option("--predict-batch", "batch", help="Batches, written like --predict-tp; those of the results if not given.")
+@click.option("--predict-dtype", "dtype", help="Of what is not quantized, e.g. bfloat16; the engine's if not given.")
+@click.option("--gpus", "gpus_path", type=click.Path(path_type=Path), help="Hardware beside that of engines/gpus.yaml.")
+@click.option("--calibrate", help="What of it the results are from: show what the latency model makes of them.")
 @click.option("--compare", is_flag=True, help="Two results files, before and after: what became slower beyond noise?")
+@click.option("--metric", "metrics", multiple=True, help="With --compare: ttft_ms, inter_token_ms or request_ms alone.")
 @click.option("--fail-on-regression", "threshold", help="With --compare: exit code 3 if by more than this, e.g. 5%.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the report; with --compare, a file.")
 @force_option
@@ -477,51 +576,94 @@ def report(
     title: str | None,
     analysis: Path | None,
     errors: tuple[Path, ...],
+    gpu_names: str,
+    tp: str | None,
+    batch: str | None,
+    dtype: str | None,
+    gpus_path: Path | None,
+    calibrate: str | None,
     compare: bool,
+    metrics: tuple[str, ...],
     threshold: str | None,
     output: Path | None,
     force: bool,
     quiet: bool,
 ) -> None:
-    """Compare results side by side: HTML, Markdown, pictures."""
+    """Compare results side by side: HTML, Markdown, CSV, charts."""
     if compare or threshold is not None:
-        _compare(results, None if threshold is None else _share(threshold), output, force=force, quiet=quiet)
+        limit = None if threshold is None else _share(threshold)
+        _compare(results, metrics, limit, output, force=force, quiet=quiet)
         return
+    if metrics:
+        raise click.UsageError("--metric belongs to --compare: a report has all of them.")
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
     from engines.report import report_from_results
-    from exporter.writers.files import save_folder
+    from exporter.writers.files import refuse_existing, save_folder
 
-    files = report_from_results(
-        results,
-        baseline=baseline,
-        title=title,
-        analysis=analysis,
-        quantization={folder.name: folder for folder in errors},
-    )
+    refuse_existing(output, force=force)
+    wanted = None
+    if gpus_path is not None and not gpu_names and calibrate is None:
+        raise click.UsageError("--gpus belongs to --predict-gpu or --calibrate.")
+    if not gpu_names and (tp, batch, dtype) != (None, None, None):
+        raise click.UsageError("--predict-tp, --predict-batch and --predict-dtype belong to --predict-gpu.")
+    if gpu_names or calibrate is not None:
+        from engines.hardware import gpu_named, read_gpus
+        from engines.prediction_report import Wanted
+
+        known = read_gpus() | ({} if gpus_path is None else read_gpus(gpus_path))
+        wanted = Wanted(
+            gpus=[gpu_named(name, known) for name in gpu_names.split(",") if name],
+            tp_sizes=_sizes(tp or "1", "--predict-tp"),
+            batches=None if batch is None else _sizes(batch, "--predict-batch"),
+            dtype=dtype,
+            calibrate=None if calibrate is None else gpu_named(calibrate, known),
+        )
+
     details = {"results": [str(path) for path in results], "analysis": analysis and str(analysis)}
-    save_folder(output, files, kind="report", details=details, force=force)
+    with _no_garbage_collection():
+        files = report_from_results(
+            results,
+            baseline=baseline,
+            title=title,
+            analysis=analysis,
+            quantization={folder.name: folder for folder in errors},
+            prediction=wanted,
+        )
+        save_folder(output, files, kind="report", details=details, force=force)
     _done(quiet, output / "report.html")
 
 
 def _compare(
-    results: tuple[Path, ...], threshold: float | None, output: Path | None, *, force: bool, quiet: bool
+    results: tuple[Path, ...],
+    metrics: tuple[str, ...],
+    threshold: float | None,
+    output: Path | None,
+    *,
+    force: bool,
+    quiet: bool,
 ) -> None:
     """Print what changed from the first results file to the second; exit with 3 where it became too slow."""
-    from engines.regression import changes_table, compare_results
+    from engines.regression import changes_markdown, changes_table, compare_results
     from engines.results import read_results
     from exporter.writers.files import json_bytes, refuse_existing_file, save_file
 
     if len(results) != 2:
         raise click.UsageError("--compare takes two results files, before and after.")
-    if output is not None:
-        refuse_existing_file(output, force=force)
-    changes = compare_results(*(read_results(path) for path in results))
+    markdown = None if output is None else output.with_suffix(".md")
+    if output is not None and markdown is not None:
+        if output == markdown:
+            raise click.UsageError("-o is the JSON file of a comparison, its Markdown lies beside it: not *.md.")
+        for file in (output, markdown):
+            refuse_existing_file(file, force=force)
+    before, after = (read_results(path) for path in results)
+    changes = compare_results(before, after, metrics=metrics or None)
     _console().print(changes_table(changes))
     for note in changes.notes:
         click.echo(f"note: {note}")
-    if output is not None:
+    if output is not None and markdown is not None:
         save_file(output, json_bytes(changes.to_json()), force=force)
+        save_file(markdown, changes_markdown(changes, threshold).encode(), force=force)
         _done(quiet, output)
     slower = [] if threshold is None else [change for change in changes.changes if change.is_regression(threshold)]
     if slower:
@@ -940,6 +1082,35 @@ def distill(
 
 
 @main.command()
+@click.option("--arch", default="sm_90", show_default=True, help="The GPU to compile for.")
+@click.option("--epsilon", default=1e-5, show_default=True, type=float, help="Of the norm: rms_norm_eps of the model.")
+@click.option(
+    "--fit",
+    type=click.Choice(["even", "aligned", "any"]),
+    default="even",
+    show_default=True,
+    help="What is known of hidden size and width: multiples of 128, of 16, or nothing.",
+)
+@output_option
+@force_option
+@quiet_option
+def plugin(arch: str, epsilon: float, fit: Any, output: Path, force: bool, quiet: bool) -> None:
+    """Compile the kernels of the wide-FFN plugin ahead of time: PTX, cubins and a listing. Needs no GPU."""
+    from exporter.writers.files import refuse_existing, save_folder
+    from plugins.wide_ffn.aot import compile_variants, variants
+    from plugins.wide_ffn.aot_files import files_of, kernels_table
+
+    refuse_existing(output, force=force)
+    with _step_progress(quiet) as progress:
+        kernels = compile_variants(variants(fit=fit, epsilon=epsilon), arch, progress=progress)
+    details = {"op": "wide_ffn", "arch": arch, "epsilon": epsilon, "fit": fit}
+    save_folder(output, files_of(kernels), kind="plugin", details=details, force=force)
+    if not quiet:
+        _console().print(kernels_table(kernels))
+    _done(quiet, output)
+
+
+@main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of all steps; out/<recipe> if not given.")
 @quiet_option
@@ -965,7 +1136,7 @@ def _run(recipe_path: Path, output: Path, quiet: bool) -> None:
             click.echo(f"{'made' if made else 'kept'}  {step}")
 
     with _step_progress(quiet) as progress:
-        result = run_recipe(read_recipe(recipe_path), output, notify=notify, bench_progress=progress)
+        result = run_recipe(read_recipe(recipe_path), output, notify=notify, bench_progress=progress, note=_note(quiet))
     _done(quiet, result / "report.html" if (result / "report.html").exists() else result)
 
 
@@ -1080,6 +1251,15 @@ def _bytes(text: str, option: str = "--shard-size") -> int:
     return int(number) * units[unit]
 
 
+def _refuse_violations(networks: Any, version: Any, plugins: tuple[str, ...]) -> None:
+    """Raise what breaks a rule of TensorRT's importer; print what is only a warning."""
+    from exporter.writers.onnx_tensorrt_rules import refuse_violations, summary
+
+    warnings = refuse_violations(networks, version, plugins=plugins)
+    if warnings:
+        click.echo(f"warning: {summary(warnings, version)}", err=True)
+
+
 def _carry_out(writing: Any, dry_run: bool, quiet: bool) -> None:
     """Save what was prepared (an `exporter.pipeline.Writing`), or list its files."""
     from exporter.pipeline import save
@@ -1101,9 +1281,26 @@ def _console() -> Any:
     return Console() if sys.stdout.isatty() else Console(width=WIDE)
 
 
+def _note(quiet: bool) -> Callable[[str], None]:
+    """What people should know and no other program reads."""
+    return lambda text: None if quiet else click.echo(f"note: {text}", err=True)
+
+
 def _done(quiet: bool, what: Path) -> None:
     if not quiet:
         click.echo(f"wrote {what}")
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """For work that makes a million small objects and keeps them: to search these for cycles takes a sixth of it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from exporter.errors import PlanError
 from exporter.plan import Plan, plan_from_data, read_plan, read_yaml, validation_error
 from exporter.quantization import QuantizationRecipe, read_quantization
+from exporter.writers.onnx_options import PRESETS
 
 
 def _path(value: Any) -> Any:
@@ -34,13 +35,17 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+NetworkDType = Literal["float32", "float16", "bfloat16"]
+
+
 class NetworkRecipe(_Table):
     """The network definition that every variant is exported to."""
 
     to: Literal["onnx"] = "onnx"
-    target: Literal["onnxruntime"] = "onnxruntime"
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    target: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
+    dtype: NetworkDType = "float32"
     max_positions: Count | None = None  # None: the model's max_position_embeddings
+    batch: Count | None = None  # a fixed number of sequences; None: the target's, any or 1
 
 
 class TensorRtLlmRecipe(_Table):
@@ -54,6 +59,22 @@ class TensorRtLlmRecipe(_Table):
     max_seq_len: Count = 8192  # tokens of one sequence
     max_num_tokens: Count = 8192  # tokens of one step
     low_latency: bool = False  # FP8 GEMMs for few tokens at a time
+
+
+class TensorRtEngineRecipe(_Table):
+    """How TensorRT builds every variant's engine, see `engine --help`; what is not given has the backend's default."""
+
+    backend: Literal["tensorrt"]
+    max_input_len: Count | None = None  # tokens of one prefill call
+    opt_input_len: Count | None = None  # the length that kernels are chosen for
+    builder_optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None
+    timing_cache: Annotated[Path, BeforeValidator(_path)] | None = None
+    lean: bool = False
+    weight_streaming: bool = False
+    weight_streaming_budget: Annotated[int, Field(ge=1)] | None = None  # bytes
+    decomposable_attention: bool = False
+    detailed: bool = False
+    ignore_memory: bool = False
 
 
 def _network(value: Any) -> Any:
@@ -72,6 +93,7 @@ class VariantRecipe(_Table):
     checkpoint: bool = True  # also write a Hugging Face folder; it cannot hold parallel blocks
     bench: bool = True  # False: only evaluated, without network and engine
     quantize: QuantizationRecipe | None = None  # in the file: a name of `quantize --format`, or a recipe's path
+    dtype: NetworkDType | None = None  # of its ONNX network; None: the recipe's
 
 
 class BenchRecipe(_Table):
@@ -84,6 +106,17 @@ class BenchRecipe(_Table):
     warmup: Annotated[int, Field(ge=0, le=1000)] = 1
     threads: Count | None = None  # None: one per core
     seed: Annotated[int, Field(ge=0)] = 0
+    runtime: Literal["cpp", "python", "auto"] = "auto"  # who takes the samples; auto: C++ where it can be built
+    profile: bool = False  # then run every engine under its runtime's profiler, at the first combination
+
+
+class PredictRecipe(_Table):
+    """Where the latency model is to see the benchmarked engines, for a section of the report."""
+
+    gpu: Annotated[list[str], Field(min_length=1, max_length=16)]  # names of engines/gpus.yaml
+    tp: list[Count] = [1]
+    batch: list[Count] | None = None  # None: those of the benchmark
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None  # of what is not quantized; None: the network's
 
 
 class WindowsRecipe(_Table):
@@ -127,11 +160,13 @@ class Recipe(_Table):
     title: str | None = None  # of the report; None: it names the variants
     model: Annotated[Path, BeforeValidator(_path)]
     network: Network = NetworkRecipe()
+    engine: TensorRtEngineRecipe | None = None  # None: the defaults of the network's runtime
     analysis: AnalysisRecipe | None = None
     calibration: CalibrationRecipe | None = None
     variants: Annotated[list[VariantRecipe], Field(min_length=1, max_length=64)]
     evaluate: EvaluateRecipe | None = None
     bench: BenchRecipe | None = BenchRecipe()
+    predict: PredictRecipe | None = None
     baseline: Name | None = None  # of the report; None: the first variant
 
     @property
@@ -155,6 +190,7 @@ def read_recipe(path: Path) -> Recipe:
     evaluate = data.get("evaluate")
     paths = [(data, "model"), (evaluate, "text"), (evaluate, "include_path")]
     paths += [(data.get(section), "text") for section in ("analysis", "calibration")]
+    paths.append((data.get("engine"), "timing_cache"))
     for table, key in paths:
         if isinstance(table, dict) and isinstance(table.get(key), str):
             table[key] = str(folder / table[key])
@@ -176,6 +212,7 @@ def read_recipe(path: Path) -> Recipe:
         raise PlanError("the baseline is one of the variants", file=path, expected=names, found=recipe.baseline_name)
     if recipe.evaluate is not None and recipe.evaluate.text is None and not recipe.evaluate.tasks:
         raise PlanError("evaluate: there is nothing to evaluate on", file=path, expected="a text, tasks or both")
+    _check_engine(recipe, path)
     for variant in recipe.variants:
         if not variant.bench and recipe.evaluate is None:
             raise PlanError(
@@ -201,6 +238,30 @@ def read_recipe(path: Path) -> Recipe:
                 hint="add `checkpoint: false` to the variant; its network is then exported without one",
             )
     return recipe
+
+
+def _check_engine(recipe: Recipe, path: Path) -> None:
+    network, bench = recipe.network, recipe.bench
+    for variant in recipe.variants:
+        if variant.dtype is not None and not isinstance(network, NetworkRecipe):
+            raise PlanError(f"variant {variant.name!r}: dtype is for ONNX networks", file=path, found=variant.dtype)
+    if not isinstance(network, NetworkRecipe) or network.target != "tensorrt":
+        if recipe.engine is not None:
+            raise PlanError(
+                "engine: TensorRT builds from a network of its own",
+                file=path,
+                expected="network: {target: tensorrt}",
+            )
+        return
+    batch = network.batch or PRESETS["tensorrt"].networks[0].batch
+    if bench is not None and batch is not None and set(bench.batch) != {batch}:
+        raise PlanError(
+            "bench.batch: the networks have a fixed batch",
+            file=path,
+            expected=[batch],
+            found=bench.batch,
+            hint="give network.batch, and one recipe for each",
+        )
 
 
 def _plan(value: Any, folder: Path, recipe: Path) -> Plan | Literal["auto"]:

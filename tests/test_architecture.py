@@ -13,14 +13,14 @@ ROOT = Path(__file__).parent.parent
 # From the ground up: name, modules, and which modules of the same floor may import each other: "none", "all", or
 # "kin", whose names begin with the same word ("exporter.writers.onnx_graph" and "exporter.writers.onnx").
 FLOORS: list[tuple[str, list[str], str]] = [
-    ("words", ["exporter.dtypes", "exporter.errors"], "none"),
+    ("words", ["exporter.dtypes", "exporter.errors", "plugins.contract"], "none"),
     ("matter", ["exporter.lazy", "exporter.rope", "exporter.numerics"], "none"),
     ("codes", ["exporter.lazy_quantized"], "none"),
     ("form", ["exporter.graph", "exporter.safetensors_io"], "none"),
     ("saving", ["exporter.writers.files"], "none"),
-    ("networks", ["exporter.network"], "none"),
+    ("networks", ["exporter.network", "exporter.one_gemm"], "none"),
     ("names", ["exporter.architectures.*", "exporter.architectures"], "all"),
-    ("reading", ["exporter.read", "exporter.plan", "exporter.reference", "exporter.text"], "none"),
+    ("reading", ["exporter.read", "exporter.plan", "exporter.reference", "exporter.text", "exporter.wide_ffn"], "none"),
     ("ranges", ["exporter.ranges", "exporter.hidden_states", "exporter.quantization"], "none"),
     ("finding", ["exporter.passes.find_blocks"], "none"),
     ("work", ["exporter.passes.*", "exporter.passes"], "none"),
@@ -28,9 +28,28 @@ FLOORS: list[tuple[str, list[str], str]] = [
     ("study", ["exporter.analysis.*", "exporter.analysis", "exporter.calibration", "exporter.distill*"], "kin"),
     ("suggestion", ["exporter.suggest", "exporter.quantize"], "none"),
     ("order", ["exporter.recipe", "exporter.pipeline", "exporter.summary"], "none"),
+    ("custom ops", ["plugins.wide_ffn", "plugins.wide_ffn.*"], "kin"),
     ("run", ["engines.base", "engines.machine"], "none"),
-    ("kernels", ["engines.onnxruntime_kernels"], "none"),
-    ("runtimes", ["engines.onnxruntime", "engines.tensorrt_llm", "engines.generate"], "none"),
+    ("steps", ["engines.sequences", "engines.profile"], "none"),
+    (
+        "kernels",
+        [
+            "engines.onnxruntime_kernels",
+            "engines.onnxruntime_profile",
+            "engines.tensorrt_profile",
+            "engines.torch_*",
+            "engines.tensorrt_library",
+            "engines.tensorrt_engine",
+            "engines.tensorrt_build",
+            "engines.tensorrt_runner",
+        ],
+        "kin",
+    ),
+    (
+        "runtimes",
+        ["engines.onnxruntime", "engines.tensorrt", "engines.tensorrt_llm", "engines.torch", "engines.generate"],
+        "none",
+    ),
     ("which runtime", ["engines.backends"], "none"),
     (
         "judge",
@@ -40,11 +59,16 @@ FLOORS: list[tuple[str, list[str], str]] = [
             "engines.tensorrt_llm_worker",
             "engines.trtllm_bench",
             "engines.bench",
+            "engines.profile_worker",
+            "engines.profiling",
+            "engines.cpp_program",
             "engines.structure_strip",
             "engines.hardware",
             "engines.latency_model",
             "engines.latency_fit",
             "engines.what_if",
+            "engines.intervals",
+            "engines.markdown",
             "engines.regression",
         ],
         "all",
@@ -54,7 +78,11 @@ FLOORS: list[tuple[str, list[str], str]] = [
         [
             "engines.report",
             "engines.report_words",
+            "engines.report_pages",
             "engines.charts",
+            "engines.comparison_table",
+            "engines.time_chart",
+            "engines.throughput",
             "engines.prediction*",
             "engines.tradeoff",
             "engines.accuracy",
@@ -71,17 +99,18 @@ FLOORS: list[tuple[str, list[str], str]] = [
 HEAVY = {
     "torch": [
         "exporter.reference",
+        "engines.torch_*",
         "exporter.hidden_states",
         "exporter.calibration",
         "exporter.distill*",
         "exporter.analysis.*",
+        "plugins.wide_ffn.*",
     ],
+    "triton": ["plugins.wide_ffn.kernels", "plugins.wide_ffn.launch"],
     "onnx_ir": ["exporter.writers.onnx*"],
     "onnx": ["exporter.writers.onnx*"],
 }
-HEAVY |= {
-    name: [] for name in ("onnxruntime", "tensorrt", "tensorrt_llm", "transformers", "matplotlib", "scipy", "triton")
-}
+HEAVY |= {name: [] for name in ("onnxruntime", "tensorrt", "tensorrt_llm", "transformers", "matplotlib", "scipy")}
 
 
 def modules() -> dict[str, Path]:

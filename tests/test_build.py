@@ -227,6 +227,7 @@ variants:
   - {{name: fused, plan: {plan}}}
   - {{name: parallel, checkpoint: false, plan: {{parallel: [[1, 2]]}}}}
 bench: {{input_len: [8], output_len: [4], rounds: 1, warmup: 0, threads: 1}}
+predict: {{gpu: [h100-sxm], tp: [2], batch: [1, 4], dtype: bfloat16}}
 """
 
 
@@ -236,9 +237,27 @@ def test_run_repeats_what_a_changed_recipe_changes(model: Path, plan: Path, tmp_
     done("run", recipe, "-o", tmp_path / "out")
     recipe.write_text(recipe.read_text().replace("[[1, 2]]", "[[0, 1]]"))
     again = done("run", recipe, "-o", tmp_path / "out").output
+    report = tmp_path / "out" / "report"
+    assert "Predicted figures on 2x H100 SXM" in (report / "report.html").read_text()
+    assert (report / "throughput_predicted_0.svg").is_file()
     assert "kept  fused: engine" in again
     for step in ("parallel: network", "parallel: engine", "benchmark", "report"):
         assert f"made  {step}" in again
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(("h100-sxm", "h1000"), "unknown GPU"), (("tp: [2]", "tp: [3]"), "divides the attention heads")],
+)
+def test_run_knows_before_it_writes_what_it_cannot_predict(
+    model: Path, plan: Path, tmp_path: Path, change: tuple[str, str], message: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(SMALL_RECIPE.format(model=model, plan=plan).replace(*change))
+    result = call("run", recipe, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_run_knows_before_it_writes_that_the_harness_is_missing(

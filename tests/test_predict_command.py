@@ -161,6 +161,31 @@ def test_compare_says_what_changed(slower: Path, tmp_path: Path) -> None:
     assert re.search(r"baseline +batch 1, input 256, output 48 +TTFT .* 1\.000 .* no difference", output)
     changes = json.loads((tmp_path / "changes.json").read_text())["changes"]
     assert {change["engine"] for change in changes if change["verdict"] != "no difference"} == {"fused"}
+    markdown = (tmp_path / "changes.md").read_text()
+    slower_rows = [line for line in markdown.splitlines() if line.endswith("**slower** |")]
+    assert len(slower_rows) == sum(change["verdict"] == "slower" for change in changes) == 9
+    assert slower_rows[0].startswith("| fused | batch 1, input 32, output 48 | inter-token | 0.501 | 0.751 | 1.500 | ")
+    assert "**Of 36 figures: 9 slower, 27 no difference.**" in markdown
+
+
+def test_a_comparison_names_its_threshold_and_escapes_what_it_prints(slower: Path, tmp_path: Path) -> None:
+    before, after = (tmp_path / f"{name}.json" for name in ("before", "hostile"))
+    for source, target in ((DEMO, before), (slower, after)):
+        target.write_text(source.read_text().replace('"fused"', '"<b>@all|`"'))
+    result = call("report", "--compare", before, after, "--fail-on-regression", "5%", "-o", tmp_path / "changes.json")
+    assert result.exit_code == 3
+    markdown = (tmp_path / "changes.md").read_text()
+    assert "9 slower by more than 5.0%." in markdown
+    assert "<b>" not in markdown
+    assert "@all" not in markdown
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines() if line.startswith("|")} == {10}
+
+
+def test_one_metric_alone(slower: Path, tmp_path: Path) -> None:
+    done("report", "--compare", DEMO, slower, "--metric", "ttft_ms", "-o", tmp_path / "changes.json")
+    changes = json.loads((tmp_path / "changes.json").read_text())["changes"]
+    assert {change["metric"] for change in changes} == {"ttft_ms"}
+    assert len(changes) == 12
 
 
 @pytest.mark.parametrize(("threshold", "code"), [("5%", 3), ("49%", 3), ("51%", 0)])
@@ -177,9 +202,44 @@ def test_compare_fails_on_a_regression(slower: Path, threshold: str, code: int) 
         (["--compare", DEMO, DEMO, "--fail-on-regression", "5"], "'5' is not a share like 5%"),
         (["--compare", DEMO, ULTRA], "this is not a results file"),
         ([DEMO], "Missing option '-o'"),
+        (
+            ["--compare", DEMO, DEMO, "--metric", "speed"],
+            "unknown metric: expected ttft_ms, inter_token_ms, request_ms, found speed",
+        ),
+        (["--compare", DEMO, DEMO, "-o", "{tmp}/changes.md"], "its Markdown lies beside it"),
+        ([DEMO, "--metric", "ttft_ms", "-o", "{tmp}/out"], "--metric belongs to --compare"),
+        ([DEMO, "--baseline", "best", "-o", "{tmp}/out"], "no engine has the baseline's label: expected one of"),
+        ([DEMO, DEMO, "-o", "{tmp}/out"], "a results file is given twice"),
+        ([DEMO, "{tmp}/copy.json", "-o", "{tmp}/out"], "two results files have an engine labelled 'baseline'"),
+        ([DEMO, "{tmp}/next.json", "-o", "{tmp}/out"], "another schema version: expected 1, found 2"),
+        ([DEMO, "{tmp}/wider.json", "-o", "{tmp}/out"], "are of different models, a ratio would mean nothing"),
+        ([DEMO, "--predict-gpu", "h1000", "-o", "{tmp}/out"], "unknown GPU: expected h100-sxm"),
+        ([DEMO, "--predict-tp", "8", "-o", "{tmp}/out"], "belong to --predict-gpu"),
+        ([DEMO, "--calibrate", "epyc", "-o", "{tmp}/out"], "unknown GPU"),
+        ([DEMO, "--predict-gpu", "h200", "--predict-tp", "8", "-o", "{tmp}/out"], "divides the attention heads"),
+        ([DEMO, "--predict-gpu", "h200", "--predict-dtype", "int5", "-o", "{tmp}/out"], "cannot be predicted"),
+        ([DEMO, "--predict-gpu", "h200", "--predict-batch", "0", "-o", "{tmp}/out"], "'0' is not a list"),
     ],
 )
-def test_what_cannot_be_compared(arguments: list[object], message: str) -> None:
-    result = call("report", *arguments)
-    assert result.exit_code == 2
+def test_what_cannot_be_compared(arguments: list[object], message: str, tmp_path: Path) -> None:
+    document = DEMO.read_text()
+    (tmp_path / "copy.json").write_text(document)
+    (tmp_path / "next.json").write_text(document.replace('"results_schema": 1', '"results_schema": 2'))
+    wider = document.replace('"hidden_size": 128', '"hidden_size": 256').replace('"label": "', '"label": "wider ')
+    (tmp_path / "wider.json").write_text(wider.replace('"engine": "', '"engine": "wider '))
+    before = set(tmp_path.iterdir())
+    result = call("report", *(str(argument).format(tmp=tmp_path) for argument in arguments))
+    assert result.exit_code == 2, result.output
     assert message in result.output
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_report_predicts_and_shows_the_models_error(tmp_path: Path) -> None:
+    hardware = ROOT / "benchmarks" / "cpu.yaml"
+    wanted = ["--predict-gpu", "h100-sxm,h200", "--predict-tp", "1,2", "--predict-batch", "1..4"]
+    done("report", DEMO, *wanted, "--gpus", hardware, "--calibrate", "epyc", "-o", tmp_path / "report")
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    assert {f"throughput_predicted_{index}.{form}" for index in range(4) for form in ("png", "svg")} <= names
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert "Predicted figures on 2x H200 SXM" in html
+    assert "The model beside what was measured" in html

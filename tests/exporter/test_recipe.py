@@ -58,6 +58,22 @@ REFUSED = {
     "plan_file_missing": ("model: m\nvariants: [{name: a, plan: none.yaml}]\n", "none.yaml: cannot be read"),
     "text_for_a_number": ("model: m\nvariants: [{name: a}]\nbench: {rounds: '5'}\n", "bench.rounds: .*found 5"),
     "zero": ("model: m\nvariants: [{name: a}]\nbench: {batch: [0]}\n", "bench.batch.0: .*greater than 0"),
+    "engine_of_another_network": (
+        "model: m\nvariants: [{name: a}]\nengine: {backend: tensorrt}\n",
+        "network of its own: expected network: {target: tensorrt}",
+    ),
+    "dtype_of_another_target": (
+        "model: m\nnetwork: {to: trtllm}\nvariants: [{name: a, dtype: float16}]\n",
+        "dtype is for ONNX networks",
+    ),
+    "engine_option": (
+        "model: m\nvariants: [{name: a}]\nengine: {backend: tensorrt, optimization: 3}\n",
+        "engine.optimization: Extra inputs",
+    ),
+    "fixed_batch": (
+        "model: m\nnetwork: {target: tensorrt, batch: 2}\nvariants: [{name: a}]\nbench: {batch: [1, 2]}\n",
+        r"fixed batch: expected \[2\], found \[1, 2\]",
+    ),
     "not_yaml": ("model: [\n", "not valid YAML"),
     "nothing_to_evaluate_on": ("model: m\nvariants: [{name: a}]\nevaluate: {context: 9}\n", "nothing to evaluate on"),
     "only_evaluated": ("model: m\nvariants: [{name: a}, {name: b, bench: false}]\n", "needs a section `evaluate`"),
