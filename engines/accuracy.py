@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from engines.intervals import RatioInterval
 from engines.report_words import Unit, Value, compared, formatted
 from engines.results import EngineResult, EvaluatedModel, FFNShape, ParallelShape, Structure, ratio
-from engines.structure_strip import flat_blocks, layers_text
+from engines.structure_strip import layers_text
 
 Model = EngineResult | EvaluatedModel
 
@@ -50,7 +50,7 @@ def parts_of(structure: Structure) -> Parts:
     attention: set[int] = set()
     ffn: set[int] = set()
     fused = []
-    for block in flat_blocks(structure):
+    for block in structure.flat_blocks:
         if block.attention is not None:
             attention.update(block.source_layers)
         if isinstance(block.ffn, FFNShape):

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from engines.results import EngineResult, EvaluatedModel, validation_problems
-from engines.structure_strip import flat_blocks, layers_text
+from engines.structure_strip import layers_text
 from exporter.analysis.pictures import Picture, pictures_of
 from exporter.errors import EngineError
 from exporter.plan import Plan, read_plan
@@ -111,7 +111,7 @@ def check_same_layers(analysis: Analysis, models: Sequence[EngineResult | Evalua
     """Refuse to show an analysis beside models that have layers it does not know (EngineError)."""
     known = {layer for layers in analysis.source_layers for layer in layers}
     for model in models:
-        layers = {layer for block in flat_blocks(model.structure) for layer in block.source_layers}
+        layers = {layer for block in model.structure.flat_blocks for layer in block.source_layers}
         if not layers <= known:
             raise EngineError(
                 f"the analysis is of another model than {model.label!r}",

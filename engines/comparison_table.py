@@ -13,7 +13,6 @@ from typing import Final, Literal
 from engines.intervals import LEAST_ROUNDS, RatioInterval, ratio_intervals
 from engines.report_words import Unit, Value, compared, formatted
 from engines.results import Cell, Comparison, EngineResult, RequestShape, Statistics, ratio
-from engines.structure_strip import flat_blocks
 
 Figures = Mapping[tuple[str, RequestShape], Statistics]  # by engine label and request shape
 Samples = Literal["ttft_ms", "inter_token_ms", "request_ms"]  # attributes of a cell, one sample per round
@@ -99,13 +98,13 @@ METRICS = (
     Metric("Memory", "Weights", "bytes", -1, lambda e, _: e.weight_bytes),
     Metric("Memory", "KV cache per token", "bytes", -1, lambda e, _: e.kv_bytes_per_token),
     Metric("Structure", "Sequential sublayers", "count", -1, lambda e, _: e.structure.sequential_sublayers),
-    Metric("Structure", "Blocks", "count", 0, lambda e, _: len(flat_blocks(e.structure))),
+    Metric("Structure", "Blocks", "count", 0, lambda e, _: len(e.structure.flat_blocks)),
     Metric(
         "Structure",
         "Attention sublayers",
         "count",
         0,
-        lambda e, _: sum(block.attention is not None for block in flat_blocks(e.structure)),
+        lambda e, _: sum(block.attention is not None for block in e.structure.flat_blocks),
     ),
     Metric("Structure", "Parameters", "parameters", 0, lambda e, _: e.structure.num_parameters),
     Metric("Accuracy", "Perplexity", "perplexity", -1, _accuracy("perplexity")),
@@ -196,7 +195,8 @@ def ratio_to_baseline(
     base = comparison.baseline
     if engine is base or (metric.is_timed and not have_comparable_times(engine, base)):
         return None, None
-    value, of_baseline = (metric.value(one, figures.get((one.label, shape))) for one in (engine, base))
+    value = metric.value(engine, figures.get((engine.label, shape)))
+    of_baseline = metric.value(base, figures.get((base.label, shape)))
     found = None if metric.samples is None else intervals.get((engine.label, shape, metric.samples))
     if found is not None and metric.group == "Throughput":
         found = found.inverse

@@ -155,11 +155,23 @@ class OnnxRuntimeRunner:
             self._make_room(self._sequences, self.manifest.capacity)
 
     def prefill(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        self._started().check_prefill(input_ids, lengths)
-        return self._step(input_ids, lengths)
+        sequences = self._started()
+        sequences.check_prefill(input_ids, lengths)
+        sequences.check_room(input_ids, lengths)
+        call = self._call(input_ids.shape[1])
+        sequences.fill(call.inputs, input_ids, lengths)
+        self._run(call)
+        sequences.count(lengths)
+        return call.logits
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
-        return self._step(tokens[:, None], np.ones(self._started().batch, dtype=np.int64))
+        sequences = self._started()
+        sequences.check_decode(tokens)
+        call = self._call(1)
+        sequences.fill_decode(call.inputs, tokens)
+        self._run(call)
+        sequences.count_decode()
+        return call.logits
 
     def close(self) -> None:
         self._session = None
@@ -171,29 +183,28 @@ class OnnxRuntimeRunner:
             raise AssertionError("Bug: a closed runner is used")
         return Path(self._session.end_profiling())
 
-    def _step(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    def _run(self, call: _Call) -> None:
         if self._session is None:
             raise AssertionError("Bug: a closed runner is used")
+        self._session.run_with_iobinding(call.binding)
+
+    def _call(self, tokens: int) -> _Call:
+        """What is bound for the next call of S = `tokens`, with room in the caches for it."""
         sequences = self._started()
-        batch, tokens = input_ids.shape
-        sequences.check_room(input_ids, lengths)
         self._make_room(sequences, sequences.cache_needed(tokens))
         call = self._calls.get(tokens)
         if call is None:
             # One call of decode and one of prefill are kept; prefills of many lengths would keep many buffers.
             self._calls = {length: kept for length, kept in self._calls.items() if length == 1}
-            call = self._calls[tokens] = self._bind(batch, tokens)
-        sequences.fill(call.inputs, input_ids, lengths)
-        self._session.run_with_iobinding(call.binding)
-        sequences.count(lengths)
-        return call.logits
+            call = self._calls[tokens] = self._bind(sequences.batch, tokens)
+        return call
 
     def _make_room(self, sequences: Sequences, needed: int) -> None:
         """Grow the caches to hold `needed` positions, zero-filled: a NaN there would spread through the mask."""
-        import onnxruntime
-
         if needed <= self._capacity:
             return
+        import onnxruntime
+
         capacity = self.manifest.capacity or -(-needed // CACHE_STEP) * CACHE_STEP
         nbytes = self.manifest.kv_bytes_per_token * capacity * sequences.batch
         available = psutil.virtual_memory().available

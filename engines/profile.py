@@ -1,7 +1,7 @@
 """Where the time of a call went: a profile, and which sublayer a node or kernel belongs to.
 
 A profile is of a run of its own: profiling costs time, so its sum is more than the latency that is measured without.
-All of the time of a call is in it: what belongs to no sublayer is "other", and so is what passed between kernels.
+All of the time of a call is in it: what belongs to no sublayer is "other", what passed between kernels "between".
 
 Nodes of our networks say whose they are (`exporter.writers.onnx_graph`): "blocks.3.attention.qkv_proj" is the product
 of block 3, counted over `ModelGraph.flat_blocks`. A runtime that fuses nodes keeps one of their names, or lists them.
@@ -17,9 +17,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-Kind = Literal["attention", "ffn", "embedding", "lm_head", "norm", "other"]
+Kind = Literal["attention", "ffn", "embedding", "lm_head", "norm", "other", "between"]
 Phase = Literal["prefill", "decode"]
-BETWEEN = "between kernels"
 MOST_KERNELS = 100_000
 _BY_STEM: dict[str, Kind] = {"embedding": "embedding", "lm_head": "lm_head", "logits": "lm_head", "norm": "norm"}
 
@@ -71,7 +70,7 @@ class Place:
     block: int | None = None
 
 
-OTHER = Place("other")
+OTHER, BETWEEN = Place("other"), Place("between")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +150,7 @@ def profile_of(
         times.setdefault((execution.place, execution.name), []).append(execution.time_us)
     between = whole - math.fsum(execution.time_us for execution in executions)
     if between > 0:
-        times[OTHER, BETWEEN] = [between]
+        times[BETWEEN, "between kernels"] = [between]
     kernels = tuple(
         KernelTime(kind=place.kind, block=place.block, name=name, time_us=math.fsum(taken), executions=len(taken))
         for (place, name), taken in times.items()

@@ -392,12 +392,13 @@ def _predicted_table(part: Predicted, index: int) -> PredictedTable:
 
 def _structures(comparison: Comparison) -> list[tuple[str, Structure]]:
     """The different structures, each with the names of what has it."""
-    labels: dict[Any, list[str]] = {}
-    first: dict[Any, EngineResult | EvaluatedModel] = {}
+    alike: dict[Any, list[EngineResult | EvaluatedModel]] = {}
     for model in comparison.models:
-        labels.setdefault(model.structure.blocks, []).append(model.label)
-        first.setdefault(model.structure.blocks, model)
-    return [(f"{_few(labels[blocks])}: {depth_text(model)}", model.structure) for blocks, model in first.items()]
+        alike.setdefault(model.structure.blocks, []).append(model)
+    return [
+        (f"{_few([model.label for model in models])}: {depth_text(models[0])}", models[0].structure)
+        for models in alike.values()
+    ]
 
 
 def _accuracy_section(

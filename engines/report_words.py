@@ -9,7 +9,6 @@ from typing import Literal
 
 from engines.intervals import RatioInterval
 from engines.results import EngineResult, EvaluatedModel, Spread, Statistics
-from engines.structure_strip import flat_blocks
 
 NOTHING = "–"
 Verdict = Literal["better", "worse", "same", "neutral"]
@@ -111,5 +110,5 @@ def named(engine: EngineResult) -> str:
 
 
 def depth_text(model: EngineResult | EvaluatedModel) -> str:
-    blocks = len(flat_blocks(model.structure))
+    blocks = len(model.structure.flat_blocks)
     return f"{blocks} blocks, {model.structure.sequential_sublayers} sequential sublayers"

@@ -9,6 +9,7 @@ gives the first, so a round has one `ttft_ms` and `output_len - 1` entries of `s
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -107,6 +108,15 @@ class Structure(_Open):
     kv_bytes_per_token: Count
     sequential_sublayers: Count
     blocks: tuple[ParallelShape | BlockShape, ...] = Field(max_length=4096)
+
+    @functools.cached_property
+    def flat_blocks(self) -> tuple[BlockShape, ...]:
+        """All blocks in order, the members of parallel groups one after the other."""
+        return tuple(
+            block
+            for entry in self.blocks
+            for block in (entry.parallel if isinstance(entry, ParallelShape) else (entry,))
+        )
 
 
 class Environment(_Strict):

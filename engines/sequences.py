@@ -34,7 +34,11 @@ class StepInputs:
 
 
 class Sequences:
-    """How full the rows of a batch are. A step is checked, its inputs are filled, it runs, and then it counts."""
+    """How full the rows of a batch are. A step is checked, its inputs are filled, it runs, and then it counts.
+
+    Decode has methods of its own, because it is timed: on arrays of a few numbers every call of numpy costs
+    microseconds, and more after a step that has swept the CPU's caches.
+    """
 
     def __init__(self, manifest: EngineManifest, batch: int, capacity: int) -> None:
         """Begin with `batch` empty sequences of up to `capacity` tokens.
@@ -46,6 +50,7 @@ class Sequences:
             raise EngineError("the engine cannot run this batch", expected=manifest.batch or ">= 1", found=batch)
         self._manifest = manifest
         self.filled = np.zeros(batch, dtype=np.int64)  # [B] tokens that each row holds
+        self._most = 0  # the largest of them
         if capacity > manifest.max_positions:
             raise self._too_long(capacity)
 
@@ -74,14 +79,17 @@ class Sequences:
         Raises:
             EngineError: a sequence would be too long, or a token is unknown.
         """
-        longest = int((self.filled + lengths).max())
-        if longest > self._manifest.max_positions:
-            raise self._too_long(longest)
-        vocab_size = self._manifest.vocab_size
-        if input_ids.min() < 0 or input_ids.max() >= vocab_size:
-            raise EngineError(
-                "a token is not in the vocabulary", expected=f"0 to {vocab_size - 1}", found=int(input_ids.max())
-            )
+        self._check_length(int((self.filled + lengths).max()))
+        self._check_tokens(input_ids)
+
+    def check_decode(self, tokens: np.ndarray) -> None:
+        """Check `tokens` int64 [B], of which every row appends one.
+
+        Raises:
+            EngineError: a sequence would be too long, or a token is unknown.
+        """
+        self._check_length(self._most + 1)
+        self._check_tokens(tokens)
 
     def cache_needed(self, tokens: int) -> int:
         """Return how many cache positions a call of S = `tokens` writes or has written, padding included.
@@ -89,7 +97,7 @@ class Sequences:
         Raises:
             EngineError: more than the engine's fixed cache has.
         """
-        needed, fixed = int(self.filled.max()) + tokens, self._manifest.capacity
+        needed, fixed = self._most + tokens, self._manifest.capacity
         if fixed is not None and needed > fixed:
             raise EngineError(
                 "padding runs past the cache",
@@ -108,9 +116,31 @@ class Sequences:
         inputs.cache_write[:] = self.filled
         inputs.logits_index[:] = np.maximum(lengths - 1, 0)
 
+    def fill_decode(self, inputs: StepInputs, tokens: np.ndarray) -> None:
+        """Write the inputs of a decode step that was checked; `logits_index` is 0 in each call of S = 1."""
+        inputs.input_ids[:, 0] = tokens
+        inputs.position_ids[:, 0] = self.filled
+        inputs.cache_write[:] = self.filled
+
     def count(self, lengths: np.ndarray) -> None:
         """Count the tokens of a step that ran."""
-        self.filled = self.filled + lengths
+        self.filled += lengths
+        self._most = int(self.filled.max())
+
+    def count_decode(self) -> None:
+        """Count the tokens of a decode step that ran."""
+        self.filled += 1
+        self._most += 1
+
+    def _check_length(self, longest: int) -> None:
+        if longest > self._manifest.max_positions:
+            raise self._too_long(longest)
+
+    def _check_tokens(self, tokens: np.ndarray) -> None:
+        vocab_size = self._manifest.vocab_size
+        if tokens.astype(np.uint64).max() >= vocab_size:  # a negative number is a large one there
+            found = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
+            raise EngineError("a token is not in the vocabulary", expected=f"0 to {vocab_size - 1}", found=found)
 
     def _too_long(self, found: int) -> EngineError:
         return EngineError(

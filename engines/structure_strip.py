@@ -81,8 +81,8 @@ class _Scale:
 
 def strips_from_structures(structures: Sequence[Structure]) -> tuple[Strip, ...]:
     """Lay out models below each other, on one scale."""
-    blocks = [block for structure in structures for block in flat_blocks(structure)]
-    columns = max((len(flat_blocks(structure)) for structure in structures), default=0)
+    blocks = [block for structure in structures for block in structure.flat_blocks]
+    columns = max((len(structure.flat_blocks) for structure in structures), default=0)
     column = min(max(TARGET_WIDTH / max(columns, 1), COLUMN_WIDTHS[0]), COLUMN_WIDTHS[1])
     scale = _Scale(
         column=column,
@@ -93,15 +93,6 @@ def strips_from_structures(structures: Sequence[Structure]) -> tuple[Strip, ...]
         ),
     )
     return tuple(_strip(structure, scale) for structure in structures)
-
-
-def flat_blocks(structure: Structure) -> tuple[BlockShape, ...]:
-    """Return all blocks in order, the members of parallel groups one after the other."""
-    return tuple(
-        block
-        for entry in structure.blocks
-        for block in (entry.parallel if isinstance(entry, ParallelShape) else (entry,))
-    )
 
 
 def roles_of(strips: Sequence[Strip]) -> dict[str, str]:

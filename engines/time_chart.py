@@ -33,12 +33,14 @@ PARTS = (
     Part("Attention", ("attention",), "key-value", True),
     Part("FFN", ("ffn",), "segment-0", True),
     Part("Head", ("lm_head",), "linear", False),
-    Part("Norms and the rest", ("norm", "embedding", "other"), "padding", False),
+    Part("Norms and the rest", ("norm", "embedding", "other"), "ffn", False),
+    Part("Between kernels", ("between",), "padding", False),
 )
 NOTE = (
     "Profiled runs, apart from those that were timed: a profiler costs time, so a sum here is more than the latency "
     "above. A bar is the call of median duration, taken apart by the sublayer that each kernel belongs to. The rest is "
-    "embedding, masks, shapes, what belongs to no sublayer, and the time between kernels."
+    "embedding, masks, shapes and what belongs to no sublayer. Between kernels the runtime, and its profiler, are at "
+    "work: on small models that is much of a profiled call, and little of a timed one."
 )
 TOP_KERNELS = 3
 LONGEST_LABEL = 34

@@ -17,7 +17,7 @@ from engines.base import ENGINE_FILE, read_engine_manifest
 from engines.bench import bench_engines, request_grid
 from engines.onnxruntime import OnnxRuntime
 from engines.onnxruntime_profile import profiles_of_calls
-from engines.profile import BETWEEN, Execution, Place, Profile, attention_blocks, place_of, place_of_all, profile_of
+from engines.profile import Execution, Place, Profile, attention_blocks, place_of, place_of_all, profile_of
 from engines.profile_worker import REQUESTS
 from engines.profiling import profile_engine, profiler_problems
 from engines.results import RequestShape, json_from_results, results_from_json
@@ -115,7 +115,7 @@ def test_the_median_call_is_taken_apart_and_nothing_dropped() -> None:
     assert found == {
         ("ffn", 0, "Gemm"): (5.0, 2),
         ("lm_head", None, "Gemm"): (1.5, 1),
-        ("other", None, BETWEEN): (3.5, 1),
+        ("between", None, "between kernels"): (3.5, 1),
     }
     assert (profile.total_us, profile.calls) == (10.0, 3)
     with pytest.raises(ValidationError, match="the kernels take"):
@@ -148,7 +148,7 @@ def test_profiles_of_an_engine(engine: Path) -> None:
         expected: dict[tuple[str, int | None], int] = {("attention", block): 2 for block in (0, 2, 6)}
         expected |= {("attention", 5): 1, ("lm_head", None): 1} | {("ffn", block): 2 for block in (0, 1, 2, 3, 5)}
         assert products == expected
-        assert [k.name for k in profile.kernels if k.kind == "other" and k.name == BETWEEN] == [BETWEEN]
+        assert [k.name for k in profile.kernels if k.kind == "between"] == ["between kernels"]
 
 
 def test_a_benchmark_with_profiles(engine: Path) -> None:
@@ -209,9 +209,9 @@ def test_a_profile_file(tmp_path: Path) -> None:
     )
     assert [(k.kind, k.block, k.name, k.time_us) for k in prefill.kernels] == [
         ("lm_head", None, "Gemm", 35.0),
-        ("other", None, BETWEEN, 5.0),
+        ("between", None, "between kernels", 5.0),
     ]
-    assert [(k.kind, k.block, k.time_us) for k in decode.kernels] == [("ffn", 1, 30.0), ("other", None, 20.0)]
+    assert [(k.kind, k.block, k.time_us) for k in decode.kernels] == [("ffn", 1, 30.0), ("between", None, 20.0)]
     assert (prefill.tokens, prefill.position, decode.tokens, decode.position) == (5, 0, 1, 5)
     with pytest.raises(EngineError, match="expected 1, found 3"):
         profiles_of_calls(tmp_path / "profile.json", ["prefill"], batch=1, input_len=5, slot_blocks=())

@@ -38,7 +38,8 @@ DECODE = [
     ("ffn", 0, "Gemm", 2000.0),
     ("lm_head", None, "Gemm", 300.0),
     ("norm", 0, "RMSNormalization", 200.0),
-    ("other", None, "<script>alert(1)</script>", 300.0),
+    ("other", None, "<script>alert(1)</script>", 200.0),
+    ("between", None, "between kernels", 100.0),
 ]
 PROFILED = with_changes(
     engines=[
@@ -71,10 +72,10 @@ def test_bars_are_whole_and_to_scale() -> None:
         for one, other in zip(row.segments, row.segments[1:], strict=False):
             assert one.x + one.width == pytest.approx(other.x)
     widths = [segment.width for segment in baseline.segments]
-    assert [width / sum(widths) for width in widths] == pytest.approx([0.3, 0.5, 0.075, 0.125])
+    assert [width / sum(widths) for width in widths] == pytest.approx([0.3, 0.5, 0.075, 0.1, 0.025])
     assert sum(segment.width for segment in fused.segments) == pytest.approx(sum(widths) * 3200 / 4000)
     assert sum(widths) + 8 + 62 == pytest.approx(layout.width)
-    assert [segment.share for segment in baseline.segments] == ["30 %", "50 %", "", ""]
+    assert [segment.share for segment in baseline.segments] == ["30 %", "50 %", "", "", ""]
     assert (baseline.total, fused.total) == ("4.00 ms", "3.20 ms")
     assert [text for _, text in layout.ticks] == ["0", "1", "2", "3", "4"]
 
