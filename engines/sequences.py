@@ -80,7 +80,7 @@ class Sequences:
             EngineError: a sequence would be too long, or a token is unknown.
         """
         self._check_length(int((self.filled + lengths).max()))
-        self._check_tokens(input_ids)
+        self._check_tokens(int(input_ids.min()), int(input_ids.max()))
 
     def check_decode(self, tokens: np.ndarray) -> None:
         """Check `tokens` int64 [B], of which every row appends one.
@@ -89,7 +89,8 @@ class Sequences:
             EngineError: a sequence would be too long, or a token is unknown.
         """
         self._check_length(self._most + 1)
-        self._check_tokens(tokens)
+        listed = tokens.tolist()
+        self._check_tokens(min(listed), max(listed))
 
     def cache_needed(self, tokens: int) -> int:
         """Return how many cache positions a call of S = `tokens` writes or has written, padding included.
@@ -136,11 +137,14 @@ class Sequences:
         if longest > self._manifest.max_positions:
             raise self._too_long(longest)
 
-    def _check_tokens(self, tokens: np.ndarray) -> None:
+    def _check_tokens(self, lowest: int, highest: int) -> None:
         vocab_size = self._manifest.vocab_size
-        if tokens.astype(np.uint64).max() >= vocab_size:  # a negative number is a large one there
-            found = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
-            raise EngineError("a token is not in the vocabulary", expected=f"0 to {vocab_size - 1}", found=found)
+        if lowest < 0 or highest >= vocab_size:
+            raise EngineError(
+                "a token is not in the vocabulary",
+                expected=f"0 to {vocab_size - 1}",
+                found=lowest if lowest < 0 else highest,
+            )
 
     def _too_long(self, found: int) -> EngineError:
         return EngineError(

@@ -37,10 +37,10 @@ PARTS = (
     Part("Between kernels", ("between",), "padding", False),
 )
 NOTE = (
-    "Profiled runs, apart from those that were timed: a profiler costs time, so a sum here is more than the latency "
-    "above. A bar is the call of median duration, taken apart by the sublayer that each kernel belongs to. The rest is "
-    "embedding, masks, shapes and what belongs to no sublayer. Between kernels the runtime, and its profiler, are at "
-    "work: on small models that is much of a profiled call, and little of a timed one."
+    "Profiled runs, apart from those that were timed. A profiler takes some microseconds at every kernel, within the "
+    "kernel's time and beside it: a sum here is more than the latency above, and small kernels look longer than they "
+    "are, most of all in small models. A bar is the call of median duration, taken apart by the sublayer that each "
+    "kernel belongs to; the rest is embedding, masks, shapes and what belongs to no sublayer."
 )
 TOP_KERNELS = 3
 LONGEST_LABEL = 34
