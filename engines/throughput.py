@@ -8,27 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
-from engines.charts import (
-    CHART_BOTTOM,
-    CHART_HEIGHT,
-    CHART_LEFT,
-    CHART_TOP,
-    CHART_WIDTH,
-    SERIES_COLORS,
-    images_of,
-    new_figure,
-)
+from engines.charts import SERIES_COLORS, images_of
 from engines.comparison_table import Figures
+from engines.point_charts import MOST, Box, Frame, across, framed_figure, ticks_between, upwards
 from engines.report_words import digits
 from engines.results import Comparison, RequestShape
-from engines.tradeoff import MOST, Box, ticks_between
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RIGHT = 18.0  # room for half of the last number below
 RADIUS = 3.5
 LOGARITHMIC_FROM = 6.0  # largest over smallest throughput
 TEXT_HEIGHT, CHARACTER_WIDTH = 7.0, 5.2  # of a batch
@@ -91,25 +82,13 @@ class DrawnCurve:
     dots: tuple[Dot, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """A chart in a box of CHART_WIDTH x CHART_HEIGHT."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout(Frame):
+    """A chart, laid out."""
 
     chart: ThroughputChart
     curves: tuple[DrawnCurve, ...]
-    x_ticks: tuple[tuple[float, str], ...]
-    y_ticks: tuple[tuple[float, str], ...]
-    left: float = CHART_LEFT
-    right: float = CHART_WIDTH - RIGHT
-    top: float = CHART_TOP
-    bottom: float = CHART_HEIGHT - CHART_BOTTOM
-    width: float = CHART_WIDTH
-    height: float = CHART_HEIGHT
     radius: float = RADIUS
-
-    @property
-    def middle(self) -> float:
-        return (self.left + self.right) / 2
 
 
 def throughput_chart(
@@ -150,16 +129,12 @@ def throughput_layout(chart: ThroughputChart) -> Layout:
     x_ticks = ticks_between(max(0.0, min(per_user) * 0.96), max(per_user) * 1.02)
     is_logarithmic = max(totals) > LOGARITHMIC_FROM * min(totals)
     y_ticks = logarithmic_ticks(min(totals), max(totals)) if is_logarithmic else ticks_between(0.0, max(totals))
-    left, right, top, bottom = CHART_LEFT, CHART_WIDTH - RIGHT, CHART_TOP, CHART_HEIGHT - CHART_BOTTOM
-
-    def x_of(value: float) -> float:
-        return left + (right - left) * (min(value, MOST) - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+    x_of = partial(across, low=x_ticks[0], high=x_ticks[-1])
 
     def y_of(value: float) -> float:
-        low, at, high = (y_ticks[0], min(value, MOST), y_ticks[-1])
         if is_logarithmic:
-            low, at, high = math.log(low), math.log(at), math.log(high)
-        return bottom - (bottom - top) * (at - low) / (high - low)
+            return upwards(math.log(min(value, MOST)), math.log(y_ticks[0]), math.log(y_ticks[-1]))
+        return upwards(value, y_ticks[0], y_ticks[-1])
 
     places = [[(x_of(p.per_user), y_of(p.total)) for p in curve.points] for curve in chart.curves]
     taken = [(x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS) for row in places for x, y in row]
@@ -176,10 +151,10 @@ def throughput_layout(chart: ThroughputChart) -> Layout:
             dots.append(Dot(x, y, f"{point.batch}" if place else "", text_x, text_y, tooltip))
         drawn.append(DrawnCurve(curve.series % len(SERIES_COLORS["light"]), curve.is_predicted, tuple(dots)))
     return Layout(
-        chart,
-        tuple(drawn),
-        tuple((x_of(tick), tick_text(tick)) for tick in x_ticks),
-        tuple((y_of(tick), tick_text(tick)) for tick in y_ticks),
+        chart=chart,
+        curves=tuple(drawn),
+        x_ticks=tuple((x_of(tick), tick_text(tick)) for tick in x_ticks),
+        y_ticks=tuple((y_of(tick), tick_text(tick)) for tick in y_ticks),
     )
 
 
@@ -219,22 +194,9 @@ def throughput_images(layout: Layout) -> tuple[bytes, bytes]:
     """Draw a layout with matplotlib, light colours, one pixel of the layout to the point: (PNG, SVG)."""
 
     def draw() -> Figure:
-        figure = new_figure(layout.width / 72, (layout.height + 72) / 72)
-        axes = figure.subplots()
-        axes.set_xlim(0, layout.width)
-        axes.set_ylim(layout.height, 0)
-        axes.set_aspect("equal")
-        axes.set_axis_off()
-        axes.set_title(f"{layout.chart.title}\n{layout.chart.subtitle}", loc="left", fontsize=8)
-        text: dict[str, Any] = {"fontsize": 8, "color": "#5a6775"}
-        for y, label in layout.y_ticks:
-            axes.plot([layout.left, layout.right], [y, y], color="#dddddd", linewidth=0.5)
-            axes.text(layout.left - 6, y, label, ha="right", va="center", **text)
-        for x, label in layout.x_ticks:
-            axes.text(x, layout.bottom + 15, label, ha="center", va="baseline", **text)
-        axes.plot([layout.left, layout.right], [layout.bottom, layout.bottom], color="#97a1ad", linewidth=0.8)
-        axes.text(layout.middle, layout.bottom + 31, layout.chart.x_label, ha="center", va="baseline", **text)
-        axes.text(layout.left, layout.top - 6, layout.chart.y_label, ha="left", va="baseline", **text)
+        chart = layout.chart
+        title = f"{chart.title}\n{chart.subtitle}"
+        figure, axes = framed_figure(layout, title, chart.x_label, chart.y_label, beside=72)
         lines = []
         for curve in layout.curves:
             color = SERIES_COLORS["light"][curve.series]
@@ -253,7 +215,7 @@ def throughput_images(layout: Layout) -> tuple[bytes, bytes]:
         # Created with plain names first: matplotlib leaves out entries whose label starts with an underscore.
         names = [str(index) for index in range(len(lines))]
         legend = figure.legend(lines, names, loc="outside lower left", ncols=2, fontsize=8, frameon=False)
-        for shown, named in zip(legend.get_texts(), layout.chart.curves, strict=True):
+        for shown, named in zip(legend.get_texts(), chart.curves, strict=True):
             shown.set_text(named.name)
         return figure
 

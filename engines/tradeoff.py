@@ -5,10 +5,10 @@ Source of the form: Bercovich et al., "FFN Fusion", arXiv:2503.18908, figure 6. 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 from engines.charts import (
     CHART_BOTTOM,
@@ -18,24 +18,21 @@ from engines.charts import (
     CHART_WIDTH,
     SERIES_COLORS,
     images_of,
-    new_figure,
 )
+from engines.point_charts import MOST, Box, Frame, across, framed_figure, ticks_between, upwards
 from engines.report_words import digits
 from engines.results import Spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RIGHT = 18.0  # room for half of the last number below
 RADIUS = 4.5
 TEXT_HEIGHT = 11.0
 CHARACTER_WIDTH = 5.9  # of the page's fonts at that height, on average and a little more
 LONGEST_LABEL = 22
 ROOM = 0.08  # of the data's span, left free on every side
-MOST = 1e300  # a results file may claim any finite number; sums of these are finite too
 
 Anchor = Literal["start", "middle", "end"]
-Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,54 +72,31 @@ class Dot:
     tooltip: str
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """A chart in a box of CHART_WIDTH x CHART_HEIGHT."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout(Frame):
+    """A chart, laid out."""
 
     chart: Tradeoff
     dots: tuple[Dot, ...]
-    x_ticks: tuple[tuple[float, str], ...]
-    y_ticks: tuple[tuple[float, str], ...]
-    left: float = CHART_LEFT
-    right: float = CHART_WIDTH - RIGHT
-    top: float = CHART_TOP
-    bottom: float = CHART_HEIGHT - CHART_BOTTOM
-    width: float = CHART_WIDTH
-    height: float = CHART_HEIGHT
     radius: float = RADIUS
-
-    @property
-    def middle(self) -> float:
-        return (self.left + self.right) / 2
-
-
-def ticks_between(low: float, high: float) -> list[float]:
-    """Return about four round numbers that enclose [low, high]; the axis need not begin at 0."""
-    span = max(high - low, abs(high) * 1e-3, 1e-9)
-    magnitude = 10.0 ** math.floor(math.log10(span / 4))
-    step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= span / 4 * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [step * index for index in range(first, max(last, first + 1) + 1)]
 
 
 def tradeoff_layout(chart: Tradeoff) -> Layout:
     """Lay out a chart; every label stands where it hides nothing, if there is such a place."""
     x_ticks = _ticks([value for point in chart.points for value in (point.latency.low, point.latency.high)])
     y_ticks = _ticks([point.accuracy for point in chart.points])
-    left, right, top, bottom = CHART_LEFT, CHART_WIDTH - RIGHT, CHART_TOP, CHART_HEIGHT - CHART_BOTTOM
-
-    def x_of(value: float) -> float:
-        return left + (right - left) * (min(value, MOST) - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-
-    def y_of(value: float) -> float:
-        return bottom - (bottom - top) * (min(value, MOST) - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-
+    x_of = partial(across, low=x_ticks[0], high=x_ticks[-1])
+    y_of = partial(upwards, low=y_ticks[0], high=y_ticks[-1])
+    frame = Frame(
+        x_ticks=tuple((x_of(tick), f"{tick:,.6g}") for tick in x_ticks),
+        y_ticks=tuple((y_of(tick), f"{tick:,.6g}") for tick in y_ticks),
+    )
     places = [(x_of(point.latency.median), y_of(point.accuracy)) for point in chart.points]
     whiskers = [(x_of(point.latency.low), x_of(point.latency.high)) for point in chart.points]
     taken: list[Box] = [(x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS) for x, y in places]
     taken += [(low, y - 1, high, y + 1) for (low, high), (_, y) in zip(whiskers, places, strict=True)]
     base_x, base_y = places[0]
-    taken += [(left, base_y - 1, right, base_y + 1), (base_x - 1, top, base_x + 1, bottom)]
+    taken += [(frame.left, base_y - 1, frame.right, base_y + 1), (base_x - 1, frame.top, base_x + 1, frame.bottom)]
     dots = []
     for point, (x, y), whisker in zip(chart.points, places, whiskers, strict=True):
         text = point.label if len(point.label) <= LONGEST_LABEL else point.label[: LONGEST_LABEL - 1] + "…"
@@ -143,12 +117,7 @@ def tradeoff_layout(chart: Tradeoff) -> Layout:
                 f" ({digits(spread.low)} to {digits(spread.high)} over the rounds)",
             )
         )
-    return Layout(
-        chart,
-        tuple(dots),
-        tuple((x_of(tick), f"{tick:,.6g}") for tick in x_ticks),
-        tuple((y_of(tick), f"{tick:,.6g}") for tick in y_ticks),
-    )
+    return Layout(chart=chart, dots=tuple(dots), x_ticks=frame.x_ticks, y_ticks=frame.y_ticks)
 
 
 def _label_place(x: float, y: float, width: float, taken: Sequence[Box]) -> tuple[float, float, Anchor, Box]:
@@ -193,22 +162,9 @@ def tradeoff_images(layout: Layout) -> tuple[bytes, bytes]:
     """Draw a layout with matplotlib, light colours, one pixel of the layout to the point: (PNG, SVG)."""
 
     def draw() -> Figure:
-        figure = new_figure(layout.width / 72, (layout.height + 22) / 72)
-        axes = figure.subplots()
-        axes.set_xlim(0, layout.width)
-        axes.set_ylim(layout.height, 0)
-        axes.set_aspect("equal")
-        axes.set_axis_off()
-        axes.set_title(f"{layout.chart.title} ({layout.chart.subtitle})", loc="left", fontsize=8)
-        text: dict[str, Any] = {"fontsize": 8, "color": "#5a6775"}
-        for y, label in layout.y_ticks:
-            axes.plot([layout.left, layout.right], [y, y], color="#dddddd", linewidth=0.5)
-            axes.text(layout.left - 6, y, label, ha="right", va="center", **text)
-        for x, label in layout.x_ticks:
-            axes.text(x, layout.bottom + 15, label, ha="center", va="baseline", **text)
-        axes.plot([layout.left, layout.right], [layout.bottom, layout.bottom], color="#97a1ad", linewidth=0.8)
-        axes.text(layout.middle, layout.bottom + 31, layout.chart.x_label, ha="center", va="baseline", **text)
-        axes.text(layout.left, layout.top - 6, layout.chart.y_label, ha="left", va="baseline", **text)
+        chart = layout.chart
+        title = f"{chart.title} ({chart.subtitle})"
+        figure, axes = framed_figure(layout, title, chart.x_label, chart.y_label, beside=22)
         colors = SERIES_COLORS["light"]
         base = layout.dots[0]
         axes.plot([base.x, base.x], [layout.top, layout.bottom], color="#97a1ad", linewidth=0.7, linestyle=(0, (3, 3)))

@@ -85,6 +85,7 @@ FLOORS: list[tuple[str, list[str], str]] = [
             "engines.throughput",
             "engines.prediction*",
             "engines.tradeoff",
+            "engines.point_charts",
             "engines.accuracy",
             "engines.analysis",
             "engines.quantization_errors",

@@ -9,10 +9,10 @@ from itertools import combinations
 import pytest
 
 from engines.charts import CHART_BOTTOM, CHART_HEIGHT, CHART_LEFT, CHART_TOP, CHART_WIDTH
+from engines.point_charts import RIGHT
 from engines.results import Comparison, RequestShape, comparison_from_results, results_from_json, statistics
 from engines.throughput import (
     CHARACTER_WIDTH,
-    RIGHT,
     TEXT_HEIGHT,
     Curve,
     CurvePoint,

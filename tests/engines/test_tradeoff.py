@@ -7,15 +7,14 @@ from itertools import combinations
 import pytest
 
 from engines.charts import CHART_BOTTOM, CHART_HEIGHT, CHART_LEFT, CHART_TOP, CHART_WIDTH
+from engines.point_charts import RIGHT, ticks_between
 from engines.results import Spread
 from engines.tradeoff import (
     CHARACTER_WIDTH,
     RADIUS,
-    RIGHT,
     Dot,
     Point,
     Tradeoff,
-    ticks_between,
     tradeoff_images,
     tradeoff_layout,
 )
