@@ -58,7 +58,7 @@ def test_warnings_are_printed_and_pass(network: Path, tmp_path: Path) -> None:
     [
         (("check", "{network}", "--against", "tensorrt:9.3"), "10.15, 10.16, 11.0"),
         (("check", "{network}/network.json"), "not a readable ONNX network"),
-        (("check", "{network}/nothing"), "network.json: cannot be opened"),
+        (("check", "{network}/nothing"), "no network to check: expected an .onnx file"),
         ((*EXPORT, "--check", "vllm", "-o", "{network}-2"), "expected tensorrt"),
         (("export", MODEL, "--to", "hf", "--check", "tensorrt", "-o", "{network}-2"), "--check belongs to --to onnx"),
     ],

@@ -177,6 +177,8 @@ def networks_to_check(network: Path) -> dict[str, Path]:
     """
     if network.is_file():
         return {network.name: network}
+    if not (network / NETWORK_FILE).is_file():
+        raise CheckpointError("no network to check", file=network, expected="an .onnx file, or a folder that has them")
     manifest = network_manifest_from_json(read_json(network / NETWORK_FILE), network / NETWORK_FILE)
     return {file: network / file for file in files_for_tensorrt(manifest.networks)}
 
