@@ -50,7 +50,7 @@ class Sequences:
             raise EngineError("the engine cannot run this batch", expected=manifest.batch or ">= 1", found=batch)
         self._manifest = manifest
         self.filled = np.zeros(batch, dtype=np.int64)  # [B] tokens that each row holds
-        self._most = 0  # the largest of them
+        self.longest = 0  # the largest of them
         if capacity > manifest.max_positions:
             raise self._too_long(capacity)
 
@@ -88,7 +88,7 @@ class Sequences:
         Raises:
             EngineError: a sequence would be too long, or a token is unknown.
         """
-        self._check_length(self._most + 1)
+        self._check_length(self.longest + 1)
         listed = tokens.tolist()
         self._check_tokens(min(listed), max(listed))
 
@@ -98,7 +98,7 @@ class Sequences:
         Raises:
             EngineError: more than the engine's fixed cache has.
         """
-        needed, fixed = self._most + tokens, self._manifest.capacity
+        needed, fixed = self.longest + tokens, self._manifest.capacity
         if fixed is not None and needed > fixed:
             raise EngineError(
                 "padding runs past the cache",
@@ -126,12 +126,12 @@ class Sequences:
     def count(self, lengths: np.ndarray) -> None:
         """Count the tokens of a step that ran."""
         self.filled += lengths
-        self._most = int(self.filled.max())
+        self.longest = int(self.filled.max())
 
     def count_decode(self) -> None:
         """Count the tokens of a decode step that ran."""
         self.filled += 1
-        self._most += 1
+        self.longest += 1
 
     def _check_length(self, longest: int) -> None:
         if longest > self._manifest.max_positions:

@@ -170,10 +170,11 @@ class TensorRtRunner:
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         sequences = self._started()
-        input_ids, lengths = tokens[:, None], np.ones(sequences.batch, dtype=np.int64)
-        sequences.check_room(input_ids, lengths)
+        sequences.check_decode(tokens)
         sequences.cache_needed(1)
-        return self._step(input_ids, lengths)
+        logits = self._call(1, lambda inputs: sequences.fill_decode(inputs, tokens))
+        sequences.count_decode()
+        return logits
 
     def report_layers(self, trt: Any, profiler: Any) -> str:
         """Have the time of every layer reported to a `tensorrt.IProfiler` from now on.
@@ -201,19 +202,23 @@ class TensorRtRunner:
     def _step(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Run one call of S tokens that was checked."""
         sequences = self._started()
-        batch, tokens = input_ids.shape
+        logits = self._call(input_ids.shape[1], lambda inputs: sequences.fill(inputs, input_ids, lengths))
+        sequences.count(lengths)
+        return logits
+
+    def _call(self, tokens: int, fill: Callable[[StepInputs], None]) -> np.ndarray:
+        """Run one call of S = `tokens` whose inputs `fill` writes."""
         name: ProfileName = DECODE if tokens == 1 else PREFILL
         with self._device.working():
             call = self._calls.get(name)
             if call is None or call.tokens != tokens:
                 self._calls.pop(name, None)
-                call = self._calls[name] = self._bind(name, batch, tokens)
-            sequences.fill(call.inputs, input_ids, lengths)
+                call = self._calls[name] = self._bind(name, self._started().batch, tokens)
+            fill(call.inputs)
             call.device_inputs.copy_(call.host_inputs, non_blocking=True)
             self._run(name, call)
             call.host_logits.copy_(call.device_logits, non_blocking=True)
             self._device.synchronize()
-        sequences.count(lengths)
         return call.logits
 
     def _run(self, name: ProfileName, call: _Call) -> None:

@@ -167,7 +167,8 @@ class TorchRunner:
 
         sequences, room = self._started()
         sequences.check_prefill(input_ids, lengths)
-        self._check_room(input_ids, lengths)
+        sequences.check_room(input_ids, lengths)
+        self._check_cache(int((sequences.filled + lengths).max()))
         filled, columns = sequences.filled, np.arange(input_ids.shape[1])
         positions = np.where(columns < lengths[:, None], filled[:, None] + columns, room.cache.capacity)
         rows = np.arange(room.batch) * len(columns) + np.maximum(lengths - 1, 0)
@@ -186,12 +187,12 @@ class TorchRunner:
         import torch
 
         sequences, room = self._started()
-        lengths = np.ones(sequences.batch, dtype=np.int64)
-        self._check_room(tokens, lengths)
+        sequences.check_decode(tokens)
+        self._check_cache(sequences.longest + 1)
         room.decode.tokens.copy_(torch.from_numpy(tokens))
         room.decode.positions.copy_(torch.from_numpy(sequences.filled))
         logits = room.decode()
-        sequences.count(lengths)
+        sequences.count_decode()
         return room.on_host(logits)
 
     def close(self) -> None:
@@ -202,10 +203,8 @@ class TorchRunner:
             raise AssertionError("Bug: a step without a start")
         return self._sequences, self._room
 
-    def _check_room(self, input_ids: np.ndarray, lengths: np.ndarray) -> None:
-        sequences, room = self._started()
-        sequences.check_room(input_ids, lengths)
-        longest = int((sequences.filled + lengths).max())
+    def _check_cache(self, longest: int) -> None:
+        _, room = self._started()
         if longest > room.cache.capacity:
             raise EngineError(
                 "the KV cache is full",
