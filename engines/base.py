@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from exporter.errors import EngineError
+from exporter.manifests import Model, manifest_from_json, validated
 from exporter.network import CacheSlot, Count, FileName, Positive
 from exporter.safetensors_io import read_json
 
@@ -56,22 +57,25 @@ def read_engine_manifest(engine: Path) -> EngineManifest:
         EngineError: fields are missing, unknown or of the wrong kind, or the schema is another version's.
     """
     path = engine / ENGINE_FILE
-    document = read_json(path)
-    found = document.get("engine_schema") if isinstance(document, dict) else None
-    if found != ENGINE_SCHEMA:
-        raise EngineError(
-            "not an engine manifest of this version",
-            file=path,
-            expected=f"engine_schema {ENGINE_SCHEMA}",
-            found=str(found)[:40],
-            hint="build the engine again",
-        )
-    try:
-        return EngineManifest.model_validate(document)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise EngineError(f"malformed engine manifest ({where}: {problem['msg']})", file=path) from error
+    return manifest_from_json(
+        read_json(path),
+        EngineManifest,
+        "engine manifest",
+        schema=("engine_schema", ENGINE_SCHEMA),
+        other_schema="not an engine manifest of this version",
+        hint="build the engine again",
+        file=path,
+        error=EngineError,
+    )
+
+
+def backend_options(manifest: EngineManifest, model: type[Model], file: object) -> Model:
+    """Read what a backend keeps in `EngineManifest.options`; `file` names the manifest in errors.
+
+    Raises:
+        EngineError: fields are missing, unknown or of the wrong kind.
+    """
+    return validated(manifest.options, model, "options in the engine manifest", file=file, error=EngineError)
 
 
 class Runner(Protocol):

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import psutil
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from engines.base import ENGINE_FILE, ENGINE_KIND, EngineManifest, read_engine_manifest
+from engines.base import ENGINE_FILE, ENGINE_KIND, EngineManifest, backend_options, read_engine_manifest
 from engines.machine import cpu_name, version_numbers
 from engines.onnxruntime_kernels import (
     QuantizedLinear,
@@ -346,12 +346,7 @@ def _session(
     import onnxruntime
 
     path = folder / manifest.network_file
-    try:
-        ours = EngineOptions.model_validate(manifest.options)
-    except ValidationError as error:
-        raise EngineError(
-            f"malformed options in the engine manifest ({error.errors()[0]['msg']})", file=path
-        ) from error
+    ours = backend_options(manifest, EngineOptions, path)
     if manifest.dtype not in DTYPES:
         raise EngineError("not a dtype that runs here", file=path, expected=" or ".join(DTYPES), found=manifest.dtype)
     options = onnxruntime.SessionOptions()

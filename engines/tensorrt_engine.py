@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from engines.base import EngineManifest
+from engines.base import EngineManifest, backend_options
 from exporter.errors import EngineError, raise_all
 from exporter.network import (
     CACHE_WRITE,
@@ -71,12 +71,7 @@ def engine_options(manifest: EngineManifest, file: object) -> EngineOptions:
     Raises:
         EngineError: fields are missing, unknown or of the wrong kind, or one of the two profiles is missing.
     """
-    try:
-        options = EngineOptions.model_validate(manifest.options)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise EngineError(f"malformed options in the engine manifest ({where}: {problem['msg']})", file=file) from error
+    options = backend_options(manifest, EngineOptions, file)
     if {profile.name for profile in options.profiles} != {PREFILL, DECODE}:
         raise EngineError("an engine has a profile for prefill and one for decode", file=file)
     return options

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import psutil
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from engines.base import ENGINE_FILE, ENGINE_KIND, EngineManifest, read_engine_manifest
+from engines.base import ENGINE_FILE, ENGINE_KIND, EngineManifest, backend_options, read_engine_manifest
 from engines.machine import cpu_name
 from engines.sequences import Sequences
 from exporter.dtypes import BFLOAT16, BY_NAME, FLOAT8_E4M3FN, FLOAT16, FLOAT32, DType
@@ -118,12 +118,7 @@ class Torch:
         manifest = read_engine_manifest(engine)
         if manifest.backend != NAME:
             raise EngineError("engine of another backend", file=engine, expected=NAME, found=manifest.backend)
-        try:
-            options = EngineOptions.model_validate(manifest.options)
-        except ValidationError as error:
-            raise EngineError(
-                f"malformed options in the engine manifest ({error.errors()[0]['msg']})", file=engine
-            ) from error
+        options = backend_options(manifest, EngineOptions, engine)
         if manifest.dtype not in {dtype.name for dtype in DTYPES}:
             raise EngineError("not a dtype that runs here", file=engine, expected=_names(DTYPES), found=manifest.dtype)
         device = torch.device(options.device)

@@ -24,9 +24,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from exporter.errors import CheckpointError
+from exporter.manifests import manifest_from_json
 
 NETWORK_FILE = "network.json"
 NETWORK_KIND = "network"  # of the folder's manifest
@@ -100,18 +100,12 @@ def network_manifest_from_json(document: Any, file: object) -> NetworkManifest:
     Raises:
         CheckpointError: fields are missing, unknown or of the wrong kind, or the schema is another version's.
     """
-    found = document.get("network_schema") if isinstance(document, dict) else None
-    if found != NETWORK_SCHEMA:
-        raise CheckpointError(
-            "not a network manifest of this version",
-            file=file,
-            expected=f"network_schema {NETWORK_SCHEMA}",
-            found=str(found)[:40],
-            hint="export the network again",
-        )
-    try:
-        return NetworkManifest.model_validate(document)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise CheckpointError(f"malformed network manifest ({where}: {problem['msg']})", file=file) from error
+    return manifest_from_json(
+        document,
+        NetworkManifest,
+        "network manifest",
+        schema=("network_schema", NETWORK_SCHEMA),
+        other_schema="not a network manifest of this version",
+        hint="export the network again",
+        file=file,
+    )

@@ -17,7 +17,7 @@ FLOORS: list[tuple[str, list[str], str]] = [
     ("matter", ["exporter.lazy", "exporter.rope", "exporter.numerics"], "none"),
     ("codes", ["exporter.lazy_quantized"], "none"),
     ("form", ["exporter.graph", "exporter.safetensors_io"], "none"),
-    ("saving", ["exporter.writers.files"], "none"),
+    ("saving", ["exporter.writers.files", "exporter.manifests"], "none"),
     ("networks", ["exporter.network", "exporter.one_gemm"], "none"),
     ("names", ["exporter.architectures.*", "exporter.architectures"], "all"),
     ("reading", ["exporter.read", "exporter.plan", "exporter.reference", "exporter.text", "exporter.wide_ffn"], "none"),

@@ -117,7 +117,7 @@ def save_folder(
         if name in files:
             raise OutputError("a file would be written twice", file=output / name)
         files[name] = content
-    needed = sum(len(content) if isinstance(content, bytes) else content.nbytes for content in files.values())
+    needed = sum(map(bytes_of, files.values()))
     with _partial_folder(output, needed) as partial:
         entries = _write_all(partial, files, progress, workers)
         manifest = Manifest(kind=kind, details=dict(details), files=entries)
@@ -174,6 +174,11 @@ def refuse_incomplete(folder: Path) -> None:
         raise CheckpointError(
             "folder is incomplete: the run that wrote it was interrupted", file=folder, hint="remove it and run again"
         )
+
+
+def bytes_of(content: Content | bytes) -> int:
+    """How large a file of this content is; reads nothing."""
+    return len(content) if isinstance(content, bytes) else content.nbytes
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -398,7 +403,7 @@ def _write_file(
             if progress is not None:
                 progress(size)
         else:
-            expected = len(content) if isinstance(content, bytes) else content.nbytes
+            expected = bytes_of(content)
             if written != expected:
                 raise AssertionError(f"Bug: {path.name} announced {expected} bytes and produced {written}")
         flushing.finish()

@@ -50,7 +50,7 @@ from exporter.lazy import LazyTensor, concat, full, pad
 from exporter.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from exporter.safetensors_io import INDEX_FILE, shard_tensors
 from exporter.writers import hf_quantization
-from exporter.writers.files import Content, FileCopy, json_bytes
+from exporter.writers.files import Content, FileCopy, bytes_of, json_bytes
 
 CONFIG = "config.json"
 NEMOTRON_NAS = nemotron_nas.FAMILY.name
@@ -86,9 +86,7 @@ def plan(graph: ModelGraph, options: Options) -> dict[str, int]:
     Raises:
         TargetError: `check` finds a problem.
     """
-    return {
-        name: len(content) if isinstance(content, bytes) else content.nbytes for name, content in emit(graph, options)
-    }
+    return {name: bytes_of(content) for name, content in emit(graph, options)}
 
 
 def emit(graph: ModelGraph, options: Options) -> Iterator[tuple[str, Content | bytes]]:

@@ -27,7 +27,7 @@ from exporter.network import (
 )
 from exporter.safetensors_io import Shards
 from exporter.wide_ffn import wide_ffn_problems
-from exporter.writers.files import Content, json_bytes
+from exporter.writers.files import Content, bytes_of, json_bytes
 from exporter.writers.onnx_graph import Form, NetworkBuilder, cache_slots
 from exporter.writers.onnx_options import (
     NETWORK_DTYPES,
@@ -77,9 +77,7 @@ def check(graph: ModelGraph, options: Options) -> list[FuselageError]:
 
 def plan(graph: ModelGraph, options: Options) -> dict[str, int]:
     """Return the files that `emit` would write and their sizes in bytes; no tensor is read."""
-    return {
-        name: len(content) if isinstance(content, bytes) else content.nbytes for name, content in emit(graph, options)
-    }
+    return {name: bytes_of(content) for name, content in emit(graph, options)}
 
 
 def emit(graph: ModelGraph, options: Options) -> Iterator[tuple[str, Content | bytes]]:

@@ -32,7 +32,7 @@ from exporter.graph import FFN, Activation, Attention, LinearSublayer, ModelGrap
 from exporter.lazy import LazyTensor, cast, pad, slice_rows
 from exporter.safetensors_io import SafetensorsFile
 from exporter.writers import trtllm_formats
-from exporter.writers.files import Content, FileCopy, json_bytes
+from exporter.writers.files import Content, FileCopy, bytes_of, json_bytes
 from exporter.writers.trtllm_config import (
     CHECKPOINT_FILE,
     CONFIG,
@@ -87,9 +87,7 @@ def plan(graph: ModelGraph, options: Options) -> dict[str, int]:
     Raises:
         TargetError: `check` finds a problem.
     """
-    return {
-        name: len(content) if isinstance(content, bytes) else content.nbytes for name, content in emit(graph, options)
-    }
+    return {name: bytes_of(content) for name, content in emit(graph, options)}
 
 
 def emit(graph: ModelGraph, options: Options) -> Iterator[tuple[str, Content | bytes]]:

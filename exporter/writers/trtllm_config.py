@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from exporter import __version__
 from exporter.dtypes import DType
-from exporter.errors import CheckpointError
 from exporter.graph import FFN, Attention, ModelGraph, structure
+from exporter.manifests import manifest_from_json
 from exporter.network import Count, FileName, Positive
 from exporter.rope import LinearScaling, Llama3Scaling, Rope
 from exporter.safetensors_io import read_json
@@ -76,22 +76,15 @@ def read_checkpoint_manifest(folder: Path) -> CheckpointManifest:
         CheckpointError: there is none, or it is malformed or of another version.
     """
     path = folder / CHECKPOINT_FILE
-    document = read_json(path)
-    found = document.get("checkpoint_schema") if isinstance(document, dict) else None
-    if found != CHECKPOINT_SCHEMA:
-        raise CheckpointError(
-            "not a TensorRT-LLM checkpoint of this version",
-            file=path,
-            expected=f"checkpoint_schema {CHECKPOINT_SCHEMA}",
-            found=str(found)[:40],
-            hint="export it again",
-        )
-    try:
-        return CheckpointManifest.model_validate(document)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise CheckpointError(f"malformed checkpoint manifest ({where}: {problem['msg']})", file=path) from error
+    return manifest_from_json(
+        read_json(path),
+        CheckpointManifest,
+        "checkpoint manifest",
+        schema=("checkpoint_schema", CHECKPOINT_SCHEMA),
+        other_schema="not a TensorRT-LLM checkpoint of this version",
+        hint="export it again",
+        file=path,
+    )
 
 
 def checkpoint_json(manifest: CheckpointManifest) -> bytes:

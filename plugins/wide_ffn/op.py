@@ -52,7 +52,7 @@ def wide_ffn(
         TargetError: the arguments do not fit `plugins.contract.WIDE_FFN`.
     """
     tensors = (x, norm_weight, gate, up, down, gate_scale, up_scale, down_scale, input_scale, inner_scale, residual)
-    check(*tensors, epsilon, activations)
+    check(*tensors, epsilon=epsilon, activations=activations)
     return wide_ffn_reference(*tensors, epsilon, activations)
 
 
@@ -73,7 +73,7 @@ def _on_cuda(
     activations: str,
 ) -> torch.Tensor:
     tensors = (x, norm_weight, gate, up, down, gate_scale, up_scale, down_scale, input_scale, inner_scale, residual)
-    check(*tensors, epsilon, activations)
+    check(*tensors, epsilon=epsilon, activations=activations)
     capability = torch.cuda.get_device_capability(x.device)
     if capability != CAPABILITY:
         raise TargetError(f"{NAME} is written for other GPUs", expected=f"capability {CAPABILITY}", found=capability)
@@ -95,20 +95,12 @@ def check(
     x: torch.Tensor,
     norm_weight: torch.Tensor,
     gate: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    gate_scale: torch.Tensor | None,
-    up_scale: torch.Tensor | None,
-    down_scale: torch.Tensor | None,
-    input_scale: torch.Tensor | None,
-    inner_scale: torch.Tensor | None,
-    residual: torch.Tensor | None,
+    *others: torch.Tensor | None,
     epsilon: float,
     activations: str,
 ) -> None:
-    """Raise TargetError unless the arguments fit the contract, lie on one device and are contiguous."""
-    values = (x, norm_weight, gate, up, down, gate_scale, up_scale, down_scale, input_scale, inner_scale, residual)
-    given = dict(zip((one.name for one in WIDE_FFN.inputs), values, strict=True))
+    """Raise TargetError unless the op's arguments fit the contract, lie on one device and are contiguous."""
+    given = dict(zip((one.name for one in WIDE_FFN.inputs), (x, norm_weight, gate, *others), strict=True))
     described = {
         name: None if tensor is None else (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         for name, tensor in given.items()

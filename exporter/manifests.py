@@ -1,0 +1,64 @@
+"""Reading what folders of ours say about themselves in JSON: one schema version, and no fields but ours."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from exporter.errors import CheckpointError, FuselageError
+
+Model = TypeVar("Model", bound=BaseModel)
+SHOWN_CHARACTERS = 40  # of a schema that is another one
+
+
+def manifest_from_json(
+    document: Any,
+    model: type[Model],
+    what: str,
+    *,
+    schema: tuple[str, int],
+    other_schema: str,
+    hint: str,
+    file: object,
+    error: type[FuselageError] = CheckpointError,
+) -> Model:
+    """Check parsed JSON and make it a manifest.
+
+    Args:
+        what: how errors call it.
+        schema: the key of its schema's version, and the version that is read.
+        other_schema: what is wrong with a document of another version, and `hint` the way out.
+        file: names it in errors.
+        error: the class of errors.
+
+    Raises:
+        FuselageError: `error`: fields are missing, unknown or of the wrong kind, or the schema is another version's.
+    """
+    key, version = schema
+    found = document.get(key) if isinstance(document, dict) else None
+    if found != version:
+        raise error(
+            other_schema,
+            file=file,
+            expected=f"{key} {version}",
+            found=str(found)[:SHOWN_CHARACTERS],
+            hint=hint,
+        )
+    return validated(document, model, what, file=file, error=error)
+
+
+def validated(
+    document: Any, model: type[Model], what: str, *, file: object, error: type[FuselageError] = CheckpointError
+) -> Model:
+    """Make parsed JSON a model of pydantic's.
+
+    Raises:
+        FuselageError: `error`, with the first field that is missing, unknown or of the wrong kind.
+    """
+    try:
+        return model.model_validate(document)
+    except ValidationError as refusal:
+        problem = refusal.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise error(f"malformed {what} ({where}: {problem['msg']})", file=file) from refusal
