@@ -20,7 +20,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from exporter.errors import TargetError
-from plugins.wide_ffn.configs import BUCKETS, NORM_ELEMENTS, Tiling, tilings_by_rule
+from plugins.wide_ffn.configs import (
+    BUCKETS,
+    ITEMSIZE,
+    NORM_ELEMENTS,
+    Norm,
+    Tiling,
+    down_by_rule,
+    gate_up_by_rule,
+    norm_by_rule,
+)
+from plugins.wide_ffn.machine_code import disassemble, issue_share, main_loop
 
 ARCHITECTURES = {"sm_90": 90}
 SPELLINGS = {"bfloat16": "*bf16", "float8_e4m3fn": "*fp8e4nv", "int8": "*i8"}  # Triton's, of pointers
@@ -28,6 +38,7 @@ Weights = Literal["bfloat16", "float8_e4m3fn", "int8"]
 Activations = Literal["none", "static", "token"]
 Scale = Literal["none", "tensor", "row"]
 Fit = Literal["even", "aligned", "any"]
+KernelName = Literal["norm", "gate_up", "down"]
 FORMATS: tuple[tuple[Weights, Activations, tuple[Scale, ...]], ...] = (
     ("bfloat16", "none", ("none",)),
     ("float8_e4m3fn", "none", ("tensor", "row")),
@@ -37,6 +48,7 @@ FORMATS: tuple[tuple[Weights, Activations, tuple[Scale, ...]], ...] = (
     ("int8", "static", ("row",)),
     ("int8", "token", ("row",)),
 )
+NORM_HIDDEN = (8192, 16384)  # sizes up to which `variants` has a `norm`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,21 +56,24 @@ class Variant:
     """One kernel for one kind of call.
 
     Args:
-        tokens: up to so many; one of BUCKETS.
+        tokens: up to so many; one of BUCKETS. `norm` takes any number.
+        weights: for `norm` the dtype of what it leaves.
         scale: of the weights: none, one for all or one per row.
+        norm: `gate_up` norms x, or `norm` has done so before it.
         residual: `down` adds one.
         split: `down` splits the width among programs, and takes the memory for that.
         fit: hidden (`gate_up`) or width (`down`) is a multiple of the tiling's depth and both of 16 ("even"), both
             are multiples of 16 ("aligned"), or neither is known. Pointers are multiples of 16 bytes unless "any".
-        epsilon: of the norm, in `gate_up`.
+        epsilon: of the norm.
     """
 
-    kernel: Literal["gate_up", "down"]
+    kernel: KernelName
     tokens: int
     weights: Weights
     activations: Activations
     scale: Scale
     tiling: Tiling
+    norm: Norm = "before"
     residual: bool = True
     split: bool = True
     fit: Fit = "even"
@@ -66,10 +81,21 @@ class Variant:
 
     @property
     def name(self) -> str:
-        parts = ["wide_ffn", self.kernel, self.weights, self.activations, f"{self.scale}_scale", f"t{self.tokens}"]
-        if self.kernel == "down":
+        parts = ["wide_ffn", self.kernel, self.weights, self.activations]
+        if self.kernel == "norm":
+            return "_".join([*parts, f"h{self.tiling.depth}", self.fit])
+        parts += [f"{self.scale}_scale", f"t{self.tokens}"]
+        if self.kernel == "gate_up":
+            parts += ["norm"] * (self.norm == "inside")
+        else:
             parts += ["residual"] * self.residual + ["split"] * self.split
         return "_".join([*parts, self.fit])
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that a program multiplies per step of its main loop."""
+        matrices = {"norm": 0, "gate_up": 2, "down": 1}[self.kernel]
+        return matrices * self.tiling.rows * self.tiling.depth * ITEMSIZE[self.weights]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,19 +112,31 @@ class CompiledKernel:
     registers: int  # per thread
     spill_bytes: int  # stored to and loaded from local memory, per thread
     tensor_core_instructions: tuple[str, ...]  # of the PTX, each kind once
+    step_instructions: int  # of the machine code's main loop, per warp; 0 without one
     performance_losses: tuple[str, ...]  # that ptxas warns of
 
     @property
     def name(self) -> str:
         return self.variant.name
 
+    @property
+    def issue_share(self) -> float | None:
+        """Of `plugins.wide_ffn.machine_code`, at the rate of an H200's memory; None without a main loop."""
+        if not self.step_instructions:
+            return None
+        return issue_share(self.step_instructions, self.warps, self.variant.step_bytes)
+
 
 def variants(*, fit: Fit = "even", epsilon: float = 1e-5) -> list[Variant]:
-    """Every kernel that calls of up to 64 tokens need, tiled by the rule."""
+    """Every kernel that calls of up to 64 tokens need, tiled by the rule for wide FFNs."""
     table: list[Variant] = []
+    normed: set[tuple[str, str]] = set()
     for weights, activations, scales in FORMATS:
+        left: Weights = "bfloat16" if activations == "none" else weights
+        if (left, activations) not in normed:
+            normed.add((left, activations))
+            table += [norm_variant(left, activations, hidden, fit=fit, epsilon=epsilon) for hidden in NORM_HIDDEN]
         for tokens in BUCKETS:
-            gate_up, down = tilings_by_rule(tokens, weights, activations)
             for scale in scales:
                 common: dict[str, Any] = {
                     "tokens": tokens,
@@ -108,9 +146,21 @@ def variants(*, fit: Fit = "even", epsilon: float = 1e-5) -> list[Variant]:
                     "fit": fit,
                     "epsilon": epsilon,
                 }
-                table.append(Variant(kernel="gate_up", tiling=gate_up, **common))
-                table += [Variant(kernel="down", tiling=down, residual=r, **common) for r in (True, False)]
+                places: tuple[Norm, ...] = ("before", "inside")
+                for norm in places:
+                    tiling = gate_up_by_rule(tokens, weights, activations, norm)
+                    table.append(Variant(kernel="gate_up", tiling=tiling, norm=norm, **common))
+                tiling = down_by_rule(tokens, weights, activations)
+                table += [Variant(kernel="down", tiling=tiling, residual=r, **common) for r in (True, False)]
     return table
+
+
+def norm_variant(left: Weights, activations: Activations, hidden: int, **fields: Any) -> Variant:
+    """The kernel `norm` for sizes up to `hidden`, which leaves bfloat16 or codes."""
+    tiling = norm_by_rule(hidden)
+    return Variant(
+        kernel="norm", tokens=BUCKETS[-1], weights=left, activations=activations, scale="none", tiling=tiling, **fields
+    )
 
 
 def compile_variant(variant: Variant, arch: str = "sm_90") -> CompiledKernel:
@@ -134,7 +184,7 @@ def compile_variant(variant: Variant, arch: str = "sm_90") -> CompiledKernel:
         compiled = compile_with_triton(
             source_of(variant),
             target=GPUTarget("cuda", ARCHITECTURES[arch], 32),
-            options={"num_warps": tiling.warps, "num_stages": tiling.stages},
+            options={"num_warps": tiling.warps, "num_stages": tiling.stages, "maxnreg": tiling.registers},
         )
         metadata = compiled.metadata
         if metadata.global_scratch_size or metadata.profile_scratch_size:
@@ -153,6 +203,7 @@ def compile_variant(variant: Variant, arch: str = "sm_90") -> CompiledKernel:
         registers=int(_found(r"Used (\d+) registers", report)),
         spill_bytes=sum(int(_found(rf"(\d+) bytes spill {kind}", report)) for kind in ("stores", "loads")),
         tensor_core_instructions=tuple(sorted(set(re.findall(r"wgmma\.mma_async[\w.]*|mma\.sync[\w.]*", ptx)))),
+        step_instructions=len(main_loop(disassemble(cubin))),
         performance_losses=tuple(re.findall(r"Potential Performance Loss: (.*)", report)),
     )
 
@@ -190,11 +241,11 @@ def source_of(variant: Variant) -> Any:
     from plugins.wide_ffn import kernels
 
     function = getattr(kernels, variant.kernel)
-    types, constants = (_gate_up if variant.kernel == "gate_up" else _down)(variant)
+    types, constants = {"norm": _norm, "gate_up": _gate_up, "down": _down}[variant.kernel](variant)
     constants |= {name: None for name, type_ in types.items() if type_ == "constexpr"}
     signature = {name: types.get(name, "constexpr") for name in function.arg_names}
     known = [] if variant.fit == "any" else [name for name, type_ in types.items() if type_.startswith("*")]
-    known += [] if variant.fit == "any" else ["hidden", "width"]
+    known += [] if variant.fit == "any" else [name for name in ("hidden", "width") if name in types]
     places = {name: (place,) for place, name in enumerate(function.arg_names)}
     return ASTSource(
         function,
@@ -204,17 +255,31 @@ def source_of(variant: Variant) -> Any:
     )
 
 
-def _gate_up(variant: Variant) -> tuple[dict[str, str], dict[str, Any]]:
-    weights = SPELLINGS[variant.weights]
-    weight_scale, static_scale = _scales(variant)
+def _norm(variant: Variant) -> tuple[dict[str, str], dict[str, Any]]:
     types = {
         "x": "*bf16",
         "norm_weight": "*bf16",
+        "input_scale": _scales(variant)[1],
+        "hidden": "i32",
+        "normed": SPELLINGS[variant.weights],
+        "scales": "constexpr" if variant.activations == "none" else "*fp32",
+    }
+    constants = {"EPSILON": variant.epsilon, "ACTIVATIONS": variant.activations, "DEPTH": variant.tiling.depth}
+    return types, constants
+
+
+def _gate_up(variant: Variant) -> tuple[dict[str, str], dict[str, Any]]:
+    weights = SPELLINGS[variant.weights]
+    weight_scale, static_scale = _scales(variant)
+    is_normed, is_quantized = variant.norm == "before", variant.activations != "none"
+    types = {
+        "x": weights if is_normed and is_quantized else "*bf16",
+        "norm_weight": "constexpr" if is_normed else "*bf16",
         "gate": weights,
         "up": weights,
         "gate_scale": weight_scale,
         "up_scale": weight_scale,
-        "input_scale": static_scale,
+        "input_scale": "*fp32" if is_normed and is_quantized else static_scale,
         "inner_scale": static_scale,
         "tokens": "i32",
         "hidden": "i32",
@@ -308,16 +373,3 @@ def _found(pattern: str, text: str) -> str:
 
 def _unknown(arch: str) -> TargetError:
     return TargetError("the wide FFN is not written for this GPU", expected=" or ".join(ARCHITECTURES), found=arch)
-
-
-def disassemble(cubin: bytes) -> str:
-    """The machine code (SASS) of a cubin, as text, by the cuobjdump that comes with Triton."""
-    from triton import knobs
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        done = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "--dump-sass", str(file)], capture_output=True, text=True, check=True
-        )
-    return done.stdout

@@ -1,15 +1,16 @@
-"""The two launches of the wide FFN, in Triton.
+"""The launches of the wide FFN, in Triton.
 
-    gate_up    n = rms_norm(x), quantized; inner = silu(gate @ n) * (up @ n), quantized if its scale is known
+    norm       n = rms_norm(x), quantized; for many tokens, whose norm is too much for every program of `gate_up`
+    gate_up    [n = rms_norm(x), quantized]; inner = silu(gate @ n) * (up @ n), quantized if its scale is known
     down       y = residual + down @ inner, split along the width
 
 Roundings are those of `plugins.wide_ffn.reference`. At decode time every weight byte is read once and nothing else is
-large, so both are built around that stream: tiles of a weight go to shared memory by asynchronous copies and from
-there straight into the tensor cores, which get weights as their left operand (its 64 rows are always full) and tokens
-as their right one (16, 32 or 64 columns). Products are therefore transposed, [rows, tokens].
+large, so the products are built around that stream: tiles of a weight go to shared memory by asynchronous copies and
+from there straight into the tensor cores, which get weights as their left operand (its 64 rows are always full) and
+tokens as their right one (8, 16, 32 or 64 columns). Products are therefore transposed, [rows, tokens].
 
 Parameters come as inputs, 32-bit integers, outputs, because that is the order in which TensorRT passes them. Offsets
-are 64 bits wide: a weight may have 2**33 elements. Nothing needs to be zero, or anything else, before `gate_up`.
+are 64 bits wide: a weight may have 2**33 elements. Nothing needs to be zero, or anything else, before the first launch.
 """
 
 from __future__ import annotations
@@ -50,6 +51,12 @@ def _codes(values, scale, reciprocal, dtype: tl.constexpr):
 def _magnitude(values):
     """|values| as int32 that order as the numbers do, with NaN above all: so that a maximum keeps NaN."""
     return tl.abs(values).to(tl.int32, bitcast=True)
+
+
+@triton.constexpr_function
+def _is_largest_needed(activations, dtype):
+    """Whether `down` wants the largest magnitudes of inner: for its scales, or because int8 codes cannot hold NaN."""
+    return activations == "token" or (activations == "static" and dtype == tl.int8)
 
 
 @triton.jit
@@ -93,15 +100,53 @@ def _step(weight, right, total, alone: tl.constexpr):
     return tl.dot(weight, right) if alone else tl.dot(weight, right, total, out_dtype=total.dtype)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def gate_up(
+@triton.jit
+def _rstd(square_sum, hidden, EPSILON: tl.constexpr):
+    """1 / sqrt(mean of squares + epsilon), float32, rounded as PyTorch rounds it on a CPU."""
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(square_sum, hidden * 1.0) + EPSILON))
+
+
+@triton.jit
+def norm(
     x,  # bfloat16 [tokens, hidden]
     norm_weight,  # bfloat16 [hidden]
+    input_scale,  # float32 [1] for static activations, else None
+    hidden,
+    normed,  # [tokens, hidden]: bfloat16, or codes
+    scales,  # float32 [tokens] of those codes; None for bfloat16
+    EPSILON: tl.constexpr,
+    ACTIVATIONS: tl.constexpr,  # "none", "static" or "token"
+    DEPTH: tl.constexpr,  # a power of two, hidden or more
+):
+    """The norm of one token per program, and its codes."""
+    token = tl.program_id(0)
+    k = tl.arange(0, DEPTH)
+    inside = k < hidden
+    place = token.to(tl.int64) * hidden + k
+    values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(norm_weight + k, mask=inside, other=0.0)
+    n = _normed(values, weight, _rstd(tl.sum(values * values, axis=0), hidden, EPSILON))
+    if ACTIVATIONS == "none":
+        tl.store(normed + place, n.to(tl.bfloat16), mask=inside)
+    else:
+        codes: tl.constexpr = normed.dtype.element_ty
+        if ACTIVATIONS == "static":
+            scale = tl.load(input_scale) + tl.sum(values * 0.0, axis=0)  # NaN has no int8 code: it travels in the scale
+        else:
+            scale = _scale_of(tl.max(_magnitude(n), axis=0), codes)
+        tl.store(normed + place, _codes(n, scale, tl.div_rn(1.0, scale), codes), mask=inside)
+        tl.store(scales + token, scale)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def gate_up(
+    x,  # bfloat16 [tokens, hidden]; after `norm` what it has left
+    norm_weight,  # bfloat16 [hidden]; None after `norm`
     gate,  # [width, hidden]
     up,  # [width, hidden]
     gate_scale,  # float32 [width] or [1]; None for bfloat16 weights
     up_scale,
-    input_scale,  # float32 [1] for static activations, else None
+    input_scale,  # float32 [1] for static activations, else None; after `norm` its scales, float32 [tokens]
     inner_scale,  # float32 [1] for static activations, else None
     tokens,
     hidden,
@@ -119,7 +164,10 @@ def gate_up(
     NORM_DEPTH: tl.constexpr,
     EVEN: tl.constexpr,  # hidden is a multiple of DEPTH
 ):
-    """Norm, gate, up and SwiGLU. Every program goes over x for its norm, then over every `programs`-th tile of rows."""
+    """Norm unless `norm` has run, gate, up and SwiGLU. A program goes over every `programs`-th tile of rows.
+
+    A tile is ROWS rows of gate above the same rows of up, so that one product serves both.
+    """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     codes: tl.constexpr = gate.dtype.element_ty
@@ -135,76 +183,77 @@ def gate_up(
         counter = start + tl.arange(0, 128)
         tl.store(arrivals + counter, tl.zeros([128], tl.int32), mask=counter < counters)
 
-    squares = tl.zeros([TOKENS, NORM_DEPTH], tl.float32)
-    broken = tl.zeros([TOKENS, NORM_DEPTH], tl.float32)  # NaN where NaN or infinity went by
-    for start in tl.range(0, hidden, NORM_DEPTH, num_stages=4):
-        k = start + tl.arange(0, NORM_DEPTH)
-        values = tl.load(x_rows + k[None, :], mask=is_token[:, None] & (k < hidden)[None, :], other=0.0).to(tl.float32)
-        squares += values * values
-        broken += values * 0.0
-    mean = tl.div_rn(tl.sum(squares, axis=1), tl.full([TOKENS], 0.0, tl.float32) + hidden)
-    rstd = tl.div_rn(tl.full([TOKENS], 1.0, tl.float32), tl.sqrt_rn(mean + EPSILON))
-    if ACTIVATIONS == "static":
-        # NaN has no int8 code, so it travels in the scale.
-        scale = tl.load(input_scale) + tl.sum(broken, axis=1)
-    elif ACTIVATIONS == "token":
-        largest = tl.zeros([TOKENS, NORM_DEPTH], tl.int32)
+    if norm_weight is None:
+        if ACTIVATIONS != "none":
+            scale = tl.load(input_scale + token, mask=is_token, other=1.0)
+    else:
+        squares = tl.zeros([TOKENS, NORM_DEPTH], tl.float32)
+        broken = tl.zeros([TOKENS, NORM_DEPTH], tl.float32)  # NaN where NaN or infinity went by
         for start in tl.range(0, hidden, NORM_DEPTH, num_stages=4):
             k = start + tl.arange(0, NORM_DEPTH)
-            values = tl.load(x_rows + k[None, :], mask=is_token[:, None] & (k < hidden)[None, :], other=0.0)
-            weight = tl.load(norm_weight + k, mask=k < hidden, other=0.0)
-            largest = tl.maximum(largest, _magnitude(_normed(values, weight[None, :], rstd[:, None])))
-        scale = _scale_of(tl.max(largest, axis=1), codes)
-    else:
+            inside = is_token[:, None] & (k < hidden)[None, :]
+            values = tl.load(x_rows + k[None, :], mask=inside, other=0.0).to(tl.float32)
+            squares += values * values
+            broken += values * 0.0
+        rstd = _rstd(tl.sum(squares, axis=1), hidden, EPSILON)
+        if ACTIVATIONS == "static":
+            scale = tl.load(input_scale) + tl.sum(broken, axis=1)  # as in `norm`
+        elif ACTIVATIONS == "token":
+            largest = tl.zeros([TOKENS, NORM_DEPTH], tl.int32)
+            for start in tl.range(0, hidden, NORM_DEPTH, num_stages=4):
+                k = start + tl.arange(0, NORM_DEPTH)
+                inside = is_token[:, None] & (k < hidden)[None, :]
+                values = tl.load(x_rows + k[None, :], mask=inside, other=0.0)
+                weight = tl.load(norm_weight + k, mask=k < hidden, other=0.0)
+                largest = tl.maximum(largest, _magnitude(_normed(values, weight[None, :], rstd[:, None])))
+            scale = _scale_of(tl.max(largest, axis=1), codes)
+        if ACTIVATIONS != "none":
+            reciprocal = tl.div_rn(1.0, scale)[:, None]
+    if ACTIVATIONS == "none":
         scale = None
-    if ACTIVATIONS != "none":
-        reciprocal = tl.div_rn(1.0, scale)[:, None]
     if ACTIVATIONS == "static":
         static_scale = tl.load(inner_scale)
         static_reciprocal = tl.div_rn(1.0, static_scale)
 
     largest_seen = tl.zeros([TOKENS], tl.int32)
+    both = tl.arange(0, 2 * ROWS)
+    matrix = tl.where(both < ROWS, gate, up)
     for tile in range(program, tl.cdiv(width, ROWS), programs):
-        row = tile * ROWS + tl.arange(0, ROWS)
-        is_row = row < width
         # Past the end the last row is read again, and nothing of it kept. Stores use the plain row: that these are
         # neighbours is what lets them be wide.
-        offsets = tl.minimum(row, width - 1).to(tl.int64)[:, None] * hidden
-        gated = tl.zeros([ROWS, TOKENS], tl.int32 if operand == tl.int8 else tl.float32)
-        upped = tl.zeros([ROWS, TOKENS], tl.int32 if operand == tl.int8 else tl.float32)
+        offsets = tl.minimum(tile * ROWS + both % ROWS, width - 1).to(tl.int64) * hidden
+        weights = (matrix + offsets)[:, None]
+        total = tl.zeros([2 * ROWS, TOKENS], tl.int32 if operand == tl.int8 else tl.float32)
         for start in range(0, hidden, DEPTH):
             k = start + tl.arange(0, DEPTH)
             if EVEN:
-                values = tl.load(x_rows + k[None, :], mask=is_token[:, None], other=0.0)
-                weight = tl.load(norm_weight + k)
-                gate_tile = tl.load(gate + offsets + k[None, :])
-                up_tile = tl.load(up + offsets + k[None, :])
+                right = tl.load(x_rows + k[None, :], mask=is_token[:, None], other=0.0)
+                weight_tile = tl.load(weights + k[None, :])
             else:
                 inside = (k < hidden)[None, :]
-                values = tl.load(x_rows + k[None, :], mask=is_token[:, None] & inside, other=0.0)
-                weight = tl.load(norm_weight + k, mask=k < hidden, other=0.0)
-                gate_tile = tl.load(gate + offsets + k[None, :], mask=inside, other=0.0)
-                up_tile = tl.load(up + offsets + k[None, :], mask=inside, other=0.0)
-            normed = _normed(values, weight[None, :], rstd[:, None])
-            if ACTIVATIONS == "none":
-                right = normed.to(tl.bfloat16)
-            else:
-                right = _codes(normed, scale[:, None], reciprocal, codes)
-            gate_step = _step(_operand(gate_tile, operand), right.T, gated, alone)
-            up_step = _step(_operand(up_tile, operand), right.T, upped, alone)
-            gated = gated + gate_step if alone else gate_step
-            upped = upped + up_step if alone else up_step
-        g = _scaled(gated.to(tl.float32), gate_scale, row, is_row, scale, GATE_SCALE_PER_ROW)
-        u = _scaled(upped.to(tl.float32), up_scale, row, is_row, scale, UP_SCALE_PER_ROW)
+                right = tl.load(x_rows + k[None, :], mask=is_token[:, None] & inside, other=0.0)
+                weight_tile = tl.load(weights + k[None, :], mask=inside, other=0.0)
+            if norm_weight is not None:
+                norm_tile = tl.load(norm_weight + k) if EVEN else tl.load(norm_weight + k, mask=k < hidden, other=0.0)
+                n = _normed(right, norm_tile[None, :], rstd[:, None])
+                right = n.to(tl.bfloat16) if ACTIVATIONS == "none" else _codes(n, scale[:, None], reciprocal, codes)
+            step = _step(_operand(weight_tile, operand), right.T, total, alone)
+            total = total + step if alone else step
+        g, u = tl.split(tl.permute(tl.reshape(total.to(tl.float32), [2, ROWS, TOKENS]), [1, 2, 0]))
+        row = tile * ROWS + tl.arange(0, ROWS)
+        is_row = row < width
+        g = _scaled(g, gate_scale, row, is_row, scale, GATE_SCALE_PER_ROW)
+        u = _scaled(u, up_scale, row, is_row, scale, UP_SCALE_PER_ROW)
         product = (g / (1.0 + tl.exp(-g)) * u).to(tl.bfloat16)
         kept = is_row[:, None] & is_token[None, :]
-        if ACTIVATIONS != "none":
+        if _is_largest_needed(ACTIVATIONS, codes):
             # What is not kept is the last row again, or zero.
             largest_seen = tl.maximum(largest_seen, tl.max(_magnitude(product.to(tl.float32)), axis=0))
         if ACTIVATIONS == "static":
             product = _codes(product.to(tl.float32), static_scale, static_reciprocal, codes)
         tl.store(inner + token.to(tl.int64)[None, :] * width + row[:, None], product, mask=kept)
-    tl.store(largest_parts + program * TOKENS + token, largest_seen)
+    if _is_largest_needed(ACTIVATIONS, codes):
+        tl.store(largest_parts + program * TOKENS + token, largest_seen)
 
 
 @triton.jit(do_not_specialize=["tokens", "parts"])
@@ -246,10 +295,12 @@ def down(
     is_row = row < hidden
     kept = is_row[:, None] & is_token[None, :]
 
-    if ACTIVATIONS != "none":
+    if ACTIVATIONS == "static":
+        scale = tl.zeros([TOKENS], tl.float32) + tl.load(inner_scale)
+    if _is_largest_needed(ACTIVATIONS, codes):
         largest = tl.zeros([TOKENS], tl.int32)
-        for start in range(0, parts, 64):
-            part = start + tl.arange(0, 64)
+        for start in range(0, parts, 8192 // TOKENS):
+            part = start + tl.arange(0, 8192 // TOKENS)
             some = tl.load(
                 largest_parts + part[:, None] * TOKENS + token[None, :], mask=(part < parts)[:, None], other=0
             )
@@ -258,11 +309,11 @@ def down(
             scale = _scale_of(largest, codes)
         else:
             amax = largest.to(tl.float32, bitcast=True)
-            scale = tl.where(amax == amax, tl.load(inner_scale), amax)  # NaN, which int8 codes cannot hold, goes on
-    else:
-        scale = None
+            scale = tl.where(amax == amax, scale, amax)  # NaN, which int8 codes cannot hold, goes on
     if ACTIVATIONS == "token":
         reciprocal = tl.div_rn(1.0, scale)[:, None]
+    if ACTIVATIONS == "none":
+        scale = None
 
     inner_rows = inner + token.to(tl.int64)[:, None] * width
     offsets = tl.minimum(row, hidden - 1).to(tl.int64)[:, None] * width  # as in `gate_up`
@@ -293,9 +344,12 @@ def down(
         is_last = tl.atomic_add(arrivals + tile, 1, sem="acq_rel", scope="gpu") == splits - 1
         if is_last:
             total = tl.zeros([ROWS, TOKENS], tl.float32)
-            for _ in range(splits):
-                total += tl.load(places, mask=kept, other=0.0, cache_modifier=".cg")
-                places += part
+            together: tl.constexpr = max(1, min(4, 16384 // (ROWS * TOKENS)))  # loads in flight, as registers allow
+            for start in range(0, splits, together):
+                for i in tl.static_range(together):
+                    is_part = start + i < splits
+                    total += tl.load(places, mask=kept & is_part, other=0.0, cache_modifier=".cg")
+                    places += part
     if is_last:
         total = _scaled(total, weight_scale, row, is_row, scale, SCALE_PER_ROW)
         at = token.to(tl.int64)[None, :] * hidden + row[:, None]

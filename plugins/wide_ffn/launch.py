@@ -1,11 +1,11 @@
-"""The kernels on torch tensors: buffers, block sizes, two launches."""
+"""The kernels on torch tensors: buffers, block sizes, launches."""
 
 from __future__ import annotations
 
 import torch
 
 from plugins.wide_ffn import kernels
-from plugins.wide_ffn.configs import NORM_ELEMENTS, Config, ceil_div, config_for
+from plugins.wide_ffn.configs import NORM_ELEMENTS, Config, ceil_div, config_for, norm_by_rule
 
 
 def wide_ffn_by_kernels(
@@ -44,19 +44,38 @@ def wide_ffn_by_kernels(
             multiprocessors=torch.cuda.get_device_properties(x.device).multi_processor_count,
         )
     first, second = config.gate_up, config.down
+    if config.norm == "before":
+        normed = x.new_empty(tokens, hidden, dtype=x.dtype if activations == "none" else gate.dtype)
+        scales = None if activations == "none" else x.new_empty(tokens, dtype=torch.float32)
+        tiling = norm_by_rule(hidden)
+        kernels.norm[(tokens,)](
+            x,
+            norm_weight,
+            input_scale,
+            hidden,
+            normed,
+            scales,
+            EPSILON=epsilon,
+            ACTIVATIONS=activations,
+            DEPTH=tiling.depth,
+            num_warps=tiling.warps,
+        )
+        n, n_weight, n_scale = normed, None, scales
+    else:
+        n, n_weight, n_scale = x, norm_weight, input_scale
     # What `gate_up` hands to `down`, and `down` to itself; nothing needs to be in them.
     inner = x.new_empty(tokens, width, dtype=gate.dtype if activations == "static" else x.dtype)
     largest_parts = x.new_empty(config.programs, config.tokens, dtype=torch.int32)
     arrivals = x.new_empty(ceil_div(hidden, kernels.ROWS_PER_COUNTER), dtype=torch.int32)
     sums = x.new_empty(config.splits, config.tokens, hidden, dtype=torch.float32) if config.splits > 1 else None
     kernels.gate_up[(config.programs,)](
-        x,
-        norm_weight,
+        n,
+        n_weight,
         gate,
         up,
         gate_scale,
         up_scale,
-        input_scale,
+        n_scale,
         inner_scale,
         tokens,
         hidden,
@@ -75,6 +94,7 @@ def wide_ffn_by_kernels(
         EVEN=hidden % first.depth == 0,
         num_warps=first.warps,
         num_stages=first.stages,
+        maxnreg=first.registers,
     )
     kernels.down[(ceil_div(hidden, second.rows), config.splits)](
         inner,
@@ -98,6 +118,7 @@ def wide_ffn_by_kernels(
         EVEN=width % second.depth == 0,
         num_warps=second.warps,
         num_stages=second.stages,
+        maxnreg=second.registers,
     )
     return y
 

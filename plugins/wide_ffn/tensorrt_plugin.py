@@ -1,5 +1,7 @@
 """The wide FFN in TensorRT: two quick plugins per number format, compiled ahead of time into the engine.
 
+They are `gate_up` with the norm inside and `down`: a network's nodes are the same for any number of tokens.
+
 `register_plugins` makes them known to the process that builds an engine; `plugins.contract.wide_ffn_halves` says what
 they are, and ONNX networks that `export --plugins wide_ffn` wrote refer to them. The engine then holds PTX and launch
 expressions, and runs without Python, Triton or a plugin library.
@@ -56,7 +58,14 @@ class _Format:
         self.activations = activations
 
     def config(self, hidden: int, width: int, tokens: int) -> Config:
-        return config_for(tokens=tokens, hidden=hidden, width=width, weights=self.weights, activations=self.activations)
+        return config_for(
+            tokens=tokens,
+            hidden=hidden,
+            width=width,
+            weights=self.weights,
+            activations=self.activations,
+            norm="inside",
+        )
 
     def largest(self, hidden: Any, width: Any, of: Callable[[Config], int]) -> int | None:
         """The largest of a config's numbers over all BUCKETS; None while TensorRT asks for dtypes and ranks only."""
@@ -75,6 +84,7 @@ class _Format:
             weights=self.weights,
             activations=self.activations,
             tiling=tiling,
+            norm=config.norm,
             fit=fit,
             **fields,
         )

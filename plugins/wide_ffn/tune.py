@@ -2,11 +2,11 @@
 
     python -m plugins.wide_ffn.tune --hidden 16384 --width 53248 --weights float8_e4m3fn --activations static
 
-Tilings that the assembler fits into a multiprocessor without spills are timed: first those of `gate_up` beside the
-rule's `down`, then those of `down` beside the best `gate_up`. A time is that of the whole op in a CUDA graph, over
-weights that take turns, so that none is still in the L2 cache when it is read again; the median of many replays. The
-best configuration goes to `configs/sm_90.json`, beside it its time, that of the rule and that of the library. Needs
-torch and triton alone.
+First `gate_up` is tuned beside the rule's `down`, then `down` beside the best `gate_up`: tiles, then other depths and
+stages of the best tile, then how many programs share the work. What the assembler does not fit into a multiprocessor
+without spills is not timed. A time is that of the whole op in a CUDA graph, over weights that take turns, so that none
+is still in the L2 cache when it is read again; the median of many replays. The best configuration goes to
+`configs/sm_90.json`, beside it its time, that of the rule and that of the library. Needs torch and triton alone.
 """
 
 from __future__ import annotations
@@ -15,23 +15,26 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from exporter.errors import FuselageError, TargetError
-from plugins.wide_ffn.aot import CompiledKernel, Variant, compile_variants
+from plugins.wide_ffn.aot import CompiledKernel, KernelName, Variant, compile_variants
 from plugins.wide_ffn.configs import (
     BUCKETS,
     FOLDER,
     ITEMSIZE,
+    REGISTERS,
     SCHEMA,
+    SHARED_BYTES,
     Config,
+    Norm,
     Tiling,
     bucket_of,
     ceil_div,
@@ -40,12 +43,14 @@ from plugins.wide_ffn.configs import (
     row_of,
 )
 
-SHARED_BYTES = 227 << 10  # of one program on compute capability 9.0
-REGISTERS = 1 << 16  # of a multiprocessor
 COLD_BYTES = 512 << 20  # of weights that take turns: several times the L2 cache
 TOLERANCE = 1e-2  # between two configurations: sums in another order
+KERNELS: tuple[KernelName, ...] = ("gate_up", "down")
 PROGRAMS = (1, 2, 3)  # of `gate_up` per multiprocessor
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+ROWS = (32, 64, 128, 256)
+WARPS = (4, 8)
+STAGES = (3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,23 +89,51 @@ class Problem:
         return [x, norm_weight, *weights, *scales, static, static, torch.randn_like(x), 1e-5, self.activations]
 
 
-def tilings(weights: str) -> list[Tiling]:
-    """All that are worth compiling: whole warp groups, 64 to 256 bytes of a row at a time (FP8: 128, for its sums)."""
-    most = 128 if weights == "float8_e4m3fn" else 256
+def tiles(problem: Problem, kernel: KernelName, base: Tiling) -> list[Tiling]:
+    """Every tile of the base's depth that whole warp groups multiply, in every number of stages that may fit."""
+    matrices = 2 if kernel == "gate_up" else 1
+    bucket = bucket_of(problem.tokens)
     return [
-        Tiling(rows, depth_bytes // ITEMSIZE[weights], warps, stages)
-        for rows, depth_bytes, warps, stages in product((64, 128), (64, 128, 256), (4, 8), (3, 4, 5, 6))
-        if rows >= 16 * warps and depth_bytes <= most
+        Tiling(rows, base.depth, warps, stages)
+        for rows, warps, stages in product(ROWS, WARPS, STAGES[::2])
+        if matrices * rows >= 16 * warps
+        and matrices * rows * bucket <= 128 * 32 * warps  # sums in registers: 128 of each thread
+        and _step_bytes(problem, matrices * rows, base.depth) * stages <= SHARED_BYTES
     ]
 
 
-def variants_of(problem: Problem, kernel: Any) -> list[Variant]:
-    """Each tiling of a kernel, to be compiled."""
+def neighbours(problem: Problem, kernel: KernelName, best: Tiling) -> list[Tiling]:
+    """The same tile in other numbers of stages, and half or twice as deep; FP8 sums end after 128 products."""
+    matrices = 2 if kernel == "gate_up" else 1
+    most = 128 if problem.weights == "float8_e4m3fn" else 256 // ITEMSIZE[problem.weights]
+    return [
+        replace(best, depth=depth, stages=stages)
+        for depth, stages in product((best.depth // 2, best.depth, best.depth * 2), STAGES)
+        if 64 // ITEMSIZE[problem.weights] <= depth <= most
+        and (depth == best.depth or stages != 3)
+        and _step_bytes(problem, matrices * best.rows, depth) * stages <= SHARED_BYTES
+    ]
+
+
+def _step_bytes(problem: Problem, weight_rows: int, depth: int) -> int:
+    """Shared memory of one stage, with activations of one byte: the least it takes."""
+    return (weight_rows * ITEMSIZE[problem.weights] + bucket_of(problem.tokens)) * depth
+
+
+def variants_of(problem: Problem, kernel: KernelName, norm: Norm, tilings: Sequence[Tiling]) -> list[Variant]:
+    """A kernel in several tilings, to be compiled."""
     scale = {"bfloat16": "none", "float8_e4m3fn": "tensor", "int8": "row"}[problem.weights]
     common: dict[str, Any] = {"weights": problem.weights, "activations": problem.activations, "scale": scale}
     return [
-        Variant(kernel=kernel, tokens=bucket_of(problem.tokens), tiling=tiling, fit=fit_of(problem, tiling), **common)
-        for tiling in tilings(problem.weights)
+        Variant(
+            kernel=kernel,
+            tokens=bucket_of(problem.tokens),
+            tiling=tiling,
+            norm=norm,
+            fit=fit_of(problem, tiling),
+            **common,
+        )
+        for tiling in tilings
     ]
 
 
@@ -120,24 +153,39 @@ def is_fit(kernel: CompiledKernel) -> bool:
     )
 
 
-def candidates(
-    problem: Problem, kernel: str, base: Config, kept: Sequence[Tiling], multiprocessors: int
-) -> Iterator[Config]:
-    """Configurations that differ from `base` in one kernel."""
-    for tiling in kept:
-        if kernel == "gate_up":
-            tiles = ceil_div(problem.width, tiling.rows)
-            for programs in sorted({min(tiles, several * multiprocessors) for several in PROGRAMS}):
-                yield replace(base, gate_up=tiling, programs=programs)
-        else:
-            fewest = fewest_splits(problem.width, tiling.depth, problem.weights, problem.activations)
-            most = ceil_div(problem.width, tiling.depth)
-            for splits in sorted({fewest, *(splits for splits in SPLITS if fewest <= splits <= most)}):
-                yield replace(base, down=tiling, splits=splits)
+def with_tiling(problem: Problem, kernel: KernelName, base: Config, tiling: Tiling, multiprocessors: int) -> Config:
+    """The configuration with another tiling of one kernel, of which two programs per multiprocessor share the work."""
+    if kernel == "gate_up":
+        count = ceil_div(problem.width, tiling.rows)
+        return replace(base, gate_up=tiling, programs=ceil_div(count, ceil_div(count, 2 * multiprocessors)))
+    at_once = 2 * multiprocessors // ceil_div(problem.hidden, tiling.rows)
+    return replace(base, down=tiling, splits=min(max(at_once, _fewest(problem, tiling)), _most(problem, tiling)))
 
 
-def tune(problem: Problem, *, replays: int = 20, workers: int | None = None) -> dict[str, Any]:
+def shares(problem: Problem, kernel: KernelName, best: Config, multiprocessors: int) -> Iterator[Config]:
+    """The configuration with other numbers of programs that share one kernel's work."""
+    if kernel == "gate_up":
+        count = ceil_div(problem.width, best.gate_up.rows)
+        rounds = {ceil_div(count, several * multiprocessors) for several in PROGRAMS}
+        yield from (replace(best, programs=ceil_div(count, each)) for each in sorted(rounds))
+    else:
+        fewest, most = _fewest(problem, best.down), _most(problem, best.down)
+        yield from (replace(best, splits=splits) for splits in sorted({fewest, *SPLITS}) if fewest <= splits <= most)
+
+
+def _fewest(problem: Problem, tiling: Tiling) -> int:
+    return fewest_splits(problem.width, tiling.depth, problem.weights, problem.activations)
+
+
+def _most(problem: Problem, tiling: Tiling) -> int:
+    return ceil_div(problem.width, tiling.depth)
+
+
+def tune(problem: Problem, norm: Norm = "before", *, replays: int = 20, workers: int | None = None) -> dict[str, Any]:
     """The best configuration of a problem on this machine's GPU, as a row of `configs/*.json`.
+
+    Args:
+        norm: in a launch before `gate_up`, or in each of its programs.
 
     Raises:
         TargetError: the GPU is not of compute capability 9.0, or a configuration computes something else.
@@ -150,7 +198,7 @@ def tune(problem: Problem, *, replays: int = 20, workers: int | None = None) -> 
     several = ceil_div(COLD_BYTES, problem.weight_bytes) + 1
     calls = [problem.arguments(device) for _ in range(several)]
     sizes = (bucket_of(problem.tokens), problem.hidden, problem.width, problem.weights, problem.activations)
-    rule = config_by_rule(*sizes, multiprocessors)
+    rule = config_by_rule(*sizes, norm, multiprocessors)
     expected = wide_ffn_by_kernels(*calls[0], config=rule).to(torch.float32)
 
     def time_us(config: Config) -> float:
@@ -160,14 +208,23 @@ def tune(problem: Problem, *, replays: int = 20, workers: int | None = None) -> 
             raise TargetError("a configuration computes something else", expected=f"error < {TOLERANCE}", found=config)
         return graph_us([partial(wide_ffn_by_kernels, *call, config=config) for call in calls], replays)
 
-    best, times = rule, {rule: time_us(rule)}
-    for kernel in ("gate_up", "down"):
-        compiled = compile_variants(variants_of(problem, kernel), workers=workers)
-        kept = [one.variant.tiling for one in compiled if is_fit(one)]
-        for config in list(candidates(problem, kernel, best, kept, multiprocessors)):
-            if config not in times:
-                times[config] = time_us(config)
-        best = min(times, key=lambda config: times[config])
+    times = {rule: time_us(rule)}
+
+    def fastest(configs: Iterable[Config]) -> Config:
+        times.update({config: time_us(config) for config in configs if config not in times})
+        return min(times, key=lambda config: times[config])
+
+    def fitting(kernel: KernelName, tilings: Sequence[Tiling]) -> list[Config]:
+        compiled = compile_variants(variants_of(problem, kernel, norm, tilings), workers=workers)
+        return [
+            with_tiling(problem, kernel, best, one.variant.tiling, multiprocessors) for one in compiled if is_fit(one)
+        ]
+
+    best = rule
+    for kernel in KERNELS:
+        best = fastest(fitting(kernel, tiles(problem, kernel, _tiling_of(best, kernel))))
+        best = fastest(fitting(kernel, neighbours(problem, kernel, _tiling_of(best, kernel))))
+        best = fastest(shares(problem, kernel, best, multiprocessors))
     measured = {
         "gpu": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
@@ -178,6 +235,10 @@ def tune(problem: Problem, *, replays: int = 20, workers: int | None = None) -> 
         "configurations": len(times),
     }
     return row_of(best, problem.hidden, problem.width, problem.weights, problem.activations) | {"measured": measured}
+
+
+def _tiling_of(config: Config, kernel: KernelName) -> Tiling:
+    return config.gate_up if kernel == "gate_up" else config.down
 
 
 def graph_us(calls: Sequence[Callable[[], Any]], replays: int) -> float:
@@ -218,7 +279,7 @@ def with_rows(document: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[
     """The configurations of a file with others, which replace those of the same calls."""
 
     def call(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row[name] for name in ("weights", "activations", "hidden", "width", "tokens"))
+        return tuple(row[name] for name in ("weights", "activations", "hidden", "width", "tokens", "norm"))
 
     merged = {call(row): row for row in [*document["measured"], *rows]}
     return {"schema": SCHEMA, "measured": [merged[key] for key in sorted(merged)]}
@@ -232,6 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", choices=list(ITEMSIZE), required=True)
     parser.add_argument("--activations", choices=["none", "static", "token"], default="none")
     parser.add_argument("--tokens", type=int, nargs="+", choices=BUCKETS, default=list(BUCKETS))
+    parser.add_argument("--norm", choices=get_args(Norm), default="before", help="A launch of its own, or none.")
     parser.add_argument("--file", type=Path, default=FOLDER / "sm_90.json", help="Configurations, read and rewritten.")
     chosen = parser.parse_args(arguments)
     if chosen.weights == "bfloat16" and chosen.activations != "none":
@@ -240,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device_or_refuse()
         for tokens in chosen.tokens:
             problem = Problem(tokens, chosen.hidden, chosen.width, chosen.weights, chosen.activations)
-            row = tune(problem)
+            row = tune(problem, chosen.norm)
             document = with_rows(json.loads(chosen.file.read_text()), [row])
             chosen.file.write_text(json.dumps(document, indent=2) + "\n")
             found = row["measured"]

@@ -16,7 +16,7 @@ from exporter.writers import onnx
 from exporter.writers.files import save_folder
 from exporter.writers.onnx import options_for
 from plugins.contract import WIDE_FFN_FORMATS, WIDE_FFN_MOST_TOKENS, CustomOp, wide_ffn_halves
-from plugins.wide_ffn.configs import BUCKETS, config_for
+from plugins.wide_ffn.configs import BUCKETS, Config, config_for
 from plugins.wide_ffn.kernels import ROWS_PER_COUNTER
 from plugins.wide_ffn.tensorrt_plugin import TYPES, register_plugins
 from tests.engines import tensorrt_signatures as bindings
@@ -68,15 +68,18 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Probe:
     return run
 
 
+def two_launches(tokens: int, weights: str, activations: str) -> Config:
+    return config_for(
+        tokens=tokens, hidden=HIDDEN, width=WIDTH, weights=weights, activations=activations, norm="inside"
+    )
+
+
 def test_every_plugin_describes_its_outputs(probe: Probe) -> None:
     """Their dtypes, and their sizes as expressions; formats are the contract's dtypes, all of them linear."""
     found = probe(*(case(half) for half in HALVES.values()))
     for half, one in zip(HALVES.values(), found, strict=True):
         weights, activations = next(f for f in WIDE_FFN_FORMATS if half in wide_ffn_halves(*f))
-        configs = [
-            config_for(tokens=bucket, hidden=HIDDEN, width=WIDTH, weights=weights, activations=activations)
-            for bucket in BUCKETS
-        ]
+        configs = [two_launches(bucket, weights, activations) for bucket in BUCKETS]
         sizes = {
             "tokens": UNKNOWN,
             "hidden": HIDDEN,
@@ -101,7 +104,7 @@ def test_kernels_take_what_tensorrt_passes(probe: Probe, tokens: int) -> None:
     for name, one in zip(names, found, strict=True):
         half, kind = HALVES[name], name.split("_")[2]
         weights, activations = next(f for f in WIDE_FFN_FORMATS if half in wide_ffn_halves(*f))
-        config = config_for(tokens=tokens, hidden=HIDDEN, width=WIDTH, weights=weights, activations=activations)
+        config = two_launches(tokens, weights, activations)
         parameters = re.findall(r"\.param \.(u64|u32) ", one["ptx"][: one["ptx"].index(")")])
         assert parameters == ["u64"] * len(half.inputs) + ["u32"] * len(INTEGERS[kind]) + ["u64"] * len(half.outputs)
         integers = {"tokens": UNKNOWN, "hidden": HIDDEN, "width": WIDTH, "parts": config.programs}
@@ -147,6 +150,6 @@ def test_engines_are_built_for_as_many_tokens_as_a_call_may_have(tmp_path: Path)
     options = options_for({"tensorrt": None}, max_positions=256, batch=4, plugins=("wide_ffn",))
     save_folder(tmp_path / "network", onnx.emit(graph, options), kind=onnx.KIND, details={})
     with pytest.raises(EngineError, match="expected at most 64 tokens of all sequences in one call, found 1024"):
-        plan_build(tmp_path / "network", BuildSettings(), hashes=False)
-    plan = plan_build(tmp_path / "network", BuildSettings(max_input_len=16), hashes=False)
+        plan_build(tmp_path / "network", BuildSettings())
+    plan = plan_build(tmp_path / "network", BuildSettings(max_input_len=16))
     assert plan.variant.options["plugins"] == ["wide_ffn"]

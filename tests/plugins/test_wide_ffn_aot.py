@@ -15,17 +15,20 @@ from tests.command_line import call
 pytest.importorskip("triton")
 
 from plugins.wide_ffn import aot
-from plugins.wide_ffn.aot import CompiledKernel, Variant, compile_variant, disassemble, source_of, variants
+from plugins.wide_ffn.aot import CompiledKernel, Variant, compile_variant, source_of, variants
 from plugins.wide_ffn.aot_files import LISTING, files_of, kernels_table
 from plugins.wide_ffn.configs import BUCKETS
+from plugins.wide_ffn.machine_code import disassemble, issue_share, main_loop
 
 # Every format in every bucket; scales per row and no residual differ in an epilogue alone, and are tried elsewhere.
 FAST_PATH = [
     variant
     for variant in variants()
-    if variant.residual
+    if variant.kernel != "norm"
+    and variant.residual
     and variant.scale == {"bfloat16": "none", "float8_e4m3fn": "tensor", "int8": "row"}[variant.weights]
 ]
+NORMS = [variant for variant in variants() if variant.kernel == "norm"]
 SHARED_BYTES = 227 << 10  # of an H100, per block
 OPERANDS = {"bfloat16": "bf16.bf16", "float8_e4m3fn": "e4m3.e4m3", "int8": "s8.s8"}
 MACHINE_CODE = {"bfloat16": "HGMMA", "float8_e4m3fn": "QGMMA", "int8": "IGMMA"}
@@ -33,7 +36,7 @@ MACHINE_CODE = {"bfloat16": "HGMMA", "float8_e4m3fn": "QGMMA", "int8": "IGMMA"}
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, CompiledKernel]:
-    return {kernel.name: kernel for kernel in aot.compile_variants(FAST_PATH, workers=2)}
+    return {kernel.name: kernel for kernel in aot.compile_variants([*NORMS, *FAST_PATH], workers=2)}
 
 
 def operands(variant: Variant) -> str:
@@ -41,9 +44,17 @@ def operands(variant: Variant) -> str:
     return "bfloat16" if variant.activations == "none" else variant.weights
 
 
+def resident(variant: Variant) -> int:
+    """Programs that the rule counts on per multiprocessor."""
+    widens = variant.weights != operands(variant)
+    is_busy = variant.activations == "token" or (variant.kernel == "gate_up" and (widens or variant.norm == "inside"))
+    return {16: 2, 32: 1, 64: 1}[variant.tokens] if is_busy else {16: 3, 32: 2, 64: 1}[variant.tokens]
+
+
 def test_every_format_is_there() -> None:
     assert len({(v.weights, v.activations) for v in FAST_PATH}) == 7
-    assert len(FAST_PATH) == 7 * len(BUCKETS) * 2
+    assert len(FAST_PATH) == 7 * len(BUCKETS) * 3
+    assert len(NORMS) == 5 * 2
     assert len({variant.name for variant in variants()}) == len(variants())
 
 
@@ -52,13 +63,15 @@ def test_fast_path(compiled: dict[str, CompiledKernel], variant: Variant) -> Non
     kernel = compiled[variant.name]
     assert kernel.spill_bytes == 0
     assert kernel.warps == variant.tiling.warps
-    at_a_time = 2 if variant.tokens < 64 else 1  # what the rule launches per multiprocessor
+    at_a_time = resident(variant)
     assert at_a_time * kernel.registers * 32 * kernel.warps <= 1 << 16
     assert at_a_time * (kernel.shared_bytes + 1024) <= SHARED_BYTES + 1024
     (instruction,) = kernel.tensor_core_instructions
     assert instruction.startswith("wgmma.mma_async")
     # Instructions that wait for each other: only where weights become bfloat16 on their way, known and not resolved.
-    assert bool(kernel.performance_losses) == (variant.kernel == "down" and variant.weights != operands(variant))
+    assert bool(kernel.performance_losses) == (
+        variant.kernel == "down" and variant.weights != operands(variant) and variant.tokens > 16
+    )
     assert f".{OPERANDS[operands(variant)]}" in instruction
     assert "cp.async" in kernel.ptx
     assert ".target sm_90a" in kernel.ptx
@@ -82,13 +95,67 @@ def test_machine_code(compiled: dict[str, CompiledKernel], variant: Variant) -> 
     assert not re.search(r"\b[HI]MMA\b", code), "tensor-core instructions of older GPUs"
 
 
+@pytest.mark.parametrize("variant", NORMS, ids=lambda variant: variant.name)
+def test_norm(compiled: dict[str, CompiledKernel], variant: Variant) -> None:
+    """It has no loop: a token's values are read once and stay in registers."""
+    kernel = compiled[variant.name]
+    assert kernel.spill_bytes == 0
+    assert kernel.registers * 32 * kernel.warps <= 1 << 16
+    assert kernel.step_instructions == 0
+    assert kernel.issue_share is None
+    assert " bra " not in kernel.ptx
+    assert "ld.global.v4" in kernel.ptx
+
+
+@pytest.mark.parametrize("variant", FAST_PATH, ids=lambda variant: variant.name)
+def test_schedulers_have_time_to_spare(compiled: dict[str, CompiledKernel], variant: Variant) -> None:
+    """While weights arrive at the full rate of an H200's memory; the bounds are what each kind of kernel must do."""
+    share = compiled[variant.name].issue_share
+    assert share is not None
+    if variant.weights != operands(variant):  # widens each code, int8 in more steps
+        limit = 1.05 if variant.weights == "int8" else 0.85
+    elif variant.kernel == "gate_up" and variant.norm == "inside":  # norms and rounds x for every tile
+        limit = {16: 0.5, 32: 0.5, 64: 0.85}[variant.tokens]
+    elif variant.kernel == "down" and variant.activations == "token":  # rounds inner for every tile
+        limit = {16: 0.4, 32: 0.4, 64: 0.65}[variant.tokens]
+    else:  # feeds the tensor cores
+        limit = 0.25 if variant.tokens < 64 else 0.35
+    assert 0.05 < share < limit
+
+
+def test_main_loop() -> None:
+    """The innermost of the loops with a tensor-core instruction, from its first instruction to its branch back."""
+    lines = [
+        "MOV R1, c[0x0][0x28]",
+        "IADD3 R0, R0, 0x1, RZ",  # outer loop
+        "LDGSTS.E [R2], desc[UR4][R4.64]",  # inner loop
+        "@!P0 BRA 0x60",
+        "QGMMA.64x16x32.F32.E4M3.E4M3 R24, gdesc[UR8], R24",
+        "@P1 BRA 0x20",
+        "FADD R1, R1, R1",
+        "@P2 BRA 0x10",
+        "FMUL R1, R1, R1",  # a loop without tensor cores, and shorter
+        "@P3 BRA 0x80",
+        "EXIT",
+    ]
+    code = "\n".join(f"        /*{16 * i:04x}*/                   {line} ;   /* 0x0 */" for i, line in enumerate(lines))
+    assert main_loop(code) == lines[2:6]
+    assert main_loop(code.replace("QGMMA", "FFMA")) == []
+
+
+def test_issue_share() -> None:
+    """By hand: 4 warps of 132 instructions take 132 cycles; at 4.8e12 B/s a multiprocessor gets 20.72 B per cycle."""
+    assert issue_share(132, 4, 16384) == pytest.approx(132 * 20.7200 / 16384, rel=1e-4)
+    assert issue_share(132, 8, 16384, 2.4e12) == pytest.approx(132 * 20.7200 / 16384, rel=1e-4)
+
+
 @pytest.mark.parametrize("variant", [v for v in FAST_PATH if v.tokens == 16], ids=lambda variant: variant.name)
 def test_float8_sums_leave_the_tensor_cores(compiled: dict[str, CompiledKernel], variant: Variant) -> None:
-    """Each step's sum of 128 products is added to a float32 register: 64 x 16 sums of 128 threads per product."""
+    """Each step's sums of 128 products are added to float32 registers of 128 threads."""
     _, _, after = compiled[variant.name].ptx.partition("wgmma.mma_async")
     loop = re.split(r"\bbra\b", after)[0]
-    products = {"gate_up": 2, "down": 1}[variant.kernel]
-    additions = products * 64 * 16 // 128 if operands(variant) == "float8_e4m3fn" else 0
+    rows = {"gate_up": 2, "down": 1}[variant.kernel] * variant.tiling.rows
+    additions = rows * 16 // 128 if operands(variant) == "float8_e4m3fn" else 0
     assert len(re.findall(r"add\.f32", loop)) == additions
 
 
@@ -129,8 +196,8 @@ def test_other_fits_compile(kernel: str, fit: str) -> None:
     (variant,) = [
         v
         for v in variants(fit=fit)
-        if (v.kernel, v.tokens, v.weights, v.activations, v.scale, v.residual)
-        == (kernel, 16, "float8_e4m3fn", "token", "row", kernel == "gate_up")
+        if (v.kernel, v.tokens, v.weights, v.activations, v.scale, v.residual, v.norm)
+        == (kernel, 16, "float8_e4m3fn", "token", "row", kernel == "gate_up", "before")
     ]
     found = compile_variant(variant)
     assert found.tensor_core_instructions
@@ -148,18 +215,20 @@ def test_other_gpus_are_refused(tmp_path: Path) -> None:
 
 
 def test_command(tmp_path: Path, compiled: dict[str, CompiledKernel], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything but the compiling of 90 kernels, which is that of the fast path."""
-    kernels = list(compiled.values())[:4]
+    """Everything but the compiling of all kernels, which is that of the fast path."""
+    kernels = [compiled[variant.name] for variant in (NORMS[0], *FAST_PATH[:4])]
     monkeypatch.setattr(aot, "compile_variants", lambda table, arch, progress: kernels)
     result = call("plugin", "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert [result.output.count(f"m64n{tokens}k16.f32.bf16.bf16") for tokens in (16, 32)] == [2, 2], result.output
+    assert [result.output.count(f"m64n{tokens}k16.f32.bf16.bf16") for tokens in (16, 32)] == [3, 1], result.output
+    for kernel, words in zip(kernels[1:], result.output.splitlines()[2:], strict=False):
+        assert f" {kernel.issue_share:.0%} " in words
     check_folder(tmp_path / "out", "plugin", hashes=True)
     for row, kernel in zip(json.loads((tmp_path / "out" / LISTING).read_text()), kernels, strict=True):
         assert row["registers"] == kernel.registers > 0
         assert row["spill_bytes"] == 0
         assert (tmp_path / "out" / f"{row['name']}.cubin").read_bytes()[:4] == b"\x7fELF"
         assert f".entry {row['entry']}(" in (tmp_path / "out" / f"{row['name']}.ptx").read_text()
-    assert kernels_table(kernels).row_count == 4
-    assert len(dict(files_of(kernels))) == 9
+    assert kernels_table(kernels).row_count == 5
+    assert len(dict(files_of(kernels))) == 11
     assert call("plugin", "-o", tmp_path / "out").exit_code == 2

@@ -15,29 +15,41 @@ import torch
 import plugins.wide_ffn.op  # noqa: F401  registers torch.ops.fuselage.wide_ffn
 from exporter.errors import EngineError
 from plugins.wide_ffn import configs, tune
-from plugins.wide_ffn.configs import BUCKETS, Config, Tiling, bucket_of, config_by_rule, config_for, row_of
+from plugins.wide_ffn.configs import BUCKETS, Config, Norm, Tiling, bucket_of, config_by_rule, config_for, row_of
 
 ROOT = Path(__file__).parents[2]
 FORMATS = [("bfloat16", "none"), ("float8_e4m3fn", "static"), ("int8", "static"), ("int8", "token"), ("int8", "none")]
 SIZES = [(64, 96), (4096, 14336), (8192, 28672), (16384, 53248), (16384, 425984), (16384, 524288), (4096, 131071)]
 
 
+@pytest.mark.parametrize("norm", ["before", "inside"])
 @pytest.mark.parametrize("bucket", BUCKETS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize(("weights", "activations"), FORMATS)
-def test_rule(bucket: int, sizes: tuple[int, int], weights: str, activations: str) -> None:
+def test_rule(bucket: int, sizes: tuple[int, int], weights: str, activations: str, norm: Norm) -> None:
     hidden, width = sizes
-    config = config_by_rule(bucket, hidden, width, weights, activations)
-    assert 1 <= config.programs <= min(264 if bucket < 64 else 132, -(-width // config.gate_up.rows))
+    config = config_by_rule(bucket, hidden, width, weights, activations, norm)
+    assert config.norm == norm
+    resident = {16: 3, 32: 2, 64: 1}[bucket]
+    tiles = -(-width // config.gate_up.rows)
+    assert 1 <= config.programs <= min(132 * resident, tiles)
+    assert tiles % config.programs == 0 or tiles // config.programs + 1 == -(-tiles // config.programs)
     assert 1 <= config.splits <= -(-width // config.down.depth)
-    for tiling in (config.gate_up, config.down):
-        assert tiling.rows == 16 * tiling.warps
+    if tiles > config.programs:
+        assert tiles > 132, "multiprocessors without work"
+    for rows, tiling in ((2 * config.gate_up.rows, config.gate_up), (config.down.rows, config.down)):
+        assert rows % (16 * tiling.warps) == 0, "the tensor cores take 64 rows per warp group"
+        assert rows * bucket <= 64 * 32 * tiling.warps, "sums in registers: at most 64 of each thread"
+        item = {"bfloat16": 2}.get(weights, 1)
+        in_shared_memory = tiling.stages * (rows * item + bucket * item) * tiling.depth
+        assert tiling.stages >= 2
+        assert in_shared_memory <= 227 << 10
     steps = -(-width // config.down.depth)
     longest = -(-steps // config.splits) * config.down.depth
     if weights == "int8" and activations != "none":
         assert longest * 128 * 128 < 2**31, "a sum of products of codes leaves 32 bits"
     if hidden >= 4096 and config.splits > 1 and weights != "int8":
-        assert longest >= 16 * config.down.depth
+        assert longest >= 8 * config.down.depth
 
 
 @pytest.mark.parametrize(("tokens", "bucket"), [(1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (64, 64)])
@@ -57,16 +69,21 @@ def test_measured_ones_come_first(folder: Path) -> None:
     call = {"hidden": 4096, "width": 14336, "weights": "int8", "activations": "token"}
     rule = config_by_rule(32, **call)
     best = replace(rule, down=Tiling(128, 256, 8, 3), splits=6)
-    rows = [row_of(best, **call) | {"measured": {"us": 1.0}}]
-    (folder / "sm_90.json").write_text(json.dumps({"schema": 1, "measured": rows}))
+    slower = replace(best, norm="inside", splits=5)
+    rows = [row_of(slower, **call) | {"measured": {"us": 2.0}}, row_of(best, **call) | {"measured": {"us": 1.0}}]
+    (folder / "sm_90.json").write_text(json.dumps({"schema": 2, "measured": rows}))
     assert config_for(tokens=20, **call) == replace(best, origin="measured")
+    assert config_for(tokens=20, **call, norm="inside") == replace(slower, origin="measured")
+    (folder / "sm_90.json").write_text(json.dumps({"schema": 2, "measured": rows[1:]}))
+    configs._measured.cache_clear()
+    assert config_for(tokens=20, **call, norm="inside") == config_by_rule(32, **call, norm="inside")
     assert config_for(tokens=1, **call) == config_by_rule(16, **call)
     assert config_for(tokens=20, **call | {"hidden": 4097}).origin == "rule"
 
 
 def test_a_file_of_another_schema_is_refused(folder: Path) -> None:
-    (folder / "sm_90.json").write_text('{"schema": 2, "measured": []}')
-    with pytest.raises(EngineError, match=r"sm_90.json: unknown schema .*: expected 1"):
+    (folder / "sm_90.json").write_text('{"schema": 1, "measured": []}')
+    with pytest.raises(EngineError, match=r"sm_90.json: unknown schema .*: expected 2"):
         config_for(tokens=1, hidden=64, width=64, weights="bfloat16", activations="none")
 
 
@@ -78,7 +95,7 @@ def test_the_shipped_file_can_be_read() -> None:
 def test_a_gpu_machine_needs_torch_and_triton_alone() -> None:
     """And NumPy, for tests: nothing else of what the rest of the project is made of."""
     pytest.importorskip("triton")
-    modules = ["op", "reference", "library", "launch", "kernels", "configs", "aot", "tune"]
+    modules = ["op", "reference", "library", "launch", "kernels", "configs", "machine_code", "aot", "tune"]
     imports = "\n".join(f"import plugins.wide_ffn.{name}" for name in modules)
     unwanted = ["pydantic", "onnx", "onnx_ir", "onnxruntime", "ml_dtypes", "safetensors", "rich", "click", "yaml"]
     banned = f"import sys\nsys.modules |= dict.fromkeys({unwanted})\n"
@@ -92,14 +109,22 @@ class TestTuner:
     def test_candidates(self, tokens: int, weights: str, activations: str) -> None:
         problem = tune.Problem(tokens, 4096, 131072, weights, activations)
         base = config_by_rule(bucket_of(tokens), 4096, 131072, weights, activations)
-        tilings = tune.tilings(weights)
-        assert {base.gate_up, base.down} <= set(tilings)
         for kernel, other in (("gate_up", "down"), ("down", "gate_up")):
-            found = list(tune.candidates(problem, kernel, base, tilings, 132))
-            assert len(found) == len(set(found)) > len(tilings)
+            best = getattr(base, kernel)
+            tiles, near = tune.tiles(problem, kernel, best), tune.neighbours(problem, kernel, best)
+            assert {(one.rows, one.warps) for one in tiles} > {(best.rows, best.warps)}
+            assert {one.depth for one in tiles} == {best.depth}
+            assert {(one.rows, one.warps) for one in near} == {(best.rows, best.warps)}
+            assert {one.depth for one in near} > {best.depth}
+            assert weights != "float8_e4m3fn" or max(one.depth for one in near) == 128
+            variants = tune.variants_of(problem, kernel, "inside", tiles)
+            assert {variant.norm for variant in variants} == {"inside"}
+            found = [tune.with_tiling(problem, kernel, base, tiling, 132) for tiling in [*tiles, *near]]
+            found += tune.shares(problem, kernel, base, 132)
             assert {getattr(config, other) for config in found} == {getattr(base, other)}
-            assert {getattr(config, kernel) for config in found} == set(tilings)
+            assert {getattr(config, kernel) for config in found} == {best, *tiles, *near}
             for config in found:
+                assert 1 <= config.programs <= 131072 // config.gate_up.rows
                 longest = -(-131072 // config.down.depth // config.splits) * config.down.depth
                 assert weights != "int8" or activations == "none" or longest * 128 * 128 < 2**31
 
@@ -118,12 +143,14 @@ class TestTuner:
         assert problem.weight_bytes == sum(arguments[i].nbytes for i in (2, 3, 4))
 
     def test_rows_replace_those_of_the_same_call(self) -> None:
-        def row(tokens: int, us: float) -> dict:
+        def row(tokens: int, norm: Norm, us: float) -> dict:
             call = (256, 512, "int8", "token")
-            return row_of(config_by_rule(tokens, *call), *call) | {"measured": {"us": us}}
+            return row_of(config_by_rule(tokens, *call, norm), *call) | {"measured": {"us": us}}
 
-        document = tune.with_rows({"schema": 1, "measured": [row(64, 3.0), row(16, 2.0)]}, [row(16, 1.0)])
-        assert [(one["tokens"], one["measured"]["us"]) for one in document["measured"]] == [(16, 1.0), (64, 3.0)]
+        there = [row(64, "before", 3.0), row(16, "before", 2.0), row(16, "inside", 4.0)]
+        document = tune.with_rows({"schema": 2, "measured": there}, [row(16, "before", 1.0)])
+        found = [(one["tokens"], one["norm"], one["measured"]["us"]) for one in document["measured"]]
+        assert found == [(16, "before", 1.0), (16, "inside", 4.0), (64, "before", 3.0)]
 
     def test_without_a_gpu(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         file = tmp_path / "sm_90.json"

@@ -46,6 +46,19 @@ def test_op_agrees_with_the_reference(call: Call) -> None:
     assert relative_error(found, expected) < (2e-2 if call.tokens > 64 else 3e-3)
 
 
+@pytest.mark.parametrize("call", [call for call in CALLS if call.tokens <= 64], ids=str)
+def test_two_launches_agree_with_the_reference(call: Call) -> None:
+    """As TensorRT's plugins launch them: the norm inside `gate_up`."""
+    from plugins.wide_ffn.launch import wide_ffn_by_kernels
+
+    arguments = call.arguments("cuda")
+    sizes = {"tokens": call.tokens, "hidden": call.hidden, "width": call.width}
+    config = config_for(**sizes, weights=call.weights, activations=call.activations, norm="inside")
+    expected = wide_ffn_reference(*arguments, accumulate=torch.float64)
+    for _ in range(3):
+        assert relative_error(wide_ffn_by_kernels(*arguments, config=config), expected) < 3e-3
+
+
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_runs_are_equal_bit_for_bit(call: Call) -> None:
     arguments = call.arguments("cuda")
