@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engines import tensorrt, tensorrt_build, tensorrt_llm, torch
 from engines.base import Backend, BuildProgress
 from engines.onnxruntime import OnnxRuntime
+from engines.settings import Setting, settings_of
 from exporter.errors import EngineError
 
 
@@ -18,7 +19,7 @@ class Kind:
     """One runtime. `settings` and `progress` of a build may be None."""
 
     make: Callable[[Any, BuildProgress | None], Backend]
-    settings: type | None = None  # a dataclass of what can be chosen; None: nothing
+    settings: type | None = None  # a dataclass as in `engines.settings`; None: nothing can be chosen
     describe: Callable[[Path, Path, Any], str] | None = None  # a build in words, from network, output and settings
     tells_progress: bool = False
 
@@ -61,9 +62,23 @@ def describe_build(name: str, network: Path, output: Path, options: Mapping[str,
     kind = _kind(name)
     settings = _settings(name, options)
     if kind.describe is None or kind.settings is None:
-        planning = " or ".join(name for name, kind in BACKENDS.items() if kind.describe is not None)
+        planning = " or ".join(describing_backends())
         raise EngineError("a dry run has nothing to show here", expected=f"--backend {planning}", found=name)
     return kind.describe(network, output, settings or kind.settings())
+
+
+def describing_backends() -> list[str]:
+    """The backends whose builds `describe_build` can put in words."""
+    return [name for name, kind in BACKENDS.items() if kind.describe is not None]
+
+
+def backends_by_setting() -> dict[Setting, list[str]]:
+    """All that can be chosen about builds, each with the backends that it belongs to."""
+    owners: dict[Setting, list[str]] = {}
+    for name, kind in BACKENDS.items():
+        for setting in settings_of(kind.settings) if kind.settings is not None else []:
+            owners.setdefault(setting, []).append(name)
+    return owners
 
 
 def tells_progress(name: str) -> bool:
@@ -88,5 +103,4 @@ def _settings(name: str, options: Mapping[str, Any] | None) -> Any:
 
 
 def _options_of(name: str) -> set[str]:
-    settings = BACKENDS[name].settings
-    return set() if settings is None else {field.name for field in fields(settings)}
+    return {setting.name for setting, owners in backends_by_setting().items() if name in owners}

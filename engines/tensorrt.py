@@ -22,6 +22,7 @@ from engines.tensorrt_engine import EngineOptions, engine_options
 from engines.tensorrt_library import Gpu
 from engines.tensorrt_runner import CudaDevice, TensorRtRunner
 from exporter.errors import EngineError, raise_all
+from exporter.network import NETWORK_KIND
 from exporter.writers.files import Content, FileCopy, check_folder, json_bytes, refuse_existing, save_folder
 
 NAME = "tensorrt"
@@ -53,15 +54,18 @@ class TensorRt:
 
         Raises:
             CheckpointError: the network folder is incomplete, altered or malformed.
+            TargetError: the network breaks a rule of TensorRT's importer.
             EngineError: TensorRT or a GPU is missing, the build is not expected to fit, or TensorRT refuses something.
             OutputError: the output is in the way or cannot be written.
         """
         raise_all([EngineError(problem) for problem in self.missing()])
         refuse_existing(output, force=force)
         here = _gpu()
-        plan = plan_build(network, self.settings, hashes=True)
+        plan = plan_build(network, self.settings)
         raise_all(fit_problems(plan, here, psutil.virtual_memory().available))
         trt = library.load()
+        _check_import(plan, trt.__version__)
+        check_folder(network, NETWORK_KIND, hashes=True)  # reads all weights, so everything quick comes before
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.build-") as folder:
             built = Path(folder, PLAN_FILE)
@@ -99,12 +103,37 @@ def describe_build(network: Path, output: Path, settings: BuildSettings) -> str:
 
     Raises:
         CheckpointError: not a network folder, or one that is incomplete.
+        TargetError: the network breaks a rule of TensorRT's importer.
         EngineError: the settings do not fit the network.
     """
-    plan = plan_build(network, settings, hashes=False)
-    here, available = library.gpu(), psutil.virtual_memory().available
-    problems = [*library.missing(), *map(str, fit_problems(plan, here, available))]
-    return "\n".join([describe(plan, output, here, available), *(f"not here: {problem}" for problem in problems)])
+    plan = plan_build(network, settings)
+    here, available, missing = library.gpu(), psutil.virtual_memory().available, library.missing()
+    problems = [*missing, *map(str, fit_problems(plan, here, available))]
+    lines = [
+        describe(plan, output, here, available),
+        f"import rules   {_check_import(plan, library.version())}",
+        *(f"not here: {problem}" for problem in problems),
+    ]
+    return "\n".join(lines)
+
+
+def _check_import(plan: BuildPlan, version: str | None) -> str:
+    """Hold a plan's network against what is known of TensorRT's importer, which no weight is read for; in words.
+
+    Args:
+        version: of the TensorRT that is to build; None: the newest whose rules are known.
+
+    Raises:
+        TargetError: a rule is broken; TensorRT would say so after it has read all weights, or later, or never.
+    """
+    from exporter.writers.onnx_plugins import plugin_ops  # imports onnx_ir
+    from exporter.writers.onnx_tensorrt_rules import refuse_violations, rules_for, version_text
+
+    known = rules_for(None if version is None else version_numbers(version))
+    plugins = plugin_ops(plan.variant.options.get("plugins", ()))
+    warnings = refuse_violations({plan.variant.file: plan.network_file}, known, plugins=plugins)
+    kept = f"those of TensorRT {version_text(known)} are kept"
+    return f"{kept}; {len(warnings)} warnings, see `check`" if warnings else kept
 
 
 def machine_problems(options: EngineOptions, version: str, here: Gpu, engine: Path) -> list[EngineError]:

@@ -11,13 +11,16 @@ Letters: B = sequences, S = tokens of one call, C = cache capacity, D = hidden_s
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 from engines.base import BuildProgress
+from engines.settings import Setting, range_problems
 from engines.tensorrt_engine import (
     ANY,
     DATA_TYPES,
@@ -49,17 +52,27 @@ LOWEST_CAPABILITY = {"bfloat16": (8, 0), "float16": (7, 5), "float32": (7, 5), "
 class BuildSettings:
     """What can be chosen about a build."""
 
-    max_batch_size: int | None = None  # of a network that leaves it open; None: 8
-    max_input_len: int | None = None  # tokens of one prefill call, longer prompts take several; None: 2048
-    opt_input_len: int | None = None  # the length that kernels are chosen for; None: max_input_len
-    builder_optimization_level: int = 3  # 0 (fast build) to 5 (compiles and compares most kernels)
-    timing_cache: Path | None = None  # file of measured tactics, read and extended; None: measure all
-    lean: bool = False  # version-compatible, for TensorRT's lean runtime
-    weight_streaming: bool = False  # weights may stay in host memory
-    weight_streaming_budget: int | None = None  # bytes of them on the GPU; None: TensorRT's choice when it opens
-    decomposable_attention: bool = False  # let TensorRT split an attention for which it has no fused kernel
-    detailed: bool = False  # keep layers' parameters for the engine inspector
-    ignore_memory: bool = False  # build even if it is not expected to fit
+    # Of a network that leaves it open.
+    max_batch_size: Annotated[
+        int | None, Setting("sequences side by side; 8 if not given.", option="max-batch", least=1)
+    ] = None
+    # Longer prompts take several calls.
+    max_input_len: Annotated[int | None, Setting("tokens of a prefill call; 2048 if not given.", least=1)] = None
+    opt_input_len: Annotated[
+        int | None, Setting("the length that kernels are chosen for; --max-input-len if not given.", least=1)
+    ] = None
+    builder_optimization_level: Annotated[
+        int, Setting("0 builds fast, 5 compares most kernels; 3 if not given.", least=0, most=5)
+    ] = 3
+    timing_cache: Annotated[Path | None, Setting("file of measured tactics, extended.")] = None
+    lean: Annotated[bool, Setting("an engine for later versions and the lean runtime.")] = False
+    weight_streaming: Annotated[bool, Setting("weights may stay in host memory.")] = False
+    weight_streaming_budget: Annotated[
+        int | None, Setting("of those on the GPU, e.g. 20GB; TensorRT's if not given.", least=1, in_bytes=True)
+    ] = None
+    decomposable_attention: Annotated[bool, Setting("attention need not be one fused kernel.")] = False
+    detailed: Annotated[bool, Setting("keep what an engine inspector shows of layers.")] = False
+    ignore_memory: Annotated[bool, Setting("build even if it is not expected to fit.")] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,17 +134,14 @@ class BuildPlan:
         return found
 
 
-def plan_build(network: Path, settings: BuildSettings, *, hashes: bool) -> BuildPlan:
-    """Plan the build of a network folder's engine.
-
-    Args:
-        hashes: also hold the files' contents against the folder's manifest.
+def plan_build(network: Path, settings: BuildSettings) -> BuildPlan:
+    """Plan the build of a network folder's engine; no weight is read.
 
     Raises:
-        CheckpointError: the network folder is incomplete, altered or malformed.
+        CheckpointError: the network folder is incomplete or malformed.
         EngineError: no network of the folder is for TensorRT, or the settings do not fit it.
     """
-    folder = check_folder(network, NETWORK_KIND, hashes=hashes)
+    folder = check_folder(network, NETWORK_KIND, hashes=False)
     contract = network_manifest_from_json(read_json(network / NETWORK_FILE), network / NETWORK_FILE)
     candidates = [variant for variant in contract.networks if variant.target == "tensorrt"]
     if not candidates:
@@ -240,7 +250,8 @@ def describe(plan: BuildPlan, output: Path, gpu: Gpu | None, available_host_byte
         f"GPU            {'none here' if gpu is None else f'{gpu.name}, compute capability {gpu.capability}'}",
         f"optimization   level {settings.builder_optimization_level}, "
         f"{TIMING_ITERATIONS} measurements a tactic, timing cache {settings.timing_cache or 'none'}",
-        "types          those of the network (strongly typed)",
+        "types          those of the network (strongly typed)"
+        + ("; products of float32 in TF32" if variant.dtype == "float32" else ""),  # TensorRT's default
         f"flags          {', '.join(plan.flags) or 'none'}",
     ]
     if settings.decomposable_attention:
@@ -274,6 +285,8 @@ def build_engine(
     """
     logger = make_logger(trt)
     builder = start(trt.Builder, logger)
+    config = builder.create_builder_config()
+    timings = None if plan.settings.timing_cache is None else _TimingCache(config, plan.settings.timing_cache, logger)
     # From 11.0 on every network is strongly typed; before, it has to be asked for.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     if plan.variant.options.get("plugins"):
@@ -287,13 +300,11 @@ def build_engine(
     check_tensors(plan.tensors, _network_tensors(network), plan.network_file)
     if plan.settings.decomposable_attention:
         _make_attention_decomposable(trt, network)
-    config = builder.create_builder_config()
     _configure(trt, config, builder, plan, logger)
-    timings = None if plan.settings.timing_cache is None else _TimingCache(config, plan.settings.timing_cache, logger)
     monitor = _make_monitor(trt, progress)
     config.progress_monitor = monitor
     try:
-        with engine_file.open("wb") as file:
+        with engine_file.open("wb") as file, _interrupts_told(monitor):
             writer = _make_writer(trt, file)
             built = builder.build_serialized_network_to_stream(network, config, writer)
     except OSError as error:
@@ -316,12 +327,7 @@ def build_engine(
 
 
 def _setting_problems(settings: BuildSettings, variant: NetworkVariant) -> Iterator[EngineError]:
-    for name in ("max_batch_size", "max_input_len", "opt_input_len", "weight_streaming_budget"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            yield EngineError(f"{name} is a whole number of at least 1", found=value)
-    if not 0 <= settings.builder_optimization_level <= 5:
-        yield EngineError("no such optimization level", expected="0 to 5", found=settings.builder_optimization_level)
+    yield from range_problems(settings)
     if settings.max_batch_size is not None and variant.batch is not None:
         yield EngineError(
             "the network has a fixed batch",
@@ -455,18 +461,22 @@ class _TimingCache:
             raise OutputError("the timing cache cannot be written: no write permission", file=folder)
         self.state: Literal["begun", "continued"] = "continued" if self._read else "begun"
         # With ignore_mismatch, timings of another GPU would choose this one's kernels.
-        if not config.set_timing_cache(config.create_timing_cache(self._read), ignore_mismatch=False):
+        if not config.set_timing_cache(self._cache_from(self._read), ignore_mismatch=False):
             raise self._refused()
 
     def save(self) -> None:
         """Write the cache so that it appears whole or not at all."""
         cache = self._config.get_timing_cache()
         current = self._content()
-        if current != self._read and not cache.combine(
-            self._config.create_timing_cache(current), ignore_mismatch=False
-        ):
+        if current != self._read and not cache.combine(self._cache_from(current), ignore_mismatch=False):
             raise self._refused()
         save_file(self._file, bytes(memoryview(cache.serialize())), force=True)
+
+    def _cache_from(self, content: bytes) -> Any:
+        cache = self._config.create_timing_cache(content)
+        if cache is None:
+            raise self._refused()
+        return cache
 
     def _content(self) -> bytes:
         try:
@@ -523,12 +533,29 @@ def _make_monitor(trt: Any, progress: BuildProgress | None) -> Any:
             if progress is None or self._outer is None:
                 return
             name, steps = self._outer
-            try:
-                progress(self._done, steps, f"{name}: {self._inner}" if self._inner else name)
-            except KeyboardInterrupt:  # must not travel through TensorRT
-                self.interrupted = True
+            progress(self._done, steps, f"{name}: {self._inner}" if self._inner else name)
 
     return Monitor()
+
+
+@contextmanager
+def _interrupts_told(monitor: Any) -> Iterator[None]:
+    """Have an interrupt set `monitor.interrupted`, for which TensorRT stops at the next step.
+
+    Python would raise it in the callback that happens to run next, and there TensorRT's bindings drop it.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which no signal reaches
+        yield
+        return
+
+    def tell(*_: object) -> None:
+        monitor.interrupted = True
+
+    before = signal.signal(signal.SIGINT, tell)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _make_writer(trt: Any, file: BinaryIO) -> Any:

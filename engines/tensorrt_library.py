@@ -17,7 +17,7 @@ from exporter.errors import EngineError
 
 FROM_VERSION, BELOW_VERSION = (10, 15), (12,)
 INSTALL = "pip install 'tensorrt-cu13>=10.15,<12' (Linux, an NVIDIA driver for CUDA 13)"
-SHOWN_ERRORS = 4  # of the log: the first causes, the others follow from them
+SHOWN_ERRORS = 4  # of the log: the first, and the last, which says what came of all the tactics that failed before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +45,24 @@ def load() -> ModuleType:
     return tensorrt
 
 
+def version() -> str | None:
+    """Return the version of the installed TensorRT; None: it cannot be imported."""
+    try:
+        return load().__version__
+    except (ImportError, OSError):
+        return None
+
+
 def missing() -> list[str]:
     """Say what this machine lacks to build and run, one sentence each."""
     problems = []
     try:
-        version = load().__version__
+        found = load().__version__
     except (ImportError, OSError) as error:  # without its shared libraries either of them
         problems.append(f"TensorRT cannot be imported ({error}): {INSTALL}")
     else:
-        if not FROM_VERSION <= version_numbers(version) < BELOW_VERSION:
-            problems.append(f"TensorRT {version} is not one of 10.15 to 11, for which networks are written: {INSTALL}")
+        if not FROM_VERSION <= version_numbers(found) < BELOW_VERSION:
+            problems.append(f"TensorRT {found} is not one of 10.15 to 11, for which networks are written: {INSTALL}")
     if gpu() is None:
         problems.append(
             "PyTorch sees no NVIDIA GPU, and engines are built on the kind of GPU that runs them: check nvidia-smi, "
@@ -107,7 +115,12 @@ def start(make: Callable[[Any], Any], logger: Any) -> Any:
 
 
 def failure(logger: Any, problem: str, *, file: object = None, hint: str | None = None) -> EngineError:
-    """Make an error of what TensorRT logged last; it forgets what it took."""
-    said = "; ".join(logger.errors[:SHOWN_ERRORS])
+    """Make an error of what TensorRT logged last."""
+    return EngineError(problem, file=file, found=said(logger) or None, hint=hint)
+
+
+def said(logger: Any) -> str:
+    """Return the errors that TensorRT logged since it was asked last, or the first and the last of many."""
+    errors = list(logger.errors)
     logger.errors.clear()
-    return EngineError(problem, file=file, found=said or None, hint=hint)
+    return "; ".join(errors if len(errors) <= SHOWN_ERRORS else [*errors[: SHOWN_ERRORS - 1], errors[-1]])

@@ -16,10 +16,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from engines.base import ENGINE_FILE, ENGINE_KIND, EngineManifest, Runner
 from engines.machine import version_numbers
+from engines.settings import Setting, range_problems
 from exporter.errors import EngineError, raise_all
 from exporter.safetensors_io import read_json
 from exporter.writers.files import Content, FileCopy, check_folder, json_bytes, refuse_existing, save_folder
@@ -45,11 +46,14 @@ NEWER = "from 1.3 on it loads Hugging Face folders and builds no engine: use `ex
 class BuildSettings:
     """What an engine is built for."""
 
-    max_batch_size: int = 8
-    max_seq_len: int = 8192  # tokens of one sequence, prompt and output; at most what the model knows
-    max_num_tokens: int = 8192  # tokens of one step over all sequences: sizes the activations
-    low_latency: bool = False  # FP8 GEMMs for few tokens at a time
-    workers: int | None = None  # GPUs that build at the same time; None: one per rank, or as many as there are
+    max_batch_size: Annotated[int, Setting("sequences side by side; 8 if not given.", option="max-batch", least=1)] = 8
+    # Prompt and output; at most what the model knows.
+    max_seq_len: Annotated[int, Setting("tokens of a sequence; 8192 if not given.", least=1)] = 8192
+    # Over all sequences: sizes the activations.
+    max_num_tokens: Annotated[int, Setting("tokens of a step; 8192 if not given.", least=1)] = 8192
+    low_latency: Annotated[bool, Setting("FP8 GEMMs for few tokens at a time.")] = False
+    # None: one per rank, or as many as there are.
+    workers: Annotated[int | None, Setting("GPUs that build at the same time; all if not given.", least=1)] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,10 +213,7 @@ def describe_build(checkpoint: Path, output: Path, settings: BuildSettings) -> s
 
 
 def _check_settings(manifest: CheckpointManifest, settings: BuildSettings) -> None:
-    for name in ("max_batch_size", "max_seq_len", "max_num_tokens", "workers"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise EngineError(f"{name} is a whole number of at least 1", found=value)
+    raise_all(list(range_problems(settings)))
     if settings.low_latency and manifest.quant_algo != "FP8":
         raise EngineError(
             "the low-latency GEMM plugin is for FP8", expected="FP8", found=manifest.quant_algo or manifest.dtype
@@ -221,20 +222,24 @@ def _check_settings(manifest: CheckpointManifest, settings: BuildSettings) -> No
 
 def _plugins(checkpoint: Path, manifest: CheckpointManifest, settings: BuildSettings) -> dict[str, object]:
     """Plugins and kernels of a format on Hopper. Those of quantization are switched on by the build itself."""
-    kv = manifest.kv_cache_quant_algo
-    if manifest.quant_algo != "FP8":
-        # Attention over a paged context has no kernels for such caches; the build would switch it off silently.
-        paged_context = "enable" if kv is None else "disable"
-        return {"gemm_plugin": "auto", "use_paged_context_fmha": paged_context}
+    kv, is_fp8 = manifest.kv_cache_quant_algo, manifest.quant_algo == "FP8"
     # FP8 attention rounds its output with the scale of `dense`, which every layer must then have.
-    fp8_attention = "enable" if kv == "FP8" and not _leaves_out(checkpoint, "attention") else "disable"
-    options: dict[str, object] = {"use_paged_context_fmha": fp8_attention, "use_fp8_context_fmha": fp8_attention}
+    fp8_attention = is_fp8 and kv == "FP8" and not _leaves_out(checkpoint, "attention")
+    # Other attention over a paged context has no kernels for quantized caches; the build would switch it off silently.
+    options: dict[str, object] = {"use_paged_context_fmha": _switch(fp8_attention or kv is None)}
+    if not is_fp8:
+        return {"gemm_plugin": "auto", **options}
+    options["use_fp8_context_fmha"] = _switch(fp8_attention)
     if settings.low_latency:
         return {"low_latency_gemm_plugin": "fp8", **options}
     options = {"gemm_plugin": "fp8", **options}
     if not _leaves_out(checkpoint, "ffn"):  # gate, up and SwiGLU as one kernel, which every FFN has to take
         options["gemm_swiglu_plugin"] = "fp8"
     return options
+
+
+def _switch(on: bool) -> str:
+    return "enable" if on else "disable"
 
 
 def _leaves_out(checkpoint: Path, sublayer: str) -> bool:

@@ -20,7 +20,7 @@ from engines.profile import Execution, Phase, Profile, place_of_all, profile_of
 from exporter.errors import EngineError
 
 PROFILER = "TensorRT's IProfiler, no CUDA graphs"
-_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+_NODE = re.compile(r"\[ONNX Layer: ([^\]|]*?)(?: \|[^\]]*)?\]")  # the importer joins " | Local Function: <name>"
 _SEPARATOR = re.compile(r"\s\+\s|\|\|")
 
 

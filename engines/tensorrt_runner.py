@@ -63,6 +63,9 @@ class Device(Protocol):
     def synchronize(self) -> None:
         """Wait for everything on the stream."""
 
+    def release(self) -> None:
+        """Give back what no tensor holds any more: PyTorch keeps it, where TensorRT cannot use it."""
+
     def free_bytes(self) -> int:
         """Return how much memory is free."""
 
@@ -95,6 +98,9 @@ class CudaDevice:
 
     def synchronize(self) -> None:
         self._stream.synchronize()
+
+    def release(self) -> None:
+        self._torch.cuda.empty_cache()
 
     def free_bytes(self) -> int:
         return self._torch.cuda.mem_get_info()[0]
@@ -146,6 +152,7 @@ class TensorRtRunner:
             if before is None or before.batch != batch:
                 self._device.synchronize()
                 self._calls, self._caches = {}, {}  # a captured graph must not outlive what it reads
+                self._device.release()
                 self._allocate_caches(batch)
             else:
                 for cache in self._caches.values():
@@ -198,6 +205,7 @@ class TensorRtRunner:
         self._contexts = {}  # before the engine, which goes before the runtime
         self._engine = self._activations = None
         self._runtime = None
+        self._device.release()
 
     def _step(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Run one call of S tokens that was checked."""

@@ -14,7 +14,7 @@ import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import numpy as np
 import psutil
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict
 from engines.base import ENGINE_FILE, ENGINE_KIND, EngineManifest, backend_options, read_engine_manifest
 from engines.machine import cpu_name
 from engines.sequences import Sequences
+from engines.settings import Setting
 from exporter.dtypes import BFLOAT16, BY_NAME, FLOAT8_E4M3FN, FLOAT16, FLOAT32, DType
 from exporter.errors import EngineError, FuselageError, raise_all
 from exporter.graph import CODES, FFN, ModelGraph, linear_names, linears, structure, weights
@@ -40,17 +41,19 @@ NAME = "torch"
 WIDE_FFN = "wide_ffn"  # the plugin's name
 PLUGINS = (WIDE_FFN,)
 DTYPES = (BFLOAT16, FLOAT16, FLOAT32)
-Device = Literal["cpu", "cuda"]
+Device = Literal["cuda", "cpu"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildSettings:
     """How an engine runs."""
 
-    device: Device = "cuda"
-    dtype: DType | None = None  # of activations and KV cache; None: the model's
-    plugins: tuple[str, ...] = ()  # of PLUGINS
-    capacity: int | None = None  # tokens that every sequence has room for; None: chosen at run time
+    device: Annotated[Device, Setting("where it is to run; cuda if not given.", choices=get_args(Device))] = "cuda"
+    dtype: Annotated[
+        DType | None, Setting("of activations and KV cache; the model's if not given.", choices=DTYPES)
+    ] = None
+    plugins: Annotated[tuple[str, ...], Setting(f"custom ops in place of standard ones; of {', '.join(PLUGINS)}.")] = ()
+    capacity: Annotated[int | None, Setting("tokens of a fixed KV cache; by request if not given.", least=1)] = None
 
 
 class EngineOptions(BaseModel):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exporter.errors import CheckpointError, GraphError, OutputError, PlanError, raise_all
 from exporter.graph import ModelGraph
@@ -17,17 +17,22 @@ from exporter.passes.fuse_ffn import NormRule, fuse_ffn
 from exporter.passes.parallelize_blocks import parallelize_blocks
 from exporter.plan import Plan
 from exporter.read import Checkpoint
-from exporter.writers import hf, hf_readers, onnx, trtllm
+from exporter.writers import hf, hf_readers, trtllm
 from exporter.writers.files import (
     Content,
     Manifest,
     Progress,
+    bytes_of,
     check_folder,
     read_manifest,
     refuse_existing,
     save_folder,
 )
+from exporter.writers.hf_quantization import layout_to_keep
 from exporter.writers.trtllm_config import CHECKPOINT_KIND
+
+if TYPE_CHECKING:
+    from exporter.writers.onnx_options import Options as OnnxOptions
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -81,7 +86,7 @@ class Writing:
     @property
     def plan(self) -> dict[str, int]:
         """File name -> bytes."""
-        return {name: len(f) if isinstance(f, bytes) else f.nbytes for name, f in self.files.items()}
+        return {name: bytes_of(content) for name, content in self.files.items()}
 
     @property
     def total_bytes(self) -> int:
@@ -114,7 +119,8 @@ def checkpoint_writing(
     """Prepare to write `graph`, made from `checkpoint`, as a Hugging Face folder.
 
     Args:
-        layout: of a quantized graph, "modelopt" or "compressed-tensors"; None: the one that suits its format.
+        layout: of a quantized graph, "modelopt" or "compressed-tensors"; None: that of `checkpoint`, else the one that
+            suits its format.
 
     Raises:
         OutputError, TargetError: the output is in the way, or the format cannot express the graph; with `readers`,
@@ -126,7 +132,7 @@ def checkpoint_writing(
         assets=checkpoint.assets,
         config=checkpoint.config,
         family=checkpoint.family.name,
-        quantization_layout=layout,
+        quantization_layout=layout or layout_to_keep(graph, checkpoint.quantization_layout),
     )
     raise_all(hf.check(graph, options))
     raise_all(hf_readers.check_for(graph, options, readers))
@@ -138,7 +144,7 @@ def network_writing(
     graph: ModelGraph,
     output: Path,
     *,
-    options: onnx.Options,
+    options: OnnxOptions,
     details: Mapping[str, Any],
     force: bool = False,
 ) -> Writing:
@@ -147,6 +153,8 @@ def network_writing(
     Raises:
         OutputError, TargetError: as for `checkpoint_writing`.
     """
+    from exporter.writers import onnx  # imports onnx_ir, which takes longer than all the rest of a command's start
+
     _refuse_output(checkpoint, output, force)
     raise_all(onnx.check(graph, options))
     return Writing(output=output, kind="network", files=dict(onnx.emit(graph, options)), details=details, force=force)
@@ -223,12 +231,18 @@ def finished(step: Step) -> Manifest | None:
 
 
 def source_fingerprint(model: Path) -> dict[str, Any]:
-    """What a model folder is recognized by without reading its weights: its manifest, or names, sizes and times."""
+    """What a folder (or a file) is recognized by without reading it: its manifest, or names, sizes and times.
+
+    Hidden files do not count: `git status` alone changes those of a cloned model.
+    """
     manifest = read_manifest(model) if model.is_dir() else None
     if manifest is not None:
         return {"manifest": manifest.fingerprint}
-    files = [model] if model.is_file() else sorted(path for path in model.rglob("*") if path.is_file())
-    return {
-        str(path.relative_to(model)) if path != model else path.name: [path.stat().st_size, path.stat().st_mtime_ns]
-        for path in files
-    }
+    files = {model.name: model} if model.is_file() else {str(path.relative_to(model)): path for path in _visible(model)}
+    return {name: [path.stat().st_size, path.stat().st_mtime_ns] for name, path in files.items()}
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path

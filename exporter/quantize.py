@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +19,15 @@ from exporter.analysis.quantization import (
     search_strengths,
     to_json,
 )
-from exporter.calibration import Calibration, check_belongs, ranges_of
-from exporter.graph import ModelGraph
+from exporter.calibration import Calibration, CalibrationError, check_belongs, ranges_of
+from exporter.graph import ModelGraph, linears
+from exporter.manifests import ERRORS_FILE
 from exporter.passes.quantize_linears import quantize_linears
 from exporter.passes.smooth_channels import Strengths, smooth_channels, smoothable_sites
 from exporter.quantization import QuantizationRecipe
-from exporter.ranges import Ranges
+from exporter.ranges import SITE_OF, Ranges
 from exporter.writers.files import json_bytes
 
-ERRORS_FILE = "errors.json"
 SEARCH_WINDOWS = 4  # how many windows the search for alpha looks at
 
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, what comes next)
@@ -78,11 +78,13 @@ def quantize(
     if calibration is not None:
         check_belongs(calibration, graph, *([] if source is None else [source]))
         ranges = ranges_of(calibration, graph)
+        _check_inputs(ranges, graph, recipe)
     smoothed, of_smoothed = graph, ranges
     found: Strengths = {} if strengths is None else strengths
     if recipe.smoothing is not None and ranges is not None:
         if recipe.smoothing.alpha != "search":
-            found = dict.fromkeys(smoothable_sites(graph), recipe.smoothing.alpha)
+            read = {site for site, _ in _sites_read(graph, recipe)}
+            found = dict.fromkeys((site for site in smoothable_sites(graph) if site in read), recipe.smoothing.alpha)
         elif strengths is None:
             if tokens is None:
                 raise AssertionError("Bug: a search for alpha without text")
@@ -91,6 +93,28 @@ def quantize(
     return Quantized(
         graph=quantize_linears(smoothed, recipe, of_smoothed), smoothed=smoothed, strengths=found, ranges=ranges
     )
+
+
+def _sites_read(graph: ModelGraph, recipe: QuantizationRecipe) -> Iterator[tuple[tuple[int, str, str], bool]]:
+    """Yield the site of every linear that a recipe quantizes, and whether its scale is static."""
+    for index, block in enumerate(graph.flat_blocks):
+        for name, sublayer in (("attention", block.attention), ("ffn", block.ffn)):
+            for reader in linears(sublayer) if sublayer is not None else ():
+                wanted = recipe.format_of(f"blocks.{index}.{name}.{reader}")
+                if wanted is not None:
+                    yield (index, name, SITE_OF[reader]), wanted.inputs is not None and wanted.inputs.scale == "tensor"
+
+
+def _check_inputs(ranges: Ranges, graph: ModelGraph, recipe: QuantizationRecipe) -> None:
+    """Raise CalibrationError if a static scale would be that of an input that was zero throughout."""
+    for (index, name, site), is_static in _sites_read(graph, recipe):
+        if is_static and not getattr(ranges[index], name)[site].numpy().any():
+            raise CalibrationError(
+                f"the range of blocks.{index}.{name}.{site} is zero in all channels",
+                block=index,
+                found=0.0,
+                hint="a dead input has no scale: calibrate on more text, or exclude the linears that read it",
+            )
 
 
 def error_files(
@@ -160,7 +184,7 @@ def errors_table(errors: Sequence[LinearError], count: int | None = None) -> lis
         (
             error.name,
             f"{100 * error.relative_error:.2f} %",
-            f"{error.sqnr_db:.1f} dB",
+            "" if error.sqnr_db is None else f"{error.sqnr_db:.1f} dB",
             "" if error.saturation is None else f"{100 * error.saturation:.4f} %",
         )
         for error in errors[:count]

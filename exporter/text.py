@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 TOKENIZER = "tokenizer.json"
 MAX_TEXT_BYTES = 1 << 30
+HALF_A_PAIR = re.compile("[\ud800-\udfff]")  # JSON can spell it, and tokenizers do not take it
 
 
 class TextError(FuselageError):
@@ -27,10 +29,9 @@ def read_documents(path: Path) -> list[str]:
     Raises:
         TextError: the file is missing, too large, not UTF-8, empty, or a line is not such an object.
     """
+    check_text(path)
     try:
-        if path.stat().st_size > MAX_TEXT_BYTES:
-            raise TextError("text is too large", file=path, expected=f"at most {MAX_TEXT_BYTES} bytes")
-        raw = path.read_text("utf-8")
+        raw = path.read_text("utf-8-sig")  # without the mark that some editors put in front
     except (OSError, UnicodeDecodeError) as error:
         raise TextError(f"cannot be read ({error})", file=path) from error
     documents = _lines(raw, path) if path.suffix == ".jsonl" else [raw]
@@ -40,9 +41,19 @@ def read_documents(path: Path) -> list[str]:
     return documents
 
 
+def check_text(path: Path) -> None:
+    """Raise TextError if there is no such file, or one too large; cheap, for use before long work."""
+    if not path.exists() or path.is_dir():  # a pipe is a text too
+        raise TextError("no such text", file=path)
+    size = path.stat().st_size
+    if size > MAX_TEXT_BYTES:
+        raise TextError("text is too large", file=path, expected=f"at most {MAX_TEXT_BYTES} bytes", found=size)
+
+
 def _lines(raw: str, path: Path) -> list[str]:
     documents = []
-    for number, line in enumerate(raw.splitlines(), start=1):
+    # Not splitlines: JSON strings may hold the other characters that it takes for ends of lines, U+2028 for one.
+    for number, line in enumerate(raw.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -51,33 +62,42 @@ def _lines(raw: str, path: Path) -> list[str]:
             raise TextError(f"line {number} is not JSON ({str(error)[:80]})", file=path) from error
         if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
             raise TextError(f"line {number} has no text", file=path, expected='an object with a "text" string')
+        if HALF_A_PAIR.search(entry["text"]):
+            raise TextError(f"line {number} has half of a surrogate pair, which is no character", file=path)
         documents.append(entry["text"])
     return documents
 
 
 def open_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """Open a model folder's tokenizer.
+    """Open a model folder's tokenizer, which then encodes whole documents and nothing but them.
 
     Raises:
-        CheckpointError: there is none, it is malformed, or it has tokens that the model has no embedding for.
+        CheckpointError: there is none, it is malformed, or its vocabulary is larger than the model's. Tokens that were
+            added to it may lie beyond: many models have a padding token that no embedding was made for.
     """
     from tokenizers import Tokenizer
 
     path = folder / TOKENIZER
     if not path.is_file():
         raise CheckpointError(
-            "the model folder has no tokenizer.json, and text cannot be measured without one", file=folder
+            "the model folder has no tokenizer.json, and text cannot be measured without one",
+            file=folder,
+            hint="transformers makes one of tokenizer.model: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for anything wrong with the file
         raise CheckpointError(f"tokenizer cannot be read ({str(error)[:120]})", file=path) from error
-    if tokenizer.get_vocab_size() > vocab_size:
+    # Files keep what the last call of transformers asked for, often the length of a training batch.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokens = tokenizer.get_vocab_size(with_added_tokens=False)
+    if tokens > vocab_size:
         raise CheckpointError(
             "tokenizer and model do not belong together",
             file=path,
             expected=f"at most {vocab_size} tokens, the model's vocab_size",
-            found=tokenizer.get_vocab_size(),
+            found=tokens,
         )
     return tokenizer
 
@@ -96,18 +116,35 @@ def check_same_tokens(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> No
         )
 
 
-def token_windows(path: Path, tokenizer: Tokenizer, *, context: int, max_windows: int | None = None) -> np.ndarray:
+def token_windows(
+    path: Path, tokenizer: Tokenizer, *, vocab_size: int, context: int, max_windows: int | None = None
+) -> np.ndarray:
     """Encode a text file, its documents one after the other, and cut it into windows: int64 [windows, context].
 
-    What is left at the end and does not fill a window is dropped.
+    What is left at the end and does not fill a window is dropped; documents behind the last window are not encoded.
+
+    Args:
+        vocab_size: the model's, which every token must be below.
 
     Raises:
-        TextError: also if there is not one whole window.
+        TextError: also if there is not one whole window, or the text has a token that the model has no embedding for.
     """
-    documents = read_documents(path)
-    ids = np.concatenate([np.asarray(tokenizer.encode(document).ids, dtype=np.int64) for document in documents])
-    count = len(ids) // context
+    encoded: list[np.ndarray] = []
+    found = 0
+    for document in read_documents(path):
+        encoded.append(np.asarray(tokenizer.encode(document).ids, dtype=np.int64))
+        found += len(encoded[-1])
+        if max_windows is not None and found >= max_windows * context:
+            break
+    count = found // context
     if count == 0:
-        raise TextError("text is shorter than the context", file=path, expected=f">= {context} tokens", found=len(ids))
-    count = min(count, max_windows or count)
-    return ids[: count * context].reshape(count, context)
+        raise TextError("text is shorter than the context", file=path, expected=f">= {context} tokens", found=found)
+    ids = np.concatenate(encoded)[: min(count, max_windows or count) * context]
+    if ids.max() >= vocab_size:
+        raise TextError(
+            "the text has a token that the model has no embedding for",
+            file=path,
+            expected=f"ids below {vocab_size}, the model's vocab_size",
+            found=f"{ids.max()}, {tokenizer.id_to_token(int(ids.max()))!r}",
+        )
+    return ids.reshape(-1, context)

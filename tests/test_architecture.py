@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+PACKAGES = ("exporter", "engines", "plugins", "commands")
+
 # From the ground up: name, modules, and which modules of the same floor may import each other: "none", "all", or
 # "kin", whose names begin with the same word ("exporter.writers.onnx_graph" and "exporter.writers.onnx").
 FLOORS: list[tuple[str, list[str], str]] = [
@@ -29,7 +31,7 @@ FLOORS: list[tuple[str, list[str], str]] = [
     ("suggestion", ["exporter.suggest", "exporter.quantize"], "none"),
     ("order", ["exporter.recipe", "exporter.pipeline", "exporter.summary"], "none"),
     ("custom ops", ["plugins.wide_ffn", "plugins.wide_ffn.*"], "kin"),
-    ("run", ["engines.base", "engines.machine"], "none"),
+    ("run", ["engines.base", "engines.machine", "engines.settings"], "none"),
     ("steps", ["engines.sequences", "engines.profile"], "none"),
     (
         "kernels",
@@ -93,6 +95,8 @@ FLOORS: list[tuple[str, list[str], str]] = [
         "all",
     ),
     ("recipe", ["engines.run"], "none"),
+    ("options", ["commands.options", "commands.terminal"], "none"),
+    ("commands", ["commands.*", "commands"], "none"),
     ("door", ["build"], "none"),
 ]
 
@@ -119,6 +123,7 @@ def modules() -> dict[str, Path]:
         *ROOT.glob("exporter/**/*.py"),
         *ROOT.glob("engines/**/*.py"),
         *ROOT.glob("plugins/**/*.py"),
+        *ROOT.glob("commands/**/*.py"),
         ROOT / "build.py",
     ]
     named = {}
@@ -150,11 +155,11 @@ def imports(path: Path, top_level_only: bool = False) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("module", [m for m in modules() if m not in ("exporter", "engines", "plugins")])
+@pytest.mark.parametrize("module", [m for m in modules() if m not in PACKAGES])
 def test_imports_point_down(module: str) -> None:
     ours = modules()
     floor = floor_of(module)
-    for imported in imports(ours[module]) & set(ours) - {"exporter", "engines", "plugins", module}:
+    for imported in imports(ours[module]) & set(ours) - {*PACKAGES, module}:
         if imported == module.rpartition(".")[0]:
             continue  # importing a module runs its package first in any case
         below = floor_of(imported)

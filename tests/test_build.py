@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
+import build
+from engines.backends import BACKENDS, Kind, backends_by_setting
+from engines.settings import Setting
+from exporter.dtypes import BFLOAT16, FLOAT32, DType
 from exporter.plan import read_plan
 from exporter.read import open_model
 from exporter.reference import Reference
@@ -51,16 +59,116 @@ def plan(model: Path) -> Path:
 
 
 def test_every_command_prints_help_without_any_heavy_import() -> None:
+    """`engine` asks every backend what can be chosen, and so imports what their modules need, but no runtime."""
     script = (
         "import sys, build\n"
         "from click.testing import CliRunner\n"
-        "for name in ['', *build.main.commands]:\n"
+        "for name in ['', *build.main.commands.keys() - {'engine'}, 'engine']:\n"
+        "    heavy = {'torch', 'onnx', 'onnx_ir', 'onnxruntime', 'tensorrt', 'matplotlib', 'rich'}\n"
+        "    heavy |= {'numpy', 'pydantic'} if name != 'engine' else set()\n"
         "    result = CliRunner().invoke(build.main, [*([name] if name else []), '--help'])\n"
         "    assert result.exit_code == 0, result.output\n"
-        "heavy = {'torch', 'numpy', 'onnx', 'onnxruntime', 'matplotlib', 'pydantic', 'rich'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
+        "    assert not heavy & set(sys.modules), (name, heavy & set(sys.modules))\n"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def documented() -> dict[str, list[str]]:
+    """Every call of build.py in help texts and documentation, as a shell would split it."""
+    texts = {f"{name} --help": command.epilog or "" for name, command in build.main.commands.items()}
+    texts |= {path.name: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+    found = {}
+    for source, text in texts.items():
+        for number, line in enumerate(re.findall(r"python build\.py ([^`\n]*)", text.replace("\\\n", " "))):
+            found[f"{source} {number}"] = shlex.split(line, comments=True)
+    return found
+
+
+@pytest.mark.parametrize("arguments", documented().values(), ids=documented().keys())
+def test_documented_calls_have_options_that_exist(arguments: list[str]) -> None:
+    name, *rest = arguments
+    build.main.commands[name].make_context(name, rest)
+
+
+@dataclass(frozen=True)
+class AbacusSettings:
+    """Settings of a backend that exists in these tests only: one of every kind."""
+
+    beads: Annotated[int, Setting("beads of a wire; 10 if not given.", least=1, most=20)] = 10
+    wires: Annotated[int | None, Setting("wires.", option="max-wires", least=2)] = None
+    weight: Annotated[int | None, Setting("of all beads, e.g. 20GB.", in_bytes=True)] = None
+    friction: Annotated[float | None, Setting("of beads on wires.")] = None
+    wood: Annotated[DType | None, Setting("of the frame.", choices=(FLOAT32, BFLOAT16))] = None
+    manual: Annotated[Path | None, Setting("file of instructions.")] = None
+    colours: Annotated[tuple[str, ...], Setting("of the beads.")] = ()
+    polished: Annotated[bool, Setting("shine.")] = False
+
+
+@pytest.fixture
+def abacus(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The settings of every build with a backend of the name `abacus`."""
+    built: list[Any] = []
+
+    class Abacus:
+        def __init__(self, settings: Any) -> None:
+            self.settings = settings
+
+        def build(self, network: Path, output: Path, *, label: str | None, force: bool) -> None:
+            built.append(self.settings)
+
+    monkeypatch.setitem(BACKENDS, "abacus", Kind(lambda settings, progress: Abacus(settings), AbacusSettings))
+    return built
+
+
+ABACUS = {
+    "nothing": ([], None),
+    "number": (["--beads", 20], AbacusSettings(beads=20)),
+    "another_name": (["--max-wires", 3], AbacusSettings(wires=3)),
+    "size": (["--weight", "2KB"], AbacusSettings(weight=2000)),
+    "fraction": (["--friction", 0.5], AbacusSettings(friction=0.5)),
+    "choice": (["--wood", "bfloat16"], AbacusSettings(wood=BFLOAT16)),
+    "path": (["--manual", "a/b"], AbacusSettings(manual=Path("a/b"))),
+    "texts": (["--colours", "red,blue"], AbacusSettings(colours=("red", "blue"))),
+    "flag": (["--polished"], AbacusSettings(polished=True)),
+}
+
+
+@pytest.mark.parametrize(("options", "settings"), ABACUS.values(), ids=ABACUS.keys())
+def test_a_backend_has_the_options_of_its_settings(
+    options: list[object], settings: AbacusSettings | None, abacus: list[Any]
+) -> None:
+    done("engine", "network", "--backend", "abacus", *options, "-o", "out")
+    assert abacus == [settings]
+
+
+ABACUS_REFUSED = {
+    "above": (["--backend", "abacus", "--beads", 21], "21 is not in the range 1<=x<=20"),
+    "below": (["--backend", "abacus", "--max-wires", 1], "1 is not in the range x>=2"),
+    "no_choice": (["--backend", "abacus", "--wood", "float16"], "not one of 'float32', 'bfloat16'"),
+    "size": (["--backend", "abacus", "--weight", "much"], "'--weight': 'much' is not a size"),
+    "another_backend": (["--beads", 3], "these options belong to --backend abacus: found beads"),
+    "no_dry_run": (["--backend", "abacus", "--dry-run"], "a dry run has nothing to show here"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), ABACUS_REFUSED.values(), ids=ABACUS_REFUSED.keys())
+def test_a_backend_refuses_what_its_settings_do(options: list[object], message: str, abacus: list[Any]) -> None:
+    result = call("engine", "network", *options, "-o", "out")
+    assert (result.exit_code, abacus) == (2, [])
+    assert message in result.output
+
+
+def test_help_says_which_backend_an_option_is_for(abacus: list[Any]) -> None:
+    text = " ".join(done("engine", "--help").output.split())
+    assert "tensorrt-llm|torch|abacus]" in text
+    assert "--beads INTEGER RANGE abacus: beads of a wire; 10 if not given." in text
+    assert "tensorrt, tensorrt-llm: sequences side by side" in text
+    assert "tensorrt, tensorrt-llm: print what would be built" in text
+
+
+def test_no_two_settings_share_an_option() -> None:
+    options = [setting.option for setting in backends_by_setting()]
+    assert len(options) == len(set(options))
 
 
 def test_inspect(model: Path) -> None:
@@ -231,6 +339,52 @@ predict: {{gpu: [h100-sxm], tp: [2], batch: [1, 4], dtype: bfloat16}}
 """
 
 
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [("exclude: [decoder.*]", "matches no linear"), ("kv_cache: int8", "no reader has a KV cache of this dtype")],
+)
+def test_run_refuses_a_quantization_before_it_calibrates(key: str, message: str, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "format.yaml").write_text(f"weights: {{dtype: int8, scale: row}}\n{key}\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {model}\nvariants: [{{name: small, quantize: format.yaml}}]\n"
+        f"calibration: {{text: {model.parent / 'text.txt'}, context: 20}}\n"
+    )
+    result = call("run", recipe, "-o", tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("network", "quantize", "message"),
+    [
+        ("{dtype: bfloat16}", "", "no bfloat16 kernels"),
+        ("{max_positions: 100000}", "", "max_positions does not fit the model"),
+        ("{dtype: float16}", ", quantize: int8-weight-only", "8-bit kernels for float32 networks only"),
+        ("{target: tensorrt}", ", quantize: kv.yaml", "KV cache cannot hold codes"),
+        ("{to: trtllm, tp: 3}", "", "tensor-parallel|tp_size"),
+    ],
+    ids=["dtype", "positions", "format", "cache", "ranks"],
+)
+def test_run_refuses_a_network_before_it_measures(
+    network: str, quantize: str, message: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.tensorrt.TensorRt.missing", lambda backend: [])
+    monkeypatch.setattr("engines.tensorrt_llm.TensorRtLlm.missing", lambda backend: [])
+    fp8 = "{dtype: float8_e4m3fn, scale: tensor}"
+    (tmp_path / "kv.yaml").write_text(f"weights: {fp8}\ninputs: {fp8}\nkv_cache: float8_e4m3fn\n")
+    recipe, text = tmp_path / "recipe.yaml", model.parent / "text.txt"
+    recipe.write_text(
+        f"model: {model}\nnetwork: {network}\nvariants: [{{name: one{quantize}}}]\n"
+        f"analysis: {{text: {text}, context: 20}}\ncalibration: {{text: {text}, context: 20}}\nbench: {{}}\n"
+    )
+    result = call("run", recipe, "-o", tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    assert re.search(message, result.output), result.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_run_repeats_what_a_changed_recipe_changes(model: Path, plan: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(SMALL_RECIPE.format(model=model, plan=plan))
@@ -291,7 +445,7 @@ REFUSED = {
         "layer 9",
     ),
     "drops": (["analyze", "{model}", "--text", "{plan}", "--drop", "9", "--context", "2", "-o", "{tmp}/out"], "fewer"),
-    "no_text": (["evaluate", "{model}", "--text", "{tmp}/none.txt"], "none.txt: cannot be read"),
+    "no_text": (["evaluate", "{model}", "--text", "{tmp}/none.txt"], "none.txt: no such text"),
     "nothing_to_evaluate_on": (["evaluate", "{model}"], "--text, --tasks or both"),
     "reference_without_text": (["evaluate", "{model}", "--tasks", "x", "--reference", "{model}"], "give --text"),
     "tasks_of_a_plan": (["evaluate", "{model}", "--plan", "{plan}", "--tasks", "x"], "`transform` first"),
@@ -300,6 +454,29 @@ REFUSED = {
     "short_text": (["evaluate", "{model}", "--text", "{plan}", "--context", "500"], "shorter than the context"),
     "target": (["export", "{model}", "--to", "onnx", "--target", "abacus", "-o", "{tmp}/out"], "abacus"),
     "shard_size": (["transform", "{model}", "--shard-size", "many", "-o", "{tmp}/out"], "not a size"),
+    "readers": (["transform", "{model}", "--check-for", "vllm,", "-o", "{tmp}/out"], "not a list of names"),
+    "trtllm_of_onnx": (
+        ["export", "{model}", "--to", "onnx", "--tp", "2", "-o", "{tmp}/out"],
+        "--tp belongs to --to trtllm",
+    ),
+    "onnx_of_trtllm": (
+        ["export", "{model}", "--to", "trtllm", "--batch", "2", "--check", "tensorrt", "-o", "{tmp}/out"],
+        "--batch, --check belong to --to onnx",
+    ),
+    "both_of_hf": (
+        ["export", "{model}", "--to", "hf", "--target", "tensorrt", "-o", "{tmp}/out"],
+        "--target belongs to --to onnx",
+    ),
+    "list_tensors": (
+        ["export", "{model}", "--to", "trtllm", "--list-tensors", "-o", "{tmp}/out"],
+        "--list-tensors belongs to --dry-run",
+    ),
+    "limit": (["evaluate", "{model}", "--text", "{plan}", "--limit", "3"], "--limit belongs to --tasks"),
+    "title_of_comparison": (
+        ["report", "a", "b", "--compare", "--title", "c"],
+        "--title belongs to a report",
+    ),
+    "metric_of_report": (["report", "a", "--metric", "ttft_ms", "-o", "{tmp}/out"], "--metric belongs to --compare"),
 }
 
 
@@ -315,3 +492,18 @@ def test_what_is_refused_ends_with_code_2_one_message_and_no_output(
     assert message in result.output
     assert "Traceback" not in result.output
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("engine", "{tmp}/network"),
+        ("import-bench", "{tmp}/report.json", "--requests", "{tmp}/requests.json", "--model", "{tmp}/model"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_label_that_no_report_takes_is_refused_before_any_work(command, tmp_path):
+    arguments = [argument.format(tmp=tmp_path) for argument in command]
+    result = call(*arguments, "--label", "a" * 101, "-o", tmp_path / "out")
+    assert (result.exit_code, list(tmp_path.iterdir())) == (2, [])
+    assert "this cannot be the label of an engine: expected one line of at most 100 characters" in result.output

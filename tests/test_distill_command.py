@@ -133,7 +133,7 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "tokens": ({"teacher": "{tmp}/other_tokens"}, "tokenizers have different tokens: found 2 that differ"),
     "no_tokenizer": ({"model": "{tmp}/no_tokenizer"}, "no tokenizer.json"),
     "not_finite": ({"model": "{tmp}/not_finite"}, "diverged in step 1"),
-    "no_text": ({"text": "{tmp}/none.txt"}, "none.txt: cannot be read"),
+    "no_text": ({"text": "{tmp}/none.txt"}, "none.txt: no such text"),
     "empty_text": ({"text": "{tmp}/empty.txt"}, "text is empty"),
     "short_text": ({"context": 1000}, "shorter than the context: expected >= 1000 tokens, found 800"),
     "long_context": ({"context": 200}, "longer than the models': expected <= 128, found 200"),

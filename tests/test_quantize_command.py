@@ -93,9 +93,34 @@ def test_options(model: Path, tmp_path: Path) -> None:
     assert described["linears"][0]["relative_error"] > 0
 
 
+@pytest.mark.parametrize("name", ["fp8", "int8-smoothquant", "int8-weight-only"])
+def test_a_dry_run_knows_the_sizes_without_calibrating(
+    name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["quantize", model, "--plan", model.parent / "plan.yaml", "--format", name, *on_text(model)]
+    done(*arguments, "-o", tmp_path / "out")
+    monkeypatch.setattr("exporter.calibration.calibrate", None)
+    listed = done(*arguments, "--dry-run", "-o", tmp_path / "dry").output.splitlines()[:-1]
+    sizes = {line.split()[1]: int(line.split()[0].replace(",", "")) for line in listed}
+    written = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+    assert sizes == {name: written[name] for name in sizes}
+    assert written.keys() - sizes.keys() == {"fuselage.manifest.json"}
+
+
+def test_what_cannot_be_written_is_not_calibrated(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exporter.calibration.calibrate", None)
+    arguments = ["--format", "int8-smoothquant", *on_text(model), "--check-for", "mlx-lm"]
+    result = call("quantize", model, *arguments, "-o", tmp_path / "out")
+    assert (result.exit_code, "mlx" in result.output) == (2, True)
+
+
 def test_a_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
     printed = done("quantize", model, "--format", "int8-weight-only", "--dry-run", "-o", tmp_path / "out").output
     assert "model.safetensors" in printed
+    described = done(
+        "quantize", model / "config.json", "--format", "int8-weight-only", "--dry-run", "-o", tmp_path / "out"
+    )
+    assert next(line for line in printed.splitlines() if "safetensors" in line) in described.output  # without weights
     assert not list(tmp_path.iterdir())
 
 
@@ -108,6 +133,9 @@ REFUSED = {
     "empty": (["--format", "fp8", "--text", "{tmp}/empty.txt"], "empty"),
     "no_calibration": (["--format", "fp8", "--calibration", "{tmp}/none"], "calibration.json"),
     "layout": (["--format", "int8-smoothquant", "--text", "{text}", "--context", "20", "--check-for", "mlx-lm"], "mlx"),
+    "readers": (["--format", "int8-weight-only", "--check-for", "vllm,sglang,mlx-lm"], "3 problems"),
+    "device": (["--format", "fp8", "--text", "{text}", "--context", "20", "--device", "gpu"], "cannot use this device"),
+    "nothing_to_keep": (["--format", "int8-weight-only", "--save-calibration", "{tmp}/new"], "--save-calibration"),
     "report_exists": (["--format", "fp8", "--text", "{text}", "--context", "20", "--report", "{tmp}"], "output exists"),
 }
 

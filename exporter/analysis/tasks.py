@@ -76,6 +76,17 @@ def run_tasks(
     return scores_from_harness(found)
 
 
+def scores_table(scores: Sequence[TaskScore]) -> Any:
+    """Task scores as a `rich` table."""
+    from rich.table import Table
+
+    table = Table("task", "metric", "value", "± stderr", "samples", box=None)
+    for score in scores:
+        stderr = "" if score.stderr is None else f"{score.stderr:.4f}"
+        table.add_row(score.task, score.metric, f"{score.value:.4f}", stderr, f"{score.samples:,}")
+    return table
+
+
 def check_tasks(
     model: Path, names: Sequence[str], *, include_path: Path | None = None, trust_remote_code: bool = False
 ) -> Any:

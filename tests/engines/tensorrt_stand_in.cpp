@@ -40,7 +40,7 @@ struct Plan {
 };
 
 std::vector<std::function<void()>>* recording = nullptr;  // while a stream is captured
-int enqueued = 0, captured = 0, launched = 0;
+int enqueued = 0, captured = 0, launched = 0, allocated = 0;
 
 Dims shape_of(Plan const& plan, std::string const& name) {
   if (name == "input_ids" || name == "position_ids") return {2, {-1, -1}};
@@ -209,7 +209,10 @@ class Runtime : public IRuntime {
 };
 
 struct Count {
-  ~Count() { std::fprintf(stderr, "stand-in: %d enqueued, %d captured, %d launched\n", enqueued, captured, launched); }
+  ~Count() {
+    std::fprintf(stderr, "stand-in: %d enqueued, %d captured, ", enqueued, captured);
+    std::fprintf(stderr, "%d launched, %d allocated\n", launched, allocated);
+  }
 } count;
 
 std::chrono::steady_clock::time_point& time_of(cudaEvent_t event) {
@@ -240,6 +243,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
 cudaError_t cudaMalloc(void** memory, size_t size) {
   *memory = std::aligned_alloc(256, (size + 255) / 256 * 256);
   std::memset(*memory, 0xff, size);  // NaN, for who forgets to clear it
+  ++allocated;
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* memory) {

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import signal
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -35,7 +37,7 @@ class StandIn:
         """`changes` replace behaviours; "__" stands for the dot of their names."""
         self.errors: list[Any] = []  # of the parser
         self.logged: list[tuple[str, str]] = []  # severity and words that a build logs
-        self.timing_cache_is_taken = True
+        self.interrupted_in: str | None = None  # the callback of a monitor in which an interrupt arrives
         self.streamable = 1000
         self.enqueued: list[tuple[int, dict[str, tuple[int, ...]], dict[str, int]]] = []  # profile, shapes, addresses
         behaviours: dict[str, Behaviour] = {
@@ -120,7 +122,7 @@ class StandIn:
 
     def _set_timing_cache(self, config: Any, cache: Any, ignore_mismatch: bool) -> bool:
         vars(config).update(timing_cache=cache)
-        return self.timing_cache_is_taken
+        return True
 
     def _combine(self, cache: Any, input_cache: Any, ignore_mismatch: bool) -> bool:
         vars(cache).update(content=vars(cache)["content"] + b"|" + vars(input_cache)["content"])
@@ -131,16 +133,25 @@ class StandIn:
             vars(builder)["logger"].log(self.trt.ILogger.Severity[severity], words)
         if any(severity == "ERROR" for severity, _ in self.logged):
             return False
-        monitor = vars(config)["progress_monitor"]
-        monitor.phase_start("Building Engine", None, 2)
-        monitor.phase_start("Timing", "Building Engine", 1)
+        told = vars(config)["progress_monitor"]
+        self._tell(told.phase_start, "Building Engine", None, 2)
+        self._tell(told.phase_start, "Timing", "Building Engine", 1)
         for step in range(2):
-            if not monitor.step_complete("Building Engine", step):
+            if not self._tell(told.step_complete, "Building Engine", step):
                 return False
-        monitor.phase_finish("Timing")
-        monitor.phase_finish("Building Engine")
+        self._tell(told.phase_finish, "Timing")
+        self._tell(told.phase_finish, "Building Engine")
         content = json.dumps({"network": vars(network)["file"], "profiles": vars(config)["profiles"]}).encode()
         return all(writer.write(piece) == len(piece) for piece in (content[:20], content[20:]))
+
+    def _tell(self, callback: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a monitor as the bindings do, which drop exceptions (python/src/infer/pyCore.cpp, PyProgressMonitor)."""
+        try:
+            if callback.__name__ == self.interrupted_in:
+                signal.raise_signal(signal.SIGINT)
+            return callback(*arguments)
+        except BaseException:
+            return False
 
     # -- running
 
@@ -224,13 +235,17 @@ class HostDevice:
     def __init__(self) -> None:
         self.captured = 0
         self.free = 10**9
+        self.kept = 0  # bytes that nobody uses, and that are not free before they are released
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
         kind = getattr(torch, dtype)
         count, spare = int(np.prod(shape)), 256 // kind.itemsize
         raw = torch.zeros(count + spare, dtype=kind)
         start = (-raw.data_ptr() % 256) // kind.itemsize
-        return raw[start : start + count].reshape(shape)
+        tensor = raw[start : start + count].reshape(shape)
+        self.free -= tensor.nbytes
+        weakref.finalize(tensor, self._keep, tensor.nbytes)
+        return tensor
 
     def staging(self, shape: tuple[int, ...], dtype: str) -> Any:
         return torch.zeros(shape, dtype=getattr(torch, dtype))
@@ -245,8 +260,14 @@ class HostDevice:
     def synchronize(self) -> None:
         pass
 
+    def release(self) -> None:
+        self.free, self.kept = self.free + self.kept, 0
+
     def free_bytes(self) -> int:
         return self.free
+
+    def _keep(self, nbytes: int) -> None:
+        self.kept += nbytes
 
 
 def network_of(network: Any) -> onnx.GraphProto:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from onnx import ModelProto, helper
+from onnx import load as load_model
 
 import build
 from engines import tensorrt as backend
@@ -24,7 +28,7 @@ from engines.tensorrt_build import HOST_BYTES_BESIDE, BuildSettings, fit_problem
 from engines.tensorrt_library import Gpu
 from engines.tensorrt_runner import ALIGNMENT, CudaDevice
 from exporter.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
-from exporter.errors import EngineError, OutputError
+from exporter.errors import CheckpointError, EngineError, OutputError, TargetError
 from exporter.graph import ModelGraph
 from exporter.recipe import read_recipe
 from exporter.writers import hf, onnx
@@ -229,8 +233,8 @@ def test_build(machine: list[HostDevice], stand_in: StandIn, tmp_path: Path) -> 
     trt = stand_in.trt
     told = [call.where for call in trt.calls if "=" in call.where or call.where.startswith(("Builder", "OnnxParser"))]
     assert told == [
-        "Builder.__init__", "Builder.create_network", "OnnxParser.__init__", "OnnxParser.parse_from_file",
-        "Builder.create_builder_config", "IBuilderConfig.builder_optimization_level=",
+        "Builder.__init__", "Builder.create_builder_config", "Builder.create_network", "OnnxParser.__init__",
+        "OnnxParser.parse_from_file", "IBuilderConfig.builder_optimization_level=",
         "IBuilderConfig.avg_timing_iterations=", "Builder.create_optimization_profile",
         "Builder.create_optimization_profile", "IBuilderConfig.progress_monitor=",
         "Builder.build_serialized_network_to_stream",
@@ -331,10 +335,10 @@ def test_every_error_of_the_parser_is_passed_on(machine: list[HostDevice], stand
 def test_what_tensorrt_logs_is_in_the_error(
     machine: list[HostDevice], stand_in: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stand_in.logged = [("WARNING", "slow"), ("ERROR", "no kernel for blocks.0.attention"), ("ERROR", "[10] gave up")]
-    with pytest.raises(
-        EngineError, match=r"found no kernel for blocks.0.attention; \[10\] gave up. If it names an attention"
-    ):
+    skipped = [("ERROR", f"tactic {number}") for number in range(1, 9)]
+    stand_in.logged = [("WARNING", "slow"), *skipped, ("ERROR", "[10] no kernel for blocks.0.attention")]
+    words = "found tactic 1; tactic 2; tactic 3; [10] no kernel for blocks.0.attention. If it names an attention"
+    with pytest.raises(EngineError, match=re.escape(words)):
         built(tmp_path)
     assert "TensorRT: slow\n" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["network"]
@@ -349,7 +353,49 @@ def test_another_network_than_the_manifest_says(machine: list[HostDevice], stand
     save_again(source, "network.json", json.dumps(content).encode())
     with pytest.raises(EngineError, match="logits: the network is not what its manifest says"):
         TensorRt().build(source, tmp_path / "engine", label=None, force=False)
-    assert stand_in.trt.arguments_of("Builder.create_builder_config") == []  # known before the long part
+    assert stand_in.trt.arguments_of("Builder.build_serialized_network_to_stream") == []  # known before the long part
+
+
+def scattered_into_an_inner_value(model: ModelProto) -> None:
+    """The cache that is written is no longer an input of the network."""
+    node = next(node for node in model.graph.node if node.op_type == "TensorScatter")
+    copy = helper.make_node("Identity", [node.input[0]], ["copy"], name="copy")
+    node.input[0] = "copy"
+    model.graph.node.insert(0, copy)
+
+
+@needs_bindings
+@pytest.mark.parametrize("version", ["10.15.1.29", "11.4.0.106", "11.9.0.1"])
+def test_import_rules_come_first(version: str, machine: list[HostDevice], stand_in: StandIn, tmp_path: Path) -> None:
+    """A network that the importer would refuse is refused before anything long: no weight is read."""
+    stand_in.trt.__version__ = version
+    source = network(tmp_path)
+    model = load_model(source / "tensorrt.onnx", load_external_data=False)
+    scattered_into_an_inner_value(model)
+    save_again(source, "tensorrt.onnx", model.SerializeToString())
+    weights = source / "weights.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))  # altered, which only reading them tells
+    words = "cache-input: .*TensorRT refuses it"
+    with pytest.raises(TargetError, match=words):
+        TensorRt().build(source, tmp_path / "engine", label=None, force=False)
+    with pytest.raises(TargetError, match=words):
+        describe_build(source, tmp_path / "engine", BuildSettings())
+    assert stand_in.trt.calls == []
+
+
+@needs_bindings
+def test_altered_weights(
+    machine: list[HostDevice], stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = network(tmp_path)
+    weights = source / "weights.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    with pytest.raises(CheckpointError, match="altered"):
+        TensorRt().build(source, tmp_path / "engine", label=None, force=False)
+    monkeypatch.setattr(backend.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 0}))
+    with pytest.raises(EngineError, match="not enough host memory"):  # which is known before they are read
+        TensorRt().build(source, tmp_path / "engine", label=None, force=False)
+    assert stand_in.trt.calls == []
 
 
 @needs_bindings
@@ -368,19 +414,21 @@ def test_a_disk_that_is_full(machine: list[HostDevice], tmp_path: Path, monkeypa
 
 
 @needs_bindings
-def test_an_interrupt(machine: list[HostDevice], tmp_path: Path) -> None:
-    def interrupt(done: int, total: int, text: str) -> None:
-        if done:
-            raise KeyboardInterrupt
-
-    source = network(tmp_path)
+@pytest.mark.parametrize("callback", ["phase_start", "step_complete", "phase_finish"])
+def test_an_interrupt(callback: str, machine: list[HostDevice], stand_in: StandIn, tmp_path: Path) -> None:
+    """It arrives while a monitor is told something, for else TensorRT works and Python waits."""
+    stand_in.interrupted_in = callback
+    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        TensorRt(progress=interrupt).build(source, tmp_path / "engine", label=None, force=False)
+        built(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["network"]
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 @needs_bindings
-def test_timing_cache(machine: list[HostDevice], stand_in: StandIn, api: Api, tmp_path: Path) -> None:
+def test_timing_cache(
+    machine: list[HostDevice], stand_in: StandIn, api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "caches" / "h100.cache"
     source = network(tmp_path)
     settings = BuildSettings(timing_cache=file)
@@ -396,9 +444,15 @@ def test_timing_cache(machine: list[HostDevice], stand_in: StandIn, api: Api, tm
     TensorRt(settings, while_another_build_writes).build(source, tmp_path / "third", label=None, force=False)
     assert file.read_bytes() == b"+measured+measured|other+measured"
 
-    stand_in.timing_cache_is_taken = False
-    with pytest.raises(EngineError, match=r"does not take this timing cache.*name another file"):
-        TensorRt(settings).build(source, tmp_path / "fourth", label=None, force=False)
+    refusing: list[StandIn] = [
+        StandIn(api, IBuilderConfig__create_timing_cache=lambda config, serialized_timing_cache: None),
+        StandIn(api, IBuilderConfig__set_timing_cache=lambda config, cache, ignore_mismatch: False),
+    ]
+    for one in refusing:
+        monkeypatch.setattr(library, "load", lambda one=one: one.trt)
+        with pytest.raises(EngineError, match=r"does not take this timing cache.*name another file"):
+            TensorRt(settings).build(source, tmp_path / "fourth", label=None, force=False)
+        assert one.trt.arguments_of("OnnxParser.parse_from_file") == []  # known before any weight is read
     with pytest.raises(EngineError, match="cannot be read"):
         TensorRt(BuildSettings(timing_cache=tmp_path)).build(source, tmp_path / "fifth", label=None, force=False)
 
@@ -422,14 +476,14 @@ def test_a_timing_cache_that_cannot_be_kept(
 def test_estimates_by_hand(tmp_path: Path) -> None:
     graph = tiny_graph("AF (AF F)", intermediate_size=(256, 512, 64), dtype="bfloat16")
     source = network(tmp_path, graph, BFLOAT16, batch=3, max_positions=100)
-    plan = plan_build(source, BuildSettings(max_input_len=10), hashes=False)
+    plan = plan_build(source, BuildSettings(max_input_len=10))
     assert plan.weight_bytes == 2 * graph.num_parameters
     assert plan.host_bytes == 8 * graph.num_parameters + HOST_BYTES_BESIDE
     assert plan.gpu_memory.weights == 2 * graph.num_parameters
     assert plan.gpu_memory.kv_cache == 3 * 100 * (2 * 2 * 2 * 16) * 2  # two attentions, k and v, two heads of 16
     widest, logits = 2 * 512, 4 * 3 * 320
     assert plan.gpu_memory.activations == 3 * 10 * (2 * (widest + 3 * 64) + 100) + logits
-    streamed = plan_build(source, BuildSettings(weight_streaming=True, weight_streaming_budget=5), hashes=False)
+    streamed = plan_build(source, BuildSettings(weight_streaming=True, weight_streaming_budget=5))
     assert streamed.gpu_memory.weights == 5
 
 
@@ -447,7 +501,7 @@ def test_formats(dtype: DType, format_name: str | None, tmp_path: Path) -> None:
     """A network for TensorRT can be exported in every format that H100-class GPUs have, and a build of it planned."""
     graph = tiny_graph("AF F AF")
     source = network(tmp_path, quantized_graph(graph, format_name) if format_name else graph, dtype)
-    plan = plan_build(source, BuildSettings(), hashes=True)
+    plan = plan_build(source, BuildSettings())
     assert {kind for _, kind, _ in plan.tensors.values()} == {"INT64", "FLOAT", "HALF" if dtype == FLOAT16 else "BF16"}
     assert (plan.variant.number_format or "").startswith("" if format_name is None else format_name[:3])
     assert fit_problems(plan, H100, 10**12) == []
@@ -457,14 +511,12 @@ def test_formats(dtype: DType, format_name: str | None, tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit(tmp_path: Path) -> None:
-    plan = plan_build(network(tmp_path), BuildSettings(), hashes=False)
+    plan = plan_build(network(tmp_path), BuildSettings())
     small = Gpu(name="small", compute_capability=(9, 0), free_bytes=1000)
     host, device = fit_problems(plan, small, 10**9)
     assert "not enough host memory to build: expected about 10.0 GB (estimated), found 1.0 GB" in str(host)
     assert "not enough GPU memory to run the engine" in str(device)
-    assert (
-        fit_problems(plan_build(tmp_path / "network", BuildSettings(ignore_memory=True), hashes=False), small, 0) == []
-    )
+    assert fit_problems(plan_build(tmp_path / "network", BuildSettings(ignore_memory=True)), small, 0) == []
 
 
 WRONG_SETTINGS = {
@@ -480,14 +532,14 @@ WRONG_SETTINGS = {
 @pytest.mark.parametrize(("settings", "words"), WRONG_SETTINGS.values(), ids=WRONG_SETTINGS.keys())
 def test_settings_that_do_not_fit(settings: BuildSettings, words: str, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=words):
-        plan_build(network(tmp_path), settings, hashes=False)
+        plan_build(network(tmp_path), settings)
 
 
 def test_a_folder_without_a_network_for_tensorrt(tmp_path: Path) -> None:
     content = onnx.emit(tiny_graph("AF"), options_for({"onnxruntime": None}))
     save_folder(tmp_path / "network", content, kind="network", details={})
     with pytest.raises(EngineError, match="--target tensorrt"):
-        plan_build(tmp_path / "network", BuildSettings(), hashes=False)
+        plan_build(tmp_path / "network", BuildSettings())
 
 
 def test_dry_run_without_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,6 +555,7 @@ def test_dry_run_without_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for words in (
         "float32, no quantized linears, batch 1, cache of 128 tokens",
         "flags          VERSION_COMPATIBLE",
+        "import rules   those of TensorRT 11.4 are kept",
         "input_ids    1x1  1x64  1x64",
         "host memory    10.0 GB to build (estimated)",
         "not here: TensorRT cannot be imported (No module named 'tensorrt'): pip install",
@@ -571,6 +624,8 @@ def test_a_batch_that_is_left_open(machine: list[HostDevice], tmp_path: Path) ->
     )
     assert read_engine_manifest(engine).batch is None
     runner = TensorRt().open(engine, threads=None)
+    largest = 4 * runner.manifest.kv_bytes_per_token * 64
+    machine[-1].free = largest + largest // 8  # enough for the caches of one batch and the buffers of its calls
     for batch in (1, 4, 2):
         recorded = Recorded(runner, batch)
         recorded.decode(recorded.prefill(*(9, 3, 1, 8)[:batch]), steps=3)
@@ -578,9 +633,11 @@ def test_a_batch_that_is_left_open(machine: list[HostDevice], tmp_path: Path) ->
     assert machine[-1].captured == 3  # a graph freezes the batch
     with pytest.raises(EngineError, match="expected 1 to 4, found 5"):
         runner.start(5, 8)
-    machine[-1].free = 10
+    machine[-1].free = -largest
     with pytest.raises(EngineError, match="not enough GPU memory for a KV cache of 3 x 64 tokens"):
         runner.start(3, 8)
+    runner.close()
+    assert machine[-1].kept == 0  # the next engine's weights are TensorRT's own, and need the room
 
 
 @needs_bindings
@@ -737,7 +794,14 @@ def test_cuda_device() -> None:
         host.copy_(values, non_blocking=True)
     device.synchronize()
     assert host.tolist() == [20, 20, 20]  # capturing alone computes nothing
-    assert device.free_bytes() > 0
+    device.release()
+    free = device.free_bytes()
+    assert free > 0
+    large = device.zeros((2**28,), "uint8")
+    del large
+    assert device.free_bytes() < free  # PyTorch keeps it
+    device.release()
+    assert device.free_bytes() == free
 
 
 @pytest.mark.gpu
@@ -801,14 +865,20 @@ def test_a_recipe(machine: list[HostDevice], tmp_path: Path) -> None:
     save_folder(tmp_path / "model", hf.emit(tiny_graph("AF AF F"), hf.Options()), kind="checkpoint", details={})
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     made: list[str] = []
+    told: list[tuple[int, int, str]] = []
 
     def run() -> list[str]:
         made.clear()
-        recipe = read_recipe(tmp_path / "recipe.yaml")
-        run_recipe(recipe, tmp_path / "out", notify=lambda step, now: made.append(step) if now else None)
+        run_recipe(
+            read_recipe(tmp_path / "recipe.yaml"),
+            tmp_path / "out",
+            notify=lambda step, now: made.append(step) if now else None,
+            progress=lambda *step: told.append(step),
+        )
         return made
 
     assert run() == ["plain: network", "plain: engine", "half: network", "half: engine"]
+    assert [step for step in told if step[0] == step[1]][-1] == (2, 2, "Building Engine: Timing")
     manifests = [read_engine_manifest(tmp_path / "out" / name / "engine") for name in ("plain", "half")]
     assert [manifest.dtype for manifest in manifests] == ["float32", "float16"]
     assert [manifest.options["timing_cache"] for manifest in manifests] == ["begun", "continued"]

@@ -69,6 +69,7 @@ PLAIN = tiny_graph("AF F", num_key_value_heads=2)
     [
         (None, {}, {"gemm_plugin": "auto", "use_paged_context_fmha": "enable"}),
         ("fp8", {}, {"gemm_plugin": "fp8", "gemm_swiglu_plugin": "fp8", "use_fp8_context_fmha": "disable"}),
+        ("fp8", {}, {"use_paged_context_fmha": "enable"}),
         ("fp8", {"low_latency": True}, {"low_latency_gemm_plugin": "fp8"}),
         ("int8-smoothquant-token", {}, {"gemm_plugin": "auto", "use_paged_context_fmha": "enable"}),
     ],
@@ -92,6 +93,7 @@ def test_a_flag_for_all_needs_all(exclude: list[str], swiglu: bool, attention: s
     graph = quantize_linears(PLAIN, recipe, ranges_of(calibrate(PLAIN, np.zeros((1, 8), int), text="zeros"), PLAIN))
     options = options_of(checkpoint(graph, tmp_path / "checkpoint"))
     assert ("gemm_swiglu_plugin" in options, options["use_fp8_context_fmha"]) == (swiglu, attention)
+    assert options["use_paged_context_fmha"] == attention
 
 
 def test_our_class_is_found_by_the_build_and_by_its_workers(tmp_path: Path) -> None:

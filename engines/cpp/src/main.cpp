@@ -18,7 +18,7 @@ constexpr char kUsage[] =
     "usage: fuselage-bench bench ENGINE [options]    time an engine; results (JSON) on stdout, a table on stderr\n"
     "       fuselage-bench serve ENGINE [options]    time requests that come as JSON lines on stdin\n"
     "\n"
-    "  --threads N           threads of the runtime (its own choice if not given)\n"
+    "  --threads N           threads of the runtime (one per CPU of --cpus, else its own choice, if not given)\n"
     "  --cpus LIST           pin the process to these CPUs, e.g. 0,1\n"
     "  --library FILE        the runtime: libonnxruntime.so.X, libnvinfer.so.X or libnvinfer_lean.so.X\n"
     "  --cuda-library FILE   libcudart.so.X, for TensorRT\n"
@@ -119,8 +119,13 @@ int run(int argc, char** argv) {
     std::cout << kUsage;
     return 0;
   }
-  const CommandLine line = parse(argc, argv);
-  if (line.cpus) pin(*line.cpus);  // before a runtime starts threads: they inherit it
+  CommandLine line = parse(argc, argv);
+  if (line.cpus) {
+    // ONNX Runtime's own choice is a thread on every core of the machine, whatever the process is pinned to.
+    const auto pinned = static_cast<std::int64_t>(line.cpus->size());
+    if (!line.runner.threads && pinned < online_cpus()) line.runner.threads = pinned;
+    pin(*line.cpus);  // before a runtime starts threads: they inherit it
+  }
   const int ours = take_stdout();
   if (line.command == "bench") {
     const BenchReport report = bench(line.folder, line.settings, line.runner, line.cpus, command);

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstdio>
 #include <nlohmann/json.hpp>
-#include <thread>
 
 #include "contract.h"
 #include "error.h"
@@ -144,7 +143,7 @@ BenchReport bench(const std::string& folder, const BenchSettings& settings, cons
   Json results{{"results_schema", kResultsSchema},
                {"environment",
                 {{"cpu", cpu_name()},
-                 {"cores", std::max(1U, std::thread::hardware_concurrency())},
+                 {"cores", online_cpus()},
                  {"memory_gib", total_memory_gib()},
                  {"os", os_name()},
                  {"python", "none"},

@@ -68,6 +68,8 @@ std::string utc_now() {
   return text;
 }
 
+std::int64_t online_cpus() { return sysconf(_SC_NPROCESSORS_ONLN); }
+
 void pin(const std::vector<std::int64_t>& cpus) {
   cpu_set_t set;
   CPU_ZERO(&set);

@@ -23,6 +23,8 @@ std::string cpu_name();
 std::string os_name();
 std::string utc_now();  // ISO 8601
 
+std::int64_t online_cpus();  // of the machine, whatever this process may use
+
 // Pins this process, and the threads it starts later, to `cpus`. Throws Error.
 void pin(const std::vector<std::int64_t>& cpus);
 

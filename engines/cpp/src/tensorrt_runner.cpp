@@ -21,6 +21,7 @@ namespace fuselage {
 namespace {
 
 constexpr std::int64_t kAlignment = 256;  // bytes: of every address that TensorRT is given
+constexpr std::array<const char*, 4> kInputs{kInputIds, kPositionIds, kCacheWrite, kLogitsIndex};
 
 std::int64_t aligned(std::int64_t bytes) { return product({(bytes + kAlignment - 1) / kAlignment, kAlignment}); }
 
@@ -138,9 +139,9 @@ class TensorRt {
   std::unique_ptr<nvinfer1::IRuntime> runtime_;
 };
 
-// Everything bound for calls of one S.
+// Everything bound for the calls of one profile, large enough for its longest: none allocates while it is timed.
 struct Call {
-  std::int64_t tokens;  // S
+  std::int64_t tokens;  // S of the last call, whose shapes are set; 0: there was none
   // input_ids [B, S], position_ids [B, S], cache_write [B], logits_index [B], int64, each from an aligned place on: one
   // copy brings all to the GPU.
   std::array<std::int64_t, 4> offsets;  // bytes
@@ -159,7 +160,7 @@ struct Phase {
   const char* name;
   Profile profile;
   std::unique_ptr<nvinfer1::IExecutionContext> context;
-  std::optional<Call> call;  // the last
+  std::optional<Call> call;  // of the batch that was started
 };
 
 class TensorRtRunner final : public Runner {
@@ -247,11 +248,9 @@ class TensorRtRunner final : public Runner {
                     std::int64_t tokens) {
     if (filled_ + tokens > *engine_.capacity) throw Error("the KV cache is full");  // TensorRT ignores such a write
     Phase& phase = tokens == 1 ? decode_ : prefill_;
-    if (!phase.call || phase.call->tokens != tokens) {
-      phase.call.reset();
-      phase.call = bind(*phase.context, tokens);
-    }
+    if (!phase.call) phase.call = bind(*phase.context, phase.profile.tokens[2]);
     Call& call = *phase.call;
+    if (call.tokens != tokens) set_tokens(*phase.context, call, tokens);
     for (std::int64_t b = 0; b < batch_; ++b) {
       for (std::int64_t s = 0; s < tokens; ++s) {
         call.input(0)[b * tokens + s] = input_ids[static_cast<std::size_t>(b * row + first + s)];
@@ -289,19 +288,13 @@ class TensorRtRunner final : public Runner {
     call.has_run = true;
   }
 
-  // Makes the buffers of a call with S = `tokens` and binds them, and each cache as both its past and its present.
-  Call bind(nvinfer1::IExecutionContext& context, std::int64_t tokens) {
+  // Makes the buffers of calls with up to `longest` tokens and binds them, and each cache as both its past and present.
+  Call bind(nvinfer1::IExecutionContext& context, std::int64_t longest) {
     Call call{};
-    call.tokens = tokens;
-    const std::array<std::pair<const char*, std::vector<std::int64_t>>, 4> inputs{{{kInputIds, {batch_, tokens}},
-                                                                                   {kPositionIds, {batch_, tokens}},
-                                                                                   {kCacheWrite, {batch_}},
-                                                                                   {kLogitsIndex, {batch_}}}};
-    for (std::size_t index = 0; index < inputs.size(); ++index) {
+    const std::array<std::int64_t, 4> elements{product({batch_, longest}), product({batch_, longest}), batch_, batch_};
+    for (std::size_t index = 0; index < elements.size(); ++index) {
       call.offsets[index] = call.input_bytes;
-      std::int64_t bytes = 8;
-      for (const std::int64_t size : inputs[index].second) bytes = product({bytes, size});
-      call.input_bytes += aligned(bytes);
+      call.input_bytes += aligned(product({8, elements[index]}));
     }
     call.logits_bytes = product({batch_, engine_.vocab_size, 4});
     call.host_inputs = host_memory(cuda_, call.input_bytes);
@@ -311,27 +304,38 @@ class TensorRtRunner final : public Runner {
     const auto bind_tensor = [&](const std::string& name, void* address) {
       must(context.setTensorAddress(name.c_str(), address), "take an address for " + name);
     };
-    const auto bind_input = [&](const std::string& name, const std::vector<std::int64_t>& shape, void* address) {
-      must(context.setInputShape(name.c_str(), dims(shape)), "take the shape of " + name);
-      bind_tensor(name, address);
-    };
-    for (std::size_t index = 0; index < inputs.size(); ++index) {
-      void* address = static_cast<char*>(call.device_inputs.get()) + call.offsets[index];
-      bind_input(inputs[index].first, inputs[index].second, address);
+    for (std::size_t index = 0; index < kInputs.size(); ++index) {
+      bind_tensor(kInputs[index], static_cast<char*>(call.device_inputs.get()) + call.offsets[index]);
     }
     bind_tensor(kLogits, call.device_logits.get());
     for (const CacheSlot& slot : engine_.cache) {
-      const std::vector<std::int64_t> shape{batch_, slot.num_key_value_heads, *engine_.capacity, slot.head_dim};
-      bind_input(slot.key, shape, caches_.at(slot.key).memory.get());
-      bind_input(slot.value, shape, caches_.at(slot.value).memory.get());
+      bind_tensor(slot.key, caches_.at(slot.key).memory.get());
+      bind_tensor(slot.value, caches_.at(slot.value).memory.get());
       bind_tensor(slot.present_key, caches_.at(slot.key).memory.get());
       bind_tensor(slot.present_value, caches_.at(slot.value).memory.get());
+    }
+    return call;
+  }
+
+  // Sets the shapes of a call with S = `tokens`.
+  void set_tokens(nvinfer1::IExecutionContext& context, Call& call, std::int64_t tokens) {
+    const auto set_shape = [&](const std::string& name, const std::vector<std::int64_t>& shape) {
+      must(context.setInputShape(name.c_str(), dims(shape)), "take the shape of " + name);
+    };
+    set_shape(kInputIds, {batch_, tokens});
+    set_shape(kPositionIds, {batch_, tokens});
+    set_shape(kCacheWrite, {batch_});
+    set_shape(kLogitsIndex, {batch_});
+    for (const CacheSlot& slot : engine_.cache) {
+      const std::vector<std::int64_t> shape{batch_, slot.num_key_value_heads, *engine_.capacity, slot.head_dim};
+      set_shape(slot.key, shape);
+      set_shape(slot.value, shape);
     }
     const char* unknown = nullptr;
     if (context.inferShapes(1, &unknown) != 0) {
       logger_.fail(std::string("TensorRT lacks the shape of ") + (unknown == nullptr ? "an input" : unknown));
     }
-    return call;
+    call.tokens = tokens;
   }
 
   void allocate_caches(std::int64_t batch) {

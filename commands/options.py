@@ -1,0 +1,153 @@
+"""Options that several commands share, and what is written in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+MOST = 1 << 20  # GPUs, or sequences, that are predicted
+
+
+class Written(click.ParamType):
+    """A value with a way of its own to be written; `parse` raises ValueError, which says what is wrong."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name  # in capitals, what help shows for the value
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self._parse(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _numbers(text: str, least: int = 1) -> list[int]:
+    numbers = [int(part) if part.strip().isdecimal() else -1 for part in text.split(",")]
+    if min(numbers) < least:
+        raise ValueError(f"{text!r} is not a list of whole numbers >= {least}, like 1,4")
+    return numbers
+
+
+def _sizes(text: str) -> list[int]:
+    first, dots, last = text.partition("..")
+    if not dots:
+        return _numbers(text)
+    if not first.isdecimal() or not last.isdecimal() or not 1 <= int(first) <= int(last) <= MOST:
+        raise ValueError(f"{text!r} is not a range like 1..16")
+    low, high = int(first), int(last)
+    return [low << step for step in range((high // low).bit_length())]
+
+
+def _bytes(text: str) -> int:
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number = text.rstrip("BKMGTbkmgt")
+    unit = text[len(number) :].upper()
+    if not number.isdecimal() or int(number) < 1 or unit not in units:
+        raise ValueError(f"{text!r} is not a size like 500MB or 5GB")
+    return int(number) * units[unit]
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise ValueError(f"{text!r} is not a list of names with commas in between")
+    return names
+
+
+PATH = click.Path(path_type=Path)
+NUMBERS = Written("numbers", _numbers)  # 1,4
+INDICES = Written("numbers", lambda text: _numbers(text, least=0))  # 0,1
+SIZES = Written("numbers", _sizes)  # 1,8, or 1..16 for every doubling from 1 to 16
+BYTES = Written("size", _bytes)  # 500MB
+NAMES = Written("names", _names)  # vllm,llama.cpp
+
+model_argument = click.argument("model", type=PATH)
+output_option = click.option("-o", "--output", required=True, type=PATH, help="Where the result goes; must not exist.")
+force_option = click.option("--force", is_flag=True, help="Replace an output that Fuselage wrote earlier.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress bar and no closing words.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Check everything, list the files, write nothing.")
+plan_option = click.option("--plan", "plan_path", type=PATH, help="YAML: drop_attention, drop_ffn, fuse, parallel.")
+norm_option = click.option(
+    "--norm",
+    type=click.Choice(["fold", "last"]),
+    default="fold",
+    show_default=True,
+    help="Fused FFNs: fold each layer's own norm into its weights, or use the last layer's norm (the paper).",
+)
+text_option = click.option("--text", required=True, type=PATH, help='Text file, or .jsonl with a "text" per line.')
+shard_size_option = click.option(
+    "--shard-size",
+    "shard_bytes",
+    default="5GB",
+    show_default=True,
+    type=BYTES,
+    help="Largest weight file, e.g. 500MB or 5GB.",
+)
+readers_option = click.option(
+    "--check-for", "readers", default=(), type=NAMES, help="Refuse what these readers cannot load: vllm,llama.cpp,..."
+)
+
+
+def context_option(command: Callable[..., None]) -> Callable[..., None]:
+    """How much of the text, in windows of which length."""
+    command = click.option(
+        "--max-windows", type=click.IntRange(1), help="Use at most so many windows; all if not given."
+    )(command)
+    return click.option(
+        "--context", default=512, show_default=True, type=click.IntRange(2), help="Tokens per window of text."
+    )(command)
+
+
+results_option = click.option("-o", "--output", required=True, type=PATH, help="Results file (JSON); must not exist.")
+device_option = click.option(
+    "--device", default="cpu", show_default=True, help="Where to run the model: cpu, cuda, or cuda:1 of several GPUs."
+)
+
+
+def refuse_given(names: Collection[str], owner: str) -> None:
+    """Refuse options of the command at work that were given and mean nothing without their owner.
+
+    Args:
+        names: of the options' parameters.
+    """
+    ctx = click.get_current_context()
+    given = [
+        option.opts[-1]
+        for option in ctx.command.params
+        if option.name in names and ctx.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise click.UsageError(f"{', '.join(given)} {'belongs' if len(given) == 1 else 'belong'} to {owner}.")
+
+
+def open_planned(model: Path, plan_path: Path | None, norm: Any, *, need_weights: bool = True) -> tuple[Any, Any]:
+    """Open a model and apply the plan, if there is one, to its graph."""
+    from exporter.pipeline import apply_plan
+    from exporter.plan import read_plan
+    from exporter.read import open_model
+
+    checkpoint = open_model(model, need_weights=need_weights)
+    graph = checkpoint.graph if plan_path is None else apply_plan(checkpoint.graph, read_plan(plan_path), norm=norm)
+    return checkpoint, graph
+
+
+def block_range_from_text(graph: Any, layers: str, option: str = "--layers") -> tuple[int, int]:
+    """Parse "66-115", source layers, into the first and last index of the blocks that hold them."""
+    from exporter.passes.find_blocks import blocks_of_range
+
+    first, _, last = layers.partition("-")
+    if not first.isdecimal() or not last.isdecimal():
+        raise click.BadParameter(f"{layers!r} is not a range like 66-115", param_hint=option)
+    blocks = blocks_of_range(graph, (int(first), int(last)))
+    return blocks.start, blocks.stop - 1
+
+
+def blocks_from_text(graph: Any, layers: str) -> list[int]:
+    """Parse "8-14,20-22", source layers, into the indices of the blocks that hold them."""
+    ranges = [block_range_from_text(graph, part, "--blocks") for part in layers.split(",")]
+    return sorted({index for first, last in ranges for index in range(first, last + 1)})
