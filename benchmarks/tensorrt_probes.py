@@ -183,9 +183,7 @@ class Laboratory:
         return {name: buffers[name].float().cpu().numpy() for name in self.aliases(plan)}
 
     def _said(self) -> str:
-        said = "; ".join(self._logger.errors[: library.SHOWN_ERRORS])
-        self._logger.errors.clear()
-        return said
+        return library.said(self._logger)
 
 
 def accepts(file: str, *, parse_only: bool = False, **options: Any) -> Callable[[Laboratory, Path], Answer]:

@@ -17,11 +17,10 @@ from engines.results import EngineResult, EvaluatedModel, validation_problems
 from engines.structure_strip import layers_text
 from exporter.analysis.pictures import Picture, pictures_of
 from exporter.errors import EngineError
+from exporter.manifests import DEPENDENCY_FILE, PLAN_FILE
 from exporter.plan import Plan, read_plan
 from exporter.safetensors_io import read_json
 
-DEPENDENCY_FILE = "dependency.json"
-PLAN_FILE = "plan.yaml"
 MAX_DEPENDENCY_BYTES = 256 * 2**20  # three matrices of a thousand blocks take about 70 MB
 
 Kind = Literal["block", "attention", "ffn"]

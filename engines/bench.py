@@ -94,7 +94,8 @@ def bench_engines(
         grid: request shapes, see `request_grid`.
         rounds: requests per engine and shape that are kept.
         warmup: requests per engine and shape before those, thrown away.
-        threads: threads of each runtime; None leaves the choice to it.
+        threads: threads of each runtime; None leaves the choice to it, or takes one for each of `cpus` where these are
+            not all of the machine's: ONNX Runtime's choice is a thread on every core, whatever it is pinned to.
         cpus: CPUs that every worker is pinned to; None does not pin.
         seed: of the input tokens, the same for all engines and rounds.
         progress: called before each step.
@@ -107,6 +108,8 @@ def bench_engines(
     """
     began = datetime.now(timezone.utc)
     raise_all(_setting_problems(grid, rounds=rounds, warmup=warmup, threads=threads, cpus=cpus, seed=seed))
+    if threads is None and cpus is not None and len(set(cpus)) < (os.cpu_count() or 1):
+        threads = len(set(cpus))
     manifests, described = _checked_engines(engines, grid)
     if profile:
         raise_all(profiler_problems(manifest.backend for manifest in manifests))
@@ -435,5 +438,6 @@ def environment_here(
         warmup_rounds=warmup_rounds,
         seed=seed,
         utc=utc,
-        command=tuple(sys.orig_argv),
+        # Arguments are bytes to the system; what is not UTF-8 in them could not be written as JSON.
+        command=tuple(os.fsencode(word).decode(errors="replace") for word in sys.orig_argv),
     )

@@ -219,7 +219,6 @@ def csv_of(parts: Sequence[tuple[Comparison, Figures, Intervals]]) -> str:
 
 
 def _lines(comparison: Comparison, figures: Figures, intervals: Intervals) -> Iterator[tuple[object, ...]]:
-    base = comparison.baseline
     unit_names = {"gib": "GiB", "count": "", "parameters": "", "perplexity": "", "number": ""}
     shapes = comparison.shapes
     timed, others = ([metric for metric in METRICS if metric.is_timed is is_timed] for is_timed in (True, False))
@@ -238,7 +237,7 @@ def _lines(comparison: Comparison, figures: Figures, intervals: Intervals) -> It
                 metric.name,
                 unit_names.get(metric.unit, metric.unit),
                 f"{value:.9g}",
-                "" if quotient is None else _inert(base.label),
+                "" if quotient is None else _inert(comparison.baseline.label),
                 "" if quotient is None else f"{quotient:.6g}",
                 *(("", "") if interval is None else (f"{interval.low:.6g}", f"{interval.high:.6g}")),
                 cell.rounds if metric.is_timed and cell is not None else "",

@@ -81,7 +81,12 @@ def missing(backend: str) -> list[str]:
         return ["the C++ benchmark program runs on Linux"]
     problems = []
     if _compiler() is None:
-        problems.append("there is no C++ compiler: install g++ or clang++, or set CXX")
+        named = os.environ.get("CXX")
+        problems.append(
+            f"there is no C++ compiler {named!r}: set CXX to a program, without options or a launcher"
+            if named
+            else "there is no C++ compiler: install g++ or clang++, or set CXX"
+        )
     if _cmake() is None:
         problems.append("there is no CMake: pip install cmake")
     if shutil.which("make") is None and shutil.which("ninja") is None:
@@ -180,8 +185,8 @@ def _cmake() -> str | None:
 
 def _cache_folder() -> Path:
     if os.environ.get("FUSELAGE_CACHE"):
-        return Path(os.environ["FUSELAGE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fuselage"
+        return Path(os.environ["FUSELAGE_CACHE"]).absolute()  # workers are started in another folder
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "fuselage"
 
 
 def _digest(settings: Mapping[str, str]) -> str:

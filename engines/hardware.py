@@ -57,7 +57,7 @@ class Gpu(_Table):
     memory_gb: Rate
     memory_gb_per_s: Rate
     tflops: dict[str, Rate]  # name of an `exporter.dtypes` dtype -> dense rate of matrix products
-    links: tuple[Link, ...]  # the fastest first
+    links: tuple[Link, ...]  # by the size of the largest group, the smallest first
     source: Source
 
     @property

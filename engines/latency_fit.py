@@ -124,12 +124,14 @@ def leave_one_out(observations: Sequence[Observation], criterion: Criterion = "l
 
 
 def _fit_from(start: Constants, observations: Sequence[Observation], criterion: Criterion) -> Fit:
-    """The best fit on the way from `start` to where nothing changes any more."""
-    fits = [_fit_once(observations, criterion, start)]
-    before = start
-    while len(fits) < MOST_ROUNDS and not np.allclose(astuple(fits[-1].constants), astuple(before), rtol=1e-9, atol=0):
-        before = fits[-1].constants
-        fits.append(_fit_once(observations, criterion, before))
+    """The best fit on the way from `start` to where nothing changes any more, or to where the way has been before."""
+    fits, seen = [_fit_once(observations, criterion, start)], [astuple(start)]
+    while len(fits) < MOST_ROUNDS:
+        found = astuple(fits[-1].constants)
+        if any(np.allclose(found, before, rtol=1e-9, atol=0) for before in seen):
+            break
+        seen.append(found)
+        fits.append(_fit_once(observations, criterion, fits[-1].constants))
     return min(fits, key=lambda fit: fit.loss(criterion))
 
 
@@ -256,7 +258,7 @@ def observations_from_results(results: Results, gpu: Gpu) -> list[Observation]:
         # While it decodes, a sequence grows from one token more than its input to one less than input and output.
         context = cell.input_len + cell.output_len // 2
         measured = [("time to first token", Tokens.prefill(cell.batch, cell.input_len), cell.ttft_ms)]
-        if cell.output_len > 1:
+        if cell.output_len > 1 and statistics.median(cell.inter_token_ms) > 0:
             measured.append(("decode", Tokens.decode(cell.batch, context), cell.inter_token_ms))
         found += [
             Observation(

@@ -6,6 +6,8 @@ import os
 import platform
 from pathlib import Path
 
+SYSTEM_CPUS = Path("/sys/devices/system/cpu")
+
 
 def cpu_name() -> str:
     """Return the CPU's name as the system gives it, else its architecture."""
@@ -18,13 +20,24 @@ def cpu_name() -> str:
 
 
 def cpus_for(threads: int | None) -> list[int] | None:
-    """Return the CPUs to pin a benchmark of so many threads to: the first ones this process may use, or all of them.
+    """Return the CPUs to pin a benchmark of so many threads to, of those this process may use; None: all of them.
+
+    The first CPU of every core comes before the second of any: two threads on one core are half as fast.
 
     None where the system cannot pin.
     """
     if not hasattr(os, "sched_getaffinity"):
         return None
-    return sorted(os.sched_getaffinity(0))[:threads]
+    usable = sorted(os.sched_getaffinity(0))
+    cores = [_core_of(cpu) for cpu in usable]
+    turns = [cores[:index].count(core) for index, core in enumerate(cores)]  # how many of its core came before
+    return sorted(cpu for _, cpu in sorted(zip(turns, usable, strict=True))[:threads])
+
+
+def _core_of(cpu: int) -> str:
+    """What all CPUs of one core have in common: the list of them; the number alone where the system does not tell."""
+    siblings = SYSTEM_CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list"
+    return siblings.read_text() if siblings.exists() else str(cpu)
 
 
 def version_numbers(text: str) -> tuple[int, ...]:

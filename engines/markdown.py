@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 
@@ -12,9 +13,11 @@ class Verbatim(str):
 def markdown_escaped(text: str) -> str:
     """Escape what Markdown or GitHub would take for markup."""
     escaped = "".join(f"\\{character}" if character in "\\`*_[]|~#$" else character for character in text)
-    # A mention would notify somebody, an entity is the only way to write one without.
-    entities = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "&#64;", "\n": " ", "\r": " "}
-    return "".join(entities.get(character, character) for character in escaped)
+    entities = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "\n": " ", "\r": " "}
+    escaped = "".join(entities.get(character, character) for character in escaped)
+    # GitHub looks for mentions, issues and addresses in what is rendered, where escapes and entities are gone: a space
+    # of no width is what keeps "@team" from being notified (github.com/github/cmark-gfm, issue 181).
+    return re.sub(r"[@#]|:(?=//)|www(?=\.)", r"\g<0>&#8203;", escaped, flags=re.IGNORECASE)
 
 
 def finalized(value: Any) -> Any:

@@ -119,7 +119,23 @@ class OnnxRuntime:
             raise EngineError("engine of another backend", file=engine, expected=NAME, found=manifest.backend)
         if manifest.network_file not in folder.files:
             raise EngineError("the network is not in the engine folder", file=engine, found=manifest.network_file)
+        _check_version(manifest, engine)
         return OnnxRuntimeRunner(manifest, _session(manifest, engine, threads, profile))
+
+
+def _check_version(manifest: EngineManifest, engine: Path) -> None:
+    """Refuse an ONNX Runtime older than the build's: that it runs this network, and with which kernels, nobody saw."""
+    import onnxruntime
+
+    built_with = manifest.runtime.get(NAME, "")
+    if version_numbers(onnxruntime.__version__) < version_numbers(built_with):
+        raise EngineError(
+            "ONNX Runtime is older than the one that the engine was built with",
+            file=engine,
+            expected=f"{built_with} or later",
+            found=onnxruntime.__version__,
+            hint="build the engine again, or install that version",
+        )
 
 
 class EngineOptions(BaseModel):

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engines.results import validation_problems
 from exporter.errors import EngineError
+from exporter.manifests import ERRORS_FILE
 from exporter.safetensors_io import read_json
 
-ERRORS_FILE = "errors.json"
 MAX_ERRORS_BYTES = 64 * 2**20
 WORST = 6  # linears that a report lists
 
@@ -34,7 +34,7 @@ class LinearError(_Table):
 
     name: Text
     relative_error: Number
-    sqnr_db: float
+    sqnr_db: float | None  # None: nothing is lost
     saturation: Number | None
 
 

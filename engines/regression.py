@@ -8,6 +8,7 @@ one load of an engine to the next, or from day to day on a shared machine, no nu
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
@@ -37,6 +38,13 @@ def adjusted_p_values(runs: Sequence[tuple[Sequence[float], Sequence[float]]]) -
     from scipy.stats import false_discovery_control, mannwhitneyu
 
     return [float(p) for p in false_discovery_control([mannwhitneyu(new, old).pvalue for new, old in runs])]
+
+
+def least_adjusted_p_value(rounds: int, rounds_before: int, figures: int) -> float:
+    """The adjusted p value of the only one of so many figures that changed, with no overlap between its two runs."""
+    from scipy.stats import mannwhitneyu
+
+    return min(1.0, figures * float(mannwhitneyu(range(rounds), range(rounds, rounds + rounds_before)).pvalue))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +108,12 @@ def compare_results(before: Results, after: Results, *, metrics: Sequence[str] |
                 found=rounds,
                 hint="repeat bench with more --rounds",
             )
-    measured = [(old, new, metric) for old, new in pairs for metric in chosen if getattr(old, metric)]
+    measured = [
+        (old, new, metric)
+        for old, new in pairs
+        for metric in chosen
+        if min((*getattr(old, metric), *getattr(new, metric)), default=0) > 0  # of no time there is no ratio
+    ]
     if not measured:
         raise EngineError(
             "the shared cells have nothing of that metric", expected="output_len above 1", found=", ".join(chosen)
@@ -109,7 +122,8 @@ def compare_results(before: Results, after: Results, *, metrics: Sequence[str] |
     changes = tuple(
         _change(old, new, metric, p_value) for (old, new, metric), p_value in zip(measured, p_values, strict=True)
     )
-    return Changes(changes=changes, notes=tuple(_notes(before, after, engines, pairs)))
+    notes = (*_notes(before, after, engines, pairs), *_doubts(measured))
+    return Changes(changes=changes, notes=notes)
 
 
 def _common_engines(before: Results, after: Results) -> dict[str, tuple[EngineResult, EngineResult]]:
@@ -174,6 +188,21 @@ def _notes(
         for cell in results.cells:
             if (cell.engine, cell.shape) not in shared:
                 yield f"Only {name}: {cell.engine}, {cell.shape}."
+
+
+def _doubts(measured: Sequence[tuple[Cell, Cell, str]]) -> Iterator[str]:
+    """Say so where the rounds are too few for a figure to be flagged that alone has changed."""
+    figures = len(measured)
+    if all(
+        least_adjusted_p_value(*rounds, figures) <= SIGNIFICANCE
+        for rounds in {(len(new.ttft_ms), len(old.ttft_ms)) for old, new, _ in measured}
+    ):
+        return
+    enough = next(n for n in itertools.count(LEAST_ROUNDS) if least_adjusted_p_value(n, n, figures) <= SIGNIFICANCE)
+    yield (
+        f"Of {figures} figures, one that changed alone passes for noise with so few rounds, however much it changed:"
+        f" that takes {enough} rounds in both runs, or fewer figures."
+    )
 
 
 def _labels(results: Results) -> str:

@@ -140,7 +140,7 @@ def report_from_results(
             Raised before the first pair.
         CheckpointError, PlanError: a file of the analysis is missing or malformed. Likewise.
     """
-    contents = dict(zip(_names(paths), map(read_results_bytes, paths), strict=True))
+    contents = dict(zip(names_of(paths), map(read_results_bytes, paths), strict=True))
     sources = [
         (name, results_from_json(content, file=path))
         for path, (name, content) in zip(paths, contents.items(), strict=True)
@@ -161,15 +161,15 @@ def report_from_results(
     return _rendered(contents, comparison, title, study, rounding, predicted, calibration)
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
-    """What a report calls its files: their names, with their folders where two have the same.
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """What a report calls its files and folders: their names, with where they lie if two have the same.
 
     Raises:
-        EngineError: a file is given twice.
+        EngineError: one is given twice.
     """
     twice = next((path for index, path in enumerate(paths) if path in paths[:index]), None)
     if twice is not None:
-        raise EngineError("a results file is given twice", file=twice, hint="give each once")
+        raise EngineError("a file or folder is given twice", file=twice, hint="give each once")
     count = Counter(path.name for path in paths)
     return [path.name if count[path.name] == 1 else str(path) for path in paths]
 
@@ -275,10 +275,10 @@ def summary_sentence(comparison: Comparison, figures: Figures, shape: RequestSha
     """Say in one sentence how the variants compare with the baseline, slower ones included."""
     base = comparison.baseline
     base_ms, what = pace_of(figures.get((base.label, shape)))
-    if base_ms is None or len(comparison.engines) == 1:
+    if base_ms is None or base.kind == "emulated" or len(comparison.engines) == 1:
         paces = ((engine, pace_of(figures.get((engine.label, shape)))[0]) for engine in comparison.engines)
         parts = [f"{named(engine)} takes {digits(pace)} ms {what}" for engine, pace in paces if pace is not None]
-        return f"{_few(parts)} at {shape}."
+        return f"{_few(parts) if parts else 'No engine has a time per token'} at {shape}."
     parts = []
     for engine in comparison.engines[1:CHARTED]:
         pace, _ = pace_of(figures.get((engine.label, shape)))
@@ -321,19 +321,11 @@ def _tile(
 ) -> dict[str, Any]:
     base_ms, _ = pace_of(figures.get((comparison.baseline.label, shape)))
     pace, what = pace_of(figures.get((engine.label, shape)))
-    if base_ms is None or pace is None:
+    if base_ms is None or pace is None or not have_comparable_times(engine, comparison.baseline):
         return {
             "engine": engine,
             "number": NOTHING,
-            "words": "no measurement to compare",
-            "interval": "",
-            "verdict": "neutral",
-        }
-    if engine.kind == "emulated":
-        return {
-            "engine": engine,
-            "number": NOTHING,
-            "words": "its time says nothing",
+            "words": "its time says nothing" if engine.kind == "emulated" else "no measurement to compare",
             "interval": "",
             "verdict": "neutral",
         }

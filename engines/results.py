@@ -19,7 +19,16 @@ from statistics import median
 from typing import Annotated, Final, Literal, NamedTuple
 
 import numpy as np
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import from_json
 
 from engines.profile import Profile
@@ -36,8 +45,9 @@ Label = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r
 Text = Annotated[str, StringConstraints(max_length=10_000)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
-Duration = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Of ms, s or GiB. The bounds are far from anything real, and keep finite whatever is computed from such numbers.
+Duration = Annotated[float, Field(ge=1e-12, le=1e15, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
 
 
 class _Strict(BaseModel):
@@ -150,7 +160,7 @@ class TaskScore(_Strict):
 class Accuracy(_Strict):
     """Quality of a model on held-out text and tasks; None is what was not measured."""
 
-    perplexity: Duration | None = None
+    perplexity: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # of a broken model beyond bounds
     kl_divergence: Amount | None = None  # from the reference model, nats per token
     top1_agreement: Annotated[float, Field(ge=0, le=1)] | None = None  # with the reference model
     tasks: tuple[TaskScore, ...] = Field(default=(), max_length=1000)
@@ -468,6 +478,24 @@ def json_from_results(results: Results) -> bytes:
         lines = ",\n".join(f"  {json.dumps(entry, allow_nan=False)}" for entry in document[key])
         parts.append(f'"{key}": [\n{lines}\n]')
     return ("{\n" + ",\n".join(parts) + "\n}\n").encode()
+
+
+def engine_label(label: str | None, folder: Path) -> str:
+    """Return what reports are to call an engine: its label, the folder's name if it has none.
+
+    Raises:
+        EngineError: results files do not take it: what was built or measured under it could not be kept.
+    """
+    text = label or folder.absolute().name
+    try:
+        return TypeAdapter[str](Label).validate_python(text)
+    except ValidationError as error:
+        raise EngineError(
+            "this cannot be the label of an engine",
+            expected="one line of at most 100 characters",
+            found=ascii(text),
+            hint="give another --label",
+        ) from error
 
 
 def validation_problems(error: ValidationError) -> str:

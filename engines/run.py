@@ -18,11 +18,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines.analysis import PLAN_FILE
 from engines.backends import backend_named
 from engines.base import Backend
-from engines.bench import Progress as BenchProgress
-from engines.bench import bench_engines, request_grid
+from engines.bench import Progress, bench_engines, request_grid
 from engines.cpp_program import refuse_missing, worker_for
 from engines.hardware import gpu_named, read_gpus
 from engines.latency_model import stages_of, structure_from_graph
@@ -36,24 +34,30 @@ from exporter.analysis.tasks import check_tasks, run_tasks
 from exporter.dtypes import BY_NAME, DType
 from exporter.errors import EngineError, raise_all
 from exporter.graph import ModelGraph, structure
+from exporter.manifests import ERRORS_FILE, PLAN_FILE
 from exporter.network import NETWORK_KIND
+from exporter.passes.quantize_linears import quantize_linears
 from exporter.pipeline import (
     Step,
     apply_plan,
     checkpoint_writing,
     network_writing,
+    refuse_overlap,
     run_step,
     save,
     source_fingerprint,
     trtllm_writing,
 )
 from exporter.plan import Plan, read_plan
+from exporter.ranges import unmeasured_ranges
 from exporter.read import Checkpoint, open_model
 from exporter.recipe import (
+    STEP_FOLDERS,
     AnalysisRecipe,
     BenchRecipe,
     CalibrationRecipe,
     EvaluateRecipe,
+    NetworkRecipe,
     PredictRecipe,
     Recipe,
     TensorRtLlmRecipe,
@@ -61,9 +65,11 @@ from exporter.recipe import (
     WindowsRecipe,
 )
 from exporter.safetensors_io import read_json
-from exporter.writers import trtllm
+from exporter.writers import hf, trtllm
 from exporter.writers.files import Manifest, check_folder, json_bytes, save_folder
-from exporter.writers.onnx import options_for
+from exporter.writers.onnx import check_structure
+from exporter.writers.onnx_options import Options as OnnxOptions
+from exporter.writers.onnx_options import options_for
 from exporter.writers.onnx_quantization import number_format
 from exporter.writers.trtllm_config import CHECKPOINT_KIND
 
@@ -83,28 +89,32 @@ def run_recipe(
     output: Path,
     *,
     notify: Notify | None = None,
-    bench_progress: BenchProgress | None = None,
+    progress: Progress | None = None,
     note: Note | None = None,
 ) -> Path:
     """Carry out a recipe; returns the report's folder (the output folder if the recipe has no benchmark).
 
-    `note` is called with what people should know: that a program is built, or which one stood in for another.
+    `note` is called with what people should know: that a program is built, or which one stood in for another;
+    `progress` before each step of a build, by backends that know, and of the benchmark.
 
-    Every plan is applied to the model's structure before the first file is written, so that a plan that does not fit
-    is known at once, and so is a task that nobody knows. Steps that are complete and whose inputs are the same are not
-    repeated.
+    Every plan, and every quantization, is applied to the model's structure before the first file is written, and held
+    against what its network can express, so that what does not fit is known at once, and so is a task that nobody
+    knows. Steps that are complete and whose inputs are the same are not repeated.
 
     Raises:
         FuselageError: of the step that failed; the steps before it stay.
     """
     tell = notify if notify is not None else lambda step, made: None
-    backend = _backend(recipe)
+    backend = _backend(recipe, progress)
     raise_all([EngineError(problem) for problem in backend.missing()])
     if recipe.bench is not None and recipe.bench.runtime == "cpp":
         refuse_missing(backend.name)
     if recipe.bench is not None and recipe.bench.profile:
         raise_all(profiler_problems([backend.name]))
+    for name in (*STEP_FOLDERS, *(variant.name for variant in recipe.variants)):
+        refuse_overlap(recipe.model, output / name)
     source = open_model(recipe.model, need_weights=True)
+    _check_texts(recipe, source)
     prediction = None if recipe.predict is None else _prediction(recipe.predict, source.graph)
     plans = {variant.name: variant.plan for variant in recipe.variants if variant.plan != "auto"}
     graphs = {
@@ -112,6 +122,9 @@ def run_recipe(
         for variant in recipe.variants
         if variant.name in plans
     }
+    for variant in recipe.variants:
+        if variant.name in graphs:
+            _check_variant(recipe, variant, graphs[variant.name])
     if recipe.evaluate is not None and recipe.evaluate.tasks:
         wanted = recipe.evaluate
         check_tasks(
@@ -130,6 +143,7 @@ def run_recipe(
             if variant.plan == "auto":
                 plans[variant.name] = suggested
                 graphs[variant.name] = apply_plan(source.graph, suggested, norm=variant.norm)
+                _check_variant(recipe, variant, graphs[variant.name])
     calibration: tuple[Path, Manifest] | None = None
     if recipe.calibration is not None and any(variant.quantize is not None for variant in recipe.variants):
         step = _calibration_step(recipe.calibration, output / "calibration", source, source_key)
@@ -184,7 +198,7 @@ def run_recipe(
             untimed[variant.name] = {"structure": structure(graph), "number_format": number_format(graph)}
     if recipe.bench is None:
         return output
-    step = _bench_step(recipe.bench, output / "benchmark", engines, bench_progress, note)
+    step = _bench_step(recipe.bench, output / "benchmark", engines, progress, note)
     manifest = _done(step, tell)
     if evaluations:
         step = _results_step(output / "results", step.folder, manifest, evaluations, untimed)
@@ -192,6 +206,34 @@ def run_recipe(
     step = _report_step(recipe, output / "report", step.folder, manifest, analysis, quantizations, prediction)
     _done(step, tell)
     return step.folder
+
+
+def _check_variant(recipe: Recipe, variant: VariantRecipe, graph: ModelGraph) -> None:
+    """Raise what keeps a variant from being written as a Hugging Face folder or as a network; reads nothing."""
+    if variant.quantize is not None:
+        graph = quantize_linears(graph, variant.quantize, unmeasured_ranges(graph))
+        raise_all(hf.check(graph, hf.Options()))
+    if not variant.bench:
+        return
+    if isinstance(recipe.network, TensorRtLlmRecipe):
+        raise_all(trtllm.check(graph, _trtllm_options(recipe.network)))
+    else:
+        raise_all(check_structure(graph, _onnx_options(recipe.network, variant)))
+
+
+def _check_texts(recipe: Recipe, source: Checkpoint) -> None:
+    """Raise what would keep the recipe's texts from being measured, and a wish that no measurement could fulfil."""
+    from exporter.text import check_text, open_tokenizer
+
+    texts = [wanted.text for wanted in (recipe.analysis, recipe.calibration, recipe.evaluate) if wanted is not None]
+    for text in filter(None, texts):
+        check_text(text)
+    if any(texts):
+        open_tokenizer(source.path, source.graph.vocab_size)
+    if recipe.analysis is not None:
+        from exporter.suggest import Wishes, check_wishes  # imports torch
+
+        check_wishes(source.graph, Wishes(drop=recipe.analysis.drop))
 
 
 def _done(step: Step, tell: Notify) -> Manifest:
@@ -205,7 +247,13 @@ def _windows(text: Path, wanted: WindowsRecipe, source: Checkpoint) -> np.ndarra
     from exporter.text import open_tokenizer, token_windows
 
     tokenizer = open_tokenizer(source.path, source.graph.vocab_size)
-    return token_windows(text, tokenizer, context=wanted.context, max_windows=wanted.max_windows)
+    return token_windows(
+        text,
+        tokenizer,
+        vocab_size=source.graph.vocab_size,
+        context=wanted.context,
+        max_windows=wanted.max_windows,
+    )
 
 
 def _analysis_step(wanted: AnalysisRecipe, folder: Path, source: Checkpoint, source_key: Mapping[str, Any]) -> Step:
@@ -302,7 +350,7 @@ def _checkpoint_step(
         written = graph
         if variant.quantize is not None and calibration is not None and quantization is not None:
             from exporter.calibration import read_calibration  # imports torch
-            from exporter.quantize import ERRORS_FILE, quantize, strengths_from_errors
+            from exporter.quantize import quantize, strengths_from_errors
 
             strengths = strengths_from_errors(read_json(quantization[0] / ERRORS_FILE))
             known = read_calibration(calibration[0])
@@ -331,11 +379,10 @@ def _network_step(
 
     def make(details: Mapping[str, Any]) -> None:
         if isinstance(wanted, TensorRtLlmRecipe):
-            ranks = trtllm.Options(tp_size=wanted.tp, pp_size=wanted.pp, split_embedding=wanted.split_embedding)
+            ranks = _trtllm_options(wanted)
             save(trtllm_writing(origin, graph, folder, options=ranks, details=details, force=True))
         else:
-            dtypes: dict[str, DType | None] = {wanted.target: BY_NAME[wanted.dtype]}
-            options = options_for(dtypes, max_positions=wanted.max_positions, batch=wanted.batch)
+            options = _onnx_options(wanted, variant)
             save(network_writing(origin, graph, folder, options=options, details=details, force=True))
 
     inputs = {
@@ -346,6 +393,15 @@ def _network_step(
     }
     kind = CHECKPOINT_KIND if isinstance(wanted, TensorRtLlmRecipe) else NETWORK_KIND
     return Step(name=f"{variant.name}: network", folder=folder, kind=kind, inputs=inputs, make=make)
+
+
+def _trtllm_options(wanted: TensorRtLlmRecipe) -> trtllm.Options:
+    return trtllm.Options(tp_size=wanted.tp, pp_size=wanted.pp, split_embedding=wanted.split_embedding)
+
+
+def _onnx_options(wanted: NetworkRecipe, variant: VariantRecipe) -> OnnxOptions:
+    dtypes: dict[str, DType | None] = {wanted.target: BY_NAME[variant.dtype or wanted.dtype]}
+    return options_for(dtypes, max_positions=wanted.max_positions, batch=wanted.batch)
 
 
 def _prediction(wanted: PredictRecipe, graph: ModelGraph) -> Wanted:
@@ -361,11 +417,11 @@ def _prediction(wanted: PredictRecipe, graph: ModelGraph) -> Wanted:
     )
 
 
-def _backend(recipe: Recipe) -> Backend:
+def _backend(recipe: Recipe, progress: Progress | None) -> Backend:
     """What builds a recipe's engines."""
     wanted = recipe.network
     if not isinstance(wanted, TensorRtLlmRecipe):
-        return backend_named(wanted.target, _engine_options(recipe))
+        return backend_named(wanted.target, _engine_options(recipe), progress)
     settings = BuildSettings(
         max_batch_size=wanted.max_batch,
         max_seq_len=wanted.max_seq_len,
@@ -396,7 +452,7 @@ def _bench_step(
     bench: BenchRecipe,
     folder: Path,
     engines: list[tuple[Path, Manifest]],
-    progress: BenchProgress | None,
+    progress: Progress | None,
     note: Note | None,
 ) -> Step:
     def make(details: Mapping[str, Any]) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,17 @@ import torch
 
 from exporter.dtypes import FLOAT32
 from exporter.errors import FuselageError
-from exporter.graph import FFN, Attention, Block, LinearSublayer, ModelGraph, members, structure, weights
+from exporter.graph import (
+    FFN,
+    Attention,
+    Block,
+    LinearSublayer,
+    ModelGraph,
+    linear_names,
+    members,
+    structure,
+    weights,
+)
 from exporter.hidden_states import HiddenStates, check_finite, states_folder
 from exporter.lazy import LazyTensor, array, concat, full
 from exporter.ranges import DOWN_PROJ, BlockRanges, Ranges, SublayerRanges
@@ -89,10 +98,13 @@ def calibrate(
     """
     if percentile is not None and not 50 <= percentile <= 100:
         raise CalibrationError("a percentile of activations", expected="50 to 100", found=percentile)
+    quantized = next((name for name, linear in linear_names(graph).items() if linear.quantization is not None), None)
+    if quantized is not None:
+        raise CalibrationError("the model is quantized already", found=quantized, hint="calibrate the original")
     reference = Reference(graph, device=device, dtype=dtype)
     shape = (*tokens.shape, graph.hidden_size)
     identity = fingerprint(graph)
-    key = hashlib.sha256(f"{identity} {percentile} {dtype}".encode() + tokens.tobytes()).hexdigest()
+    key = hashlib.sha256(f"{identity} {percentile} {dtype} {shape}".encode() + tokens.tobytes()).hexdigest()
     with states_folder(work, 4 * math.prod(shape), budget_bytes) as folder:
         states = HiddenStates(shape, dtype, folder, key)
         found: dict[str, np.ndarray] = {}
@@ -112,8 +124,6 @@ def calibrate(
             states.commit(index + 1, {name: values.tolist() for name, values in found.items()} if folder else {})
     if progress is not None:
         progress(len(graph.blocks), len(graph.blocks))
-    if work is not None:
-        shutil.rmtree(work)
     return Calibration(fingerprint=identity, text=text, tokens=tokens.size, percentile=percentile, ranges=found)
 
 
@@ -235,12 +245,6 @@ def _range(calibration: Calibration, name: str, size: int) -> LazyTensor:
         raise CalibrationError(f"the range of {name} has another size", expected=size, found=len(values))
     if not np.isfinite(values).all() or (values < 0).any():
         raise CalibrationError(f"the range of {name} is not made of finite numbers", found=values.max())
-    if not values.any():
-        raise CalibrationError(
-            f"the range of {name} is zero in all channels",
-            found=0.0,
-            hint="a dead input has no scale: calibrate on more text, or exclude the linear",
-        )
     return array(values)
 
 

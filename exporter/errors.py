@@ -5,7 +5,9 @@ Anything else that escapes is a bug. Printing and exit codes belong to the comma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 
 class FuselageError(Exception):
@@ -84,6 +86,27 @@ class OutputError(FuselageError):
 
 class EngineError(FuselageError):
     """An engine folder, result file or runtime that is incomplete, altered or does not fit this machine."""
+
+
+def differences(what: str, values: Iterable[tuple[int | None, Any]]) -> Iterator[TargetError]:
+    """Yield an error for every block that differs from the majority in something that a target says once.
+
+    Args:
+        values: (block, or None for the final norm; value).
+    """
+    values = list(values)
+    if not values:
+        return
+    ((usual, _),) = Counter(value for _, value in values).most_common(1)
+    for index, value in dict.fromkeys(values):
+        if value != usual:
+            where = "" if index is not None else " (of the final norm)"
+            yield TargetError(
+                f"the whole model has one {what}",
+                block=index,
+                expected=f"{usual} as elsewhere",
+                found=f"{value}{where}",
+            )
 
 
 SHOWN_PROBLEMS = 12

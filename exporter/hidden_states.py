@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +17,12 @@ import torch
 
 from exporter.errors import CheckpointError, OutputError
 from exporter.graph import ModelGraph, weights
-from exporter.lazy import LazyTensor
+from exporter.lazy import is_finite, leaves
 
 PROGRESS_FILE = "progress.json"
+OWN_FILES = re.compile(r"progress\.(json|new)|.+\.[01]\.float32")
+# Without its blocks, a mapped file kills the process where the disk is full. macOS cannot reserve them.
+RESERVE = getattr(os, "posix_fallocate", lambda fd, offset, size: os.ftruncate(fd, offset + size))
 
 
 class HiddenStates:
@@ -35,11 +39,18 @@ class HiddenStates:
         self._commits = 0
 
     def progress(self) -> dict[str, Any] | None:
-        """What the last commit of an interrupted run said, None if there was none."""
+        """What the last commit of an interrupted run said, None if there was none.
+
+        Raises:
+            OutputError: it was another run.
+        """
         if self._folder is None or not (self._folder / PROGRESS_FILE).exists():
             return None
-        saved = json.loads((self._folder / PROGRESS_FILE).read_text())
-        if saved["key"] != self._key:
+        try:
+            saved = json.loads((self._folder / PROGRESS_FILE).read_text())
+        except ValueError as error:
+            raise OutputError("malformed", file=self._folder / PROGRESS_FILE, hint="give another folder") from error
+        if not isinstance(saved, dict) or saved.get("key") != self._key:
             raise OutputError(
                 "the folder holds hidden states of another measurement", file=self._folder, hint="give another folder"
             )
@@ -75,17 +86,41 @@ class HiddenStates:
             raise AssertionError("Bug: hidden states in memory have no files")
         path = self._folder / f"{name}.{commit % 2}.float32"
         if mode == "r+" and not path.exists():
-            with path.open("wb") as file:
-                file.truncate(4 * math.prod(self._shape))
+            _make_file(path, 4 * math.prod(self._shape))
         return np.memmap(path, np.float32, mode, shape=self._shape)
 
 
-@contextmanager
+def _make_file(path: Path, size: int) -> None:
+    try:
+        with path.open("wb") as file:
+            RESERVE(file.fileno(), 0, size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OutputError(
+            f"cannot hold hidden states: {error.strerror}",
+            file=path.parent,
+            expected=f"{size:,} bytes for {path.name}",
+            hint="take fewer windows, or --resume FOLDER on a larger disk",
+        ) from error
+
+
+@contextlib.contextmanager
 def states_folder(work: Path | None, needed_bytes: int, budget_bytes: int) -> Iterator[Path | None]:
-    """Where hidden states go: `work` if given, a temporary folder if they do not fit the budget, else None (memory)."""
+    """Where hidden states go: `work` if given, a temporary folder if they do not fit the budget, else None (memory).
+
+    `work` keeps its files when the measurement is interrupted and loses them, and itself, when it is done.
+
+    Raises:
+        OutputError: `work` holds something else, or cannot be made.
+    """
     if work is not None:
-        work.mkdir(parents=True, exist_ok=True)
+        _make_own(work)
         yield work
+        for name in os.listdir(work):
+            if OWN_FILES.fullmatch(name):
+                (work / name).unlink()
+        with contextlib.suppress(OSError):  # a link to a folder, or somebody else uses it by now
+            work.rmdir()
     elif needed_bytes > budget_bytes:
         with tempfile.TemporaryDirectory(prefix="fuselage-states-") as folder:
             yield Path(folder)
@@ -93,21 +128,23 @@ def states_folder(work: Path | None, needed_bytes: int, budget_bytes: int) -> It
         yield None
 
 
+def _make_own(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        others = sorted(n for n in os.listdir(folder) if not OWN_FILES.fullmatch(n) and not n.startswith("."))
+    except OSError as error:
+        raise OutputError(f"cannot be a folder for hidden states: {error.strerror}", file=folder) from error
+    if others:
+        raise OutputError("the folder to resume from holds something else", file=folder, found=", ".join(others[:5]))
+
+
 def check_finite(y: torch.Tensor, graph: ModelGraph, index: int) -> None:
     """Raise CheckpointError if a block's output is not finite; names the weight to blame if it is one."""
     if torch.isfinite(y).all():
         return
     for tensor in weights(graph.blocks[index]):
-        for source, name in _named_sources(tensor):
-            if not all(np.isfinite(chunk.astype(np.float32)).all() for chunk in source.chunks()):
-                raise CheckpointError("weight is NaN or infinite", tensor=name, block=index)
+        for leaf in leaves(tensor):
+            if not is_finite(leaf):
+                name, path = getattr(leaf, "name", None), getattr(leaf, "path", None)
+                raise CheckpointError("weight is NaN or infinite", file=path, tensor=name, block=index)
     raise CheckpointError("the output of this block is NaN or infinite, and its weights are not", block=index)
-
-
-def _named_sources(tensor: LazyTensor) -> Iterator[tuple[LazyTensor, str | None]]:
-    sources = getattr(tensor, "sources", None)
-    if sources is None:
-        yield tensor, getattr(tensor, "name", None)
-        return
-    for source in sources:
-        yield from _named_sources(source)

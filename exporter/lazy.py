@@ -328,6 +328,20 @@ def _rounded(values: np.ndarray, dtype: DType) -> np.ndarray:
         return values.astype(dtype.numpy, copy=False)
 
 
+def leaves(tensor: LazyTensor) -> Iterator[LazyTensor]:
+    """Yield the tensors that `tensor` is computed from in the end: itself if from no other."""
+    if not isinstance(tensor, Derived):
+        yield tensor
+        return
+    for source in tensor.sources:
+        yield from leaves(source)
+
+
+def is_finite(tensor: LazyTensor) -> bool:
+    """Whether no element is NaN or infinite; reads all of them."""
+    return all(np.isfinite(piece.astype(np.float32)).all() for piece in tensor.chunks())
+
+
 def shape_only(shape: Sequence[int], dtype: DType) -> LazyTensor:
     """A tensor of a structure-only graph: reading its rows raises CheckpointError."""
     return _ShapeOnly(shape, dtype)

@@ -13,7 +13,7 @@ import numpy as np
 
 from exporter.dtypes import FLOAT32, DType
 from exporter.errors import CheckpointError, GraphError
-from exporter.lazy import Derived, LazyTensor, computed, reshape, slice_columns
+from exporter.lazy import Derived, LazyTensor, computed, is_finite, leaves, reshape, slice_columns
 from exporter.numerics import LARGEST, amax, dequantize, quantize, scale_from_amax
 
 
@@ -38,7 +38,7 @@ class _RowScales(Derived):
         """The scales of rows that were just read; remembered."""
         stop = start + len(values)
         if not self._known[start:stop].all():
-            self._scales[start:stop] = scale_from_amax(amax(values, axis=1), self._format)
+            self._scales[start:stop] = scale_from_amax(_amax(values, 1, self.sources[0]), self._format)
             self._known[start:stop] = True
         return self._scales[start:stop]
 
@@ -96,11 +96,21 @@ class _StoredScale(Derived):
         return scales
 
 
+def _amax(values: np.ndarray, axis: int | None, source: LazyTensor) -> np.ndarray:
+    """`exporter.numerics.amax` of rows of `source`; an error says which tensor of which file is to blame."""
+    try:
+        return amax(values, axis)
+    except CheckpointError as error:
+        wrong = next((leaf for leaf in leaves(source) if not is_finite(leaf)), None)
+        error.tensor, error.file = getattr(wrong, "name", None), getattr(wrong, "path", None)
+        raise
+
+
 def tensor_scale(sources: Sequence[LazyTensor], dtype: DType) -> LazyTensor:
     """One scale for all of `sources`, float32 []: tensors that one GEMM reads as one share it."""
 
     def find(*tensors: LazyTensor) -> np.ndarray:
-        largest = np.max([amax(piece) for tensor in tensors for piece in tensor.chunks()])
+        largest = np.max([_amax(piece, None, tensor) for tensor in tensors for piece in tensor.chunks()])
         return scale_from_amax(largest, dtype)
 
     return computed((), FLOAT32, find, *sources)

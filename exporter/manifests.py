@@ -1,4 +1,4 @@
-"""Reading what folders of ours say about themselves in JSON: one schema version, and no fields but ours."""
+"""Reading what folders of ours say in JSON, one schema version and no fields but ours; and names of their files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from exporter.errors import CheckpointError, FuselageError
 
 Model = TypeVar("Model", bound=BaseModel)
 SHOWN_CHARACTERS = 40  # of a schema that is another one
+
+# Of an analysis and of a quantization's report: who shows them need not import who measures (PyTorch).
+DEPENDENCY_FILE = "dependency.json"
+PLAN_FILE = "plan.yaml"
+ERRORS_FILE = "errors.json"
 
 
 def manifest_from_json(

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from exporter.errors import PlanError
 
@@ -25,12 +26,20 @@ MAX_LAYER = 1 << 16
 
 
 def _pair(value: Any) -> Any:
-    # pydantic's strict tuples do not accept the lists that YAML gives.
-    return tuple(value) if isinstance(value, list) else value
+    if not isinstance(value, list) or len(value) != 2:
+        raise PydanticCustomError("range", "expected a range of two layers, like [3, 8]")
+    return tuple(value)  # pydantic's strict tuples do not accept the lists that YAML gives
+
+
+def _layer_or_pair(value: Any) -> Any:
+    if not isinstance(value, int | list):
+        raise PydanticCustomError("layer", "expected a layer, or a range like [3, 8]")
+    return value
 
 
 Layer = Annotated[int, Field(ge=0, lt=MAX_LAYER)]
 LayerRange = Annotated[tuple[Layer, Layer], BeforeValidator(_pair)]
+LayerOrRange = Annotated[Layer | LayerRange, BeforeValidator(_layer_or_pair)]
 
 
 class Plan(BaseModel):
@@ -38,8 +47,8 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    drop_attention: list[Layer | LayerRange] = []
-    drop_ffn: list[Layer | LayerRange] = []
+    drop_attention: list[LayerOrRange] = []
+    drop_ffn: list[LayerOrRange] = []
     fuse: list[LayerRange] = []
     parallel: list[LayerRange] = []
 
@@ -96,7 +105,9 @@ def read_yaml(path: Path) -> Any:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise PlanError("file is too large for a plan or recipe", file=path, expected=f"<= {MAX_YAML_BYTES} bytes")
         text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise PlanError(f"cannot be read ({error.strerror or error})", file=path) from error
+    except UnicodeDecodeError as error:
         raise PlanError(f"cannot be read ({error})", file=path) from error
     try:
         _check_events(text, path)
@@ -130,7 +141,10 @@ class _UniqueKeys(yaml.SafeLoader):
 
 def validation_error(error: ValidationError, file: Path | None) -> PlanError:
     """The first of pydantic's complaints as our error."""
-    problem = error.errors(include_url=False)[0]
+    problems = error.errors(include_url=False)
+    # A misspelled key is two of them: the missing one comes first, and only the other says what to correct.
+    problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
     where = ".".join(str(part) for part in problem["loc"])
-    missing = problem["type"] == "missing"
-    return PlanError(f"{where}: {problem['msg']}", file=file, found=None if missing else str(problem["input"])[:60])
+    what = {"extra_forbidden": "unknown key", "missing": "key is missing"}.get(problem["type"], problem["msg"])
+    found = None if problem["type"] == "missing" else str(problem["input"])[:60]
+    return PlanError(f"{where}: {what}", file=file, found=found)

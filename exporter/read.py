@@ -45,7 +45,7 @@ from exporter.graph import (
 from exporter.lazy import LazyTensor, full, shape_only
 from exporter.lazy_quantized import stored_scale
 from exporter.safetensors_io import SkippedTensor, has_checkpoint, path_inside, read_checkpoint, read_json
-from exporter.writers.files import check_files, read_manifest
+from exporter.writers.files import Manifest, check_files, read_manifest
 
 CONFIG = "config.json"
 STRUCTURE_SUFFIX = ".structure.json"
@@ -65,6 +65,7 @@ SCALE_HINTS = {
 ASSET_NAMES = (
     "tokenizer.json",
     "tokenizer.model",
+    "tekken.json",  # Mistral's own
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -84,6 +85,7 @@ class Checkpoint:
     family: Family
     config: Mapping[str, Any]  # config.json as parsed; writers take over what the graph has no field for
     assets: Mapping[str, Path]  # tokenizer files and the like, by name
+    quantization_layout: str | None  # of a quantized folder: "modelopt" or "compressed-tensors"
 
 
 def open_model(path: Path, *, need_weights: bool) -> Checkpoint:
@@ -93,18 +95,21 @@ def open_model(path: Path, *, need_weights: bool) -> Checkpoint:
         CheckpointError: anything about the folder, its config or its tensors that is not as it must be.
     """
     is_file = os.path.isfile(path)
+    if is_file and path.suffix != ".json":
+        raise CheckpointError("not a model", file=path, expected="a model folder, or a config.json alone")
     if path.name.endswith(STRUCTURE_SUFFIX) and is_file:
         folder, config_path, config = path.parent, path, _config_from_structure(path)
     else:
         folder = path.parent if is_file else path
         if not os.path.isdir(folder):
-            raise CheckpointError("no such model folder", file=path)
+            raise CheckpointError(
+                "no such model folder", file=path, hint="models are read from this machine, none is downloaded"
+            )
         manifest = read_manifest(folder)
         if manifest is not None:
             check_files(folder, manifest, hashes=False)
         if not is_file and not os.path.lexists(folder / CONFIG):
-            hint = "a network or engine folder is not a model folder" if manifest else None
-            raise CheckpointError("no config.json in the model folder", file=folder, hint=hint)
+            raise CheckpointError("no config.json in the model folder", file=folder, hint=_hint_for(folder, manifest))
         config_path = path if is_file else path_inside(folder, CONFIG)
         config = read_json(config_path, MAX_CONFIG_BYTES)
     family, spec = _understand(config, config_path)
@@ -125,7 +130,8 @@ def open_model(path: Path, *, need_weights: bool) -> Checkpoint:
         tensors = read_checkpoint(folder)
     graph = _graph_from_tensors(family, spec, tensors, config_path)
     assets = {} if is_file else {name: path_inside(folder, name) for name in ASSET_NAMES if (folder / name).is_file()}
-    return Checkpoint(path=path, graph=graph, family=family, config=config, assets=assets)
+    layout = None if spec.quantization is None else spec.quantization.layout.name
+    return Checkpoint(path=path, graph=graph, family=family, config=config, assets=assets, quantization_layout=layout)
 
 
 def graph_from_config(config: Mapping[str, Any], source: Path | str = CONFIG) -> ModelGraph:
@@ -198,6 +204,15 @@ def _config_from_structure(path: Path) -> dict[str, Any]:
             }
         )
     return {**raw["constants"], "block_configs": blocks}
+
+
+def _hint_for(folder: Path, manifest: Manifest | None) -> str | None:
+    """What a folder without a config may be instead of a model."""
+    if manifest is not None:
+        return "a network or engine folder is not a model folder"
+    snapshots = folder / "snapshots"  # as in the cache of huggingface_hub
+    names = sorted(os.listdir(snapshots)) if os.path.isdir(snapshots) else []
+    return f"give one of its snapshots: {snapshots / names[0]}" if names else None
 
 
 def _refuse_pickles(folder: Path | None) -> None:

@@ -1,6 +1,6 @@
 """Recipes: a YAML file that names a model and everything to do to it, for `build.py run`.
 
-model: demo/model                 # paths are relative to the recipe
+model: demo/model                 # paths are relative to the recipe; ~ is the home folder
 network: {dtype: float32, max_positions: 1024}
 variants:
   - name: baseline
@@ -11,6 +11,7 @@ bench: {batch: [1, 4], input_len: [64], output_len: [32]}
 
 from __future__ import annotations
 
+import os.path
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,9 @@ from exporter.errors import PlanError
 from exporter.plan import Plan, plan_from_data, read_plan, read_yaml, validation_error
 from exporter.quantization import QuantizationRecipe, read_quantization
 from exporter.writers.onnx_options import PRESETS
+
+# Folders that `run` writes beside those of the variants.
+STEP_FOLDERS = ("analysis", "calibration", "benchmark", "results", "report")
 
 
 def _path(value: Any) -> Any:
@@ -99,9 +103,9 @@ class VariantRecipe(_Table):
 class BenchRecipe(_Table):
     """The grid of workloads; every combination of the three lists is measured."""
 
-    batch: list[Count] = [1]
-    input_len: list[Count] = [64]
-    output_len: list[Count] = [32]
+    batch: Annotated[list[Count], Field(min_length=1)] = [1]
+    input_len: Annotated[list[Count], Field(min_length=1)] = [64]
+    output_len: Annotated[list[Count], Field(min_length=1)] = [32]
     rounds: Count = 5
     warmup: Annotated[int, Field(ge=0, le=1000)] = 1
     threads: Count | None = None  # None: one per core
@@ -178,8 +182,8 @@ def read_recipe(path: Path) -> Recipe:
     """Read a recipe file; a variant's plan may be inline or the path of a plan file.
 
     Raises:
-        PlanError: the file or a plan it names is malformed, two variants share a name, a variant asks for a
-            checkpoint that the format cannot hold, or what is to be evaluated or benchmarked is missing.
+        PlanError: the file or a plan it names is malformed, two variants share a name or one has a step's, a variant
+            asks for a checkpoint that the format cannot hold, or what is to be evaluated or benchmarked is missing.
     """
     data = read_yaml(path)
     if not isinstance(data, dict):
@@ -193,14 +197,16 @@ def read_recipe(path: Path) -> Recipe:
     paths.append((data.get("engine"), "timing_cache"))
     for table, key in paths:
         if isinstance(table, dict) and isinstance(table.get(key), str):
-            table[key] = str(folder / table[key])
+            table[key] = str(_found_from(folder, table[key]))
     variants = data.get("variants")
     for variant in variants if isinstance(variants, list) else []:
         if isinstance(variant, dict) and "plan" in variant:
             variant["plan"] = _plan(variant["plan"], folder, path)
         if isinstance(variant, dict) and isinstance(variant.get("quantize"), str):
             name = variant["quantize"]
-            variant["quantize"] = read_quantization(folder / name if name.endswith((".yaml", ".yml")) else name)
+            variant["quantize"] = read_quantization(
+                _found_from(folder, name) if name.endswith((".yaml", ".yml")) else name
+            )
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -208,11 +214,15 @@ def read_recipe(path: Path) -> Recipe:
     names = [variant.name for variant in recipe.variants]
     if len(set(names)) != len(names):
         raise PlanError("two variants have the same name", file=path, found=", ".join(names))
+    taken = [name for name in names if name in STEP_FOLDERS]
+    if taken:
+        raise PlanError("a variant has the name of a step's folder", file=path, found=", ".join(taken))
     if recipe.baseline_name not in names:
         raise PlanError("the baseline is one of the variants", file=path, expected=names, found=recipe.baseline_name)
     if recipe.evaluate is not None and recipe.evaluate.text is None and not recipe.evaluate.tasks:
         raise PlanError("evaluate: there is nothing to evaluate on", file=path, expected="a text, tasks or both")
     _check_engine(recipe, path)
+    _check_bench(recipe, path)
     for variant in recipe.variants:
         if not variant.bench and recipe.evaluate is None:
             raise PlanError(
@@ -241,20 +251,31 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _check_engine(recipe: Recipe, path: Path) -> None:
-    network, bench = recipe.network, recipe.bench
+    network = recipe.network
     for variant in recipe.variants:
         if variant.dtype is not None and not isinstance(network, NetworkRecipe):
             raise PlanError(f"variant {variant.name!r}: dtype is for ONNX networks", file=path, found=variant.dtype)
-    if not isinstance(network, NetworkRecipe) or network.target != "tensorrt":
-        if recipe.engine is not None:
-            raise PlanError(
-                "engine: TensorRT builds from a network of its own",
-                file=path,
-                expected="network: {target: tensorrt}",
-            )
+    is_for_tensorrt = isinstance(network, NetworkRecipe) and network.target == "tensorrt"
+    if recipe.engine is not None and not is_for_tensorrt:
+        raise PlanError(
+            "engine: TensorRT builds from a network of its own",
+            file=path,
+            expected="network: {target: tensorrt}",
+        )
+
+
+def _check_bench(recipe: Recipe, path: Path) -> None:
+    """Refuse requests that no engine of the recipe will run: the benchmark itself is far behind the builds."""
+    network, bench = recipe.network, recipe.bench
+    if bench is None:
         return
-    batch = network.batch or PRESETS["tensorrt"].networks[0].batch
-    if bench is not None and batch is not None and set(bench.batch) != {batch}:
+    room: int | None
+    batch: int | None
+    if isinstance(network, TensorRtLlmRecipe):
+        room, batch = network.max_seq_len, None
+    else:
+        room, batch = network.max_positions, network.batch or PRESETS[network.target].networks[0].batch
+    if batch is not None and set(bench.batch) != {batch}:
         raise PlanError(
             "bench.batch: the networks have a fixed batch",
             file=path,
@@ -262,9 +283,23 @@ def _check_engine(recipe: Recipe, path: Path) -> None:
             found=bench.batch,
             hint="give network.batch, and one recipe for each",
         )
+    longest = max(bench.input_len) + max(bench.output_len)
+    if room is not None and longest > room:
+        raise PlanError(
+            "bench: input and output are longer than the networks' sequences",
+            file=path,
+            expected=f"at most {room} tokens",
+            found=longest,
+            hint="give more network.max_positions, or max_seq_len for TensorRT-LLM",
+        )
 
 
 def _plan(value: Any, folder: Path, recipe: Path) -> Plan | Literal["auto"]:
     if value == "auto":
         return "auto"
-    return read_plan(folder / value) if isinstance(value, str) else plan_from_data(value, recipe)
+    return read_plan(_found_from(folder, value)) if isinstance(value, str) else plan_from_data(value, recipe)
+
+
+def _found_from(folder: Path, name: str) -> Path:
+    """Where a path in a recipe leads, `folder` being the recipe's."""
+    return folder / os.path.expanduser(name)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from exporter.dtypes import BY_NAME, INT8, DType
-from exporter.errors import GraphError
+from exporter.errors import GraphError, TargetError
 from exporter.graph import (
     Activation,
     Attention,
@@ -67,6 +67,9 @@ class Reference:
 
     Blocks are loaded when they are needed and dropped after use, so memory is that of the largest block; with
     `resident` they are loaded once and kept, for graphs that fit and are run many times.
+
+    Raises:
+        TargetError: torch cannot use the device on this machine.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class Reference:
         resident: bool = False,
     ) -> None:
         self.graph = graph
-        self.device = torch.device(device)
+        self.device = _usable(device)
         self.dtype = dtype
         self._kept: dict[int, LoadedBlock] | None = {} if resident else None
         self._first_slots = _first_slots(graph)
@@ -182,6 +185,16 @@ class Reference:
         if name not in self._ends:
             self._ends[name] = torch_from_lazy(tensor, self.device, self.dtype)
         return self._ends[name]
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:  # the first: torch was built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise TargetError(
+            f"torch cannot use this device ({reason})", expected="cpu, or cuda where there is a GPU", found=device
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ MAX_JSON_BYTES = 64 << 20  # an index of 100,000 tensors is about 10 MB
 MAX_NAME = 1000  # characters of a tensor or file name
 MAX_JSON_DEPTH = 32  # a config has 5 levels
 MAX_RANK = 8
+LFS_POINTER = b"version "  # how the text begins that a clone without Git LFS has in a large file's place
 # Data starts at a multiple of this in files we write, so that a mapped file gives aligned tensors.
 DATA_ALIGNMENT = 64
 LEAST_PIECE = 2048  # bytes of a row that are worth a system call of their own
@@ -103,7 +104,8 @@ def read_safetensors(path: Path) -> dict[str, FileTensor | SkippedTensor]:
     file_size = os.fstat(file.fd).st_size
     if file_size < 8:
         raise CheckpointError("file is too short for a header", file=path, expected=">= 8 bytes", found=file_size)
-    header_size = int.from_bytes(file.read(0, 8), "little")
+    start = file.read(0, 8)
+    header_size = int.from_bytes(start, "little")
     limit = min(MAX_HEADER_BYTES, file_size - 8)
     if header_size > limit:
         raise CheckpointError(
@@ -111,7 +113,9 @@ def read_safetensors(path: Path) -> dict[str, FileTensor | SkippedTensor]:
             file=path,
             expected=f"at most {limit}",
             found=header_size,
-            hint="is the file truncated, or not a safetensors file?",
+            hint="this is a Git LFS pointer: fetch the file itself (git lfs pull)"
+            if start == LFS_POINTER
+            else "is the file truncated, or not a safetensors file?",
         )
     header = _parse_json(file.read(8, header_size), path)
     if not isinstance(header, dict):

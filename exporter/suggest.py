@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from exporter.analysis.dependency import Dependency, measure_dependency
+from exporter.analysis.dependency import DEFAULT_BUDGET_BYTES, Dependency, measure_dependency
 from exporter.analysis.pictures import pictures_of
 from exporter.analysis.plan import (
     Constraints,
     Drop,
     Group,
     ParallelGroup,
+    has_droppable_attention,
     suggest_drops,
     suggest_fusion,
     suggest_parallel,
@@ -21,12 +22,10 @@ from exporter.analysis.plan import (
 from exporter.analysis.plan_text import Gain, plan_text, suggested_plan
 from exporter.errors import PlanError
 from exporter.graph import ModelGraph
+from exporter.manifests import DEPENDENCY_FILE, PLAN_FILE
 from exporter.passes.drop_attention import drop_attention
 from exporter.plan import Plan
 from exporter.writers.files import json_bytes
-
-DEPENDENCY_FILE = "dependency.json"
-PLAN_FILE = "plan.yaml"
 
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, what comes next)
 
@@ -61,25 +60,28 @@ def suggest(
     wishes: Wishes,
     *,
     tokens: np.ndarray | None = None,
+    device: str = "cpu",
+    budget_bytes: int = DEFAULT_BUDGET_BYTES,
     progress: Progress | None = None,
 ) -> Suggestion:
     """Suggest a plan for a measured graph.
 
     Args:
         dependency: of the whole graph, all kinds.
-        tokens: int64 [N, S], needed for greedy drops.
+        tokens: int64 [N, S], needed for greedy drops; they are measured on `device`, with `budget_bytes` as there.
 
     Raises:
-        PlanError: more drops than attentions, or limits that no model could meet.
+        PlanError: more drops than attentions (that were measured), or limits that no model could meet.
     """
+    check_wishes(graph, wishes)
     if wishes.greedy:
         if tokens is None:
             raise AssertionError("Bug: greedy drops are measured, and there is nothing to measure them on")
-        drops = greedy_drops(graph, tokens, wishes.drop, progress=progress)
+        drops = greedy_drops(graph, tokens, wishes.drop, device=device, budget_bytes=budget_bytes, progress=progress)
     else:
         drops = suggest_drops(graph, dependency, count=wishes.drop) if wishes.drop else []
     if len(drops) < wishes.drop:
-        raise PlanError("the model has fewer attentions to drop", expected=f"at most {len(drops)}", found=wishes.drop)
+        raise PlanError("fewer attentions were measured", expected=f"at most {len(drops)} drops", found=wishes.drop)
     dropped = drop_attention(graph, [drop.layer for drop in drops]) if drops else graph
     parallel = (
         suggest_parallel(dropped, dependency, window=wishes.window, count=wishes.parallel) if wishes.parallel else []
@@ -87,18 +89,36 @@ def suggest(
     return Suggestion(drops=drops, fuse=suggest_fusion(dropped, dependency, wishes.constraints), parallel=parallel)
 
 
-def greedy_drops(graph: ModelGraph, tokens: np.ndarray, count: int, *, progress: Progress | None = None) -> list[Drop]:
-    """Take the least important attention, measure what is left again, and so on: one pass over the weights each."""
+def check_wishes(graph: ModelGraph, wishes: Wishes) -> None:
+    """Raise PlanError if the graph has fewer attentions than are to be dropped; cheap, for use before long work."""
+    count = sum(map(has_droppable_attention, graph.blocks))
+    if count < wishes.drop:
+        raise PlanError("the model has fewer attentions to drop", expected=f"at most {count}", found=wishes.drop)
+
+
+def greedy_drops(
+    graph: ModelGraph,
+    tokens: np.ndarray,
+    count: int,
+    *,
+    device: str = "cpu",
+    budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    progress: Progress | None = None,
+) -> list[Drop]:
+    """Take the least important attention, measure what is left again, and so on: one pass over the weights each.
+
+    Args:
+        count: no more than the graph has; see `check_wishes`.
+        device, budget_bytes: as for `measure_dependency`.
+    """
     drops: list[Drop] = []
     for step in range(count):
         if progress is not None:
             progress(step, count, "greedy drops")
-        measured = measure_dependency(graph, tokens, kinds=("attention",))
-        best = suggest_drops(graph, measured, count=1)
-        if not best:
-            break
-        drops += best
-        graph = drop_attention(graph, [best[0].layer])
+        measured = measure_dependency(graph, tokens, kinds=("attention",), device=device, budget_bytes=budget_bytes)
+        (best,) = suggest_drops(graph, measured, count=1)
+        drops.append(best)
+        graph = drop_attention(graph, [best.layer])
     return drops
 
 

@@ -83,6 +83,11 @@ class Page:
         self._write.close()
         self._read.close()
 
+    def lay_out_for_print(self, *, width: int) -> None:
+        """Show the page as it is printed on paper whose margins are so many CSS pixels apart."""
+        self._call("Emulation.setEmulatedMedia", media="print")
+        self._call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
+
     def run(self, script: str) -> Any:
         """The value of an expression in the page, as JSON has it; a promise is waited for."""
         found = self._call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)

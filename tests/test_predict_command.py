@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 import build
 from engines.results import json_from_results, read_results
 from exporter.plan import read_plan
+from tests.engines.test_report import ERRORS
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
@@ -209,7 +210,7 @@ def test_compare_fails_on_a_regression(slower: Path, threshold: str, code: int) 
         (["--compare", DEMO, DEMO, "-o", "{tmp}/changes.md"], "its Markdown lies beside it"),
         ([DEMO, "--metric", "ttft_ms", "-o", "{tmp}/out"], "--metric belongs to --compare"),
         ([DEMO, "--baseline", "best", "-o", "{tmp}/out"], "no engine has the baseline's label: expected one of"),
-        ([DEMO, DEMO, "-o", "{tmp}/out"], "a results file is given twice"),
+        ([DEMO, DEMO, "-o", "{tmp}/out"], "a file or folder is given twice"),
         ([DEMO, "{tmp}/copy.json", "-o", "{tmp}/out"], "two results files have an engine labelled 'baseline'"),
         ([DEMO, "{tmp}/next.json", "-o", "{tmp}/out"], "another schema version: expected 1, found 2"),
         ([DEMO, "{tmp}/wider.json", "-o", "{tmp}/out"], "are of different models, a ratio would mean nothing"),
@@ -232,6 +233,17 @@ def test_what_cannot_be_compared(arguments: list[object], message: str, tmp_path
     assert result.exit_code == 2, result.output
     assert message in result.output
     assert set(tmp_path.iterdir()) == before
+
+
+def test_quantization_errors_in_folders_of_one_name_are_all_shown(tmp_path: Path) -> None:
+    folders = [tmp_path / variant / "quantization" for variant in ("fp8", "int8")]  # as a recipe lays them out
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "errors.json").write_text(json.dumps(ERRORS))
+    wanted = [argument for folder in folders for argument in ("--errors", folder)]
+    done("report", DEMO, *wanted, "-o", tmp_path / "report")
+    headings = re.findall(r"<h3 class=\"before\">(.*)</h3>", (tmp_path / "report" / "report.html").read_text())
+    assert [name for name in headings if name.endswith("quantization")] == [str(folder) for folder in folders]
 
 
 def test_a_report_predicts_and_shows_the_models_error(tmp_path: Path) -> None:

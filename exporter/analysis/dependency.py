@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -89,6 +88,7 @@ def measure_dependency(
     dtype: torch.dtype = torch.float32,
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
     work: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
     batch: int = DEFAULT_BATCH,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dependency:
@@ -103,6 +103,7 @@ def measure_dependency(
         budget_bytes: hidden states beyond this go to files.
         work: folder for those files; a measurement that was interrupted goes on from there when it is called again
             with the same arguments. None: a temporary folder where files are needed at all.
+        identity: plain JSON data that tells this model from others of the same structure, for `work`.
         batch: windows that go through a block at a time.
         progress: called with (blocks done, blocks in all).
 
@@ -121,7 +122,7 @@ def measure_dependency(
     needed_bytes = (len(removals) + 1) * math.prod(shape) * torch.empty((), dtype=dtype).element_size()
     stop = len(graph.blocks) if importance or kl else last + 1
     with states_folder(work, needed_bytes, budget_bytes) as folder:
-        key = _key(graph, tokens, removals, dtype)
+        key = _key(graph, tokens, removals, dtype, identity)
         run = _Run(graph, reference, tokens, first, last, removals, HiddenStates(shape, dtype, folder, key), batch)
         for index in run.remaining(stop):
             if progress is not None:
@@ -129,15 +130,19 @@ def measure_dependency(
             run.block(index)
         if progress is not None:
             progress(stop, stop)
-        result = run.result(importance=importance, kl=kl)
-    if work is not None:
-        shutil.rmtree(work)
-    return result
+        return run.result(importance=importance, kl=kl)
 
 
-def _key(graph: ModelGraph, tokens: np.ndarray, removals: Sequence[Removal], dtype: torch.dtype) -> str:
-    """What hidden states belong to; weights are not read for it, so it is the caller's to keep one folder per model."""
-    described = [structure(graph), hashlib.sha256(tokens.tobytes()).hexdigest(), str(dtype), [r.name for r in removals]]
+def _key(
+    graph: ModelGraph,
+    tokens: np.ndarray,
+    removals: Sequence[Removal],
+    dtype: torch.dtype,
+    identity: Mapping[str, Any] | None,
+) -> str:
+    """What hidden states belong to."""
+    read = hashlib.sha256(f"{tokens.shape}".encode() + tokens.tobytes()).hexdigest()
+    described = [structure(graph), read, str(dtype), [r.name for r in removals], identity]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 

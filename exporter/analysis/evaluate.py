@@ -19,9 +19,11 @@ import torch.nn.functional as F
 
 from exporter.errors import GraphError
 from exporter.graph import ModelGraph
+from exporter.hidden_states import check_finite
 from exporter.reference import Reference
 
 DEFAULT_BATCH = 8  # windows that go through a block at a time
+MOST_NLL = 700.0  # nats per token: the perplexity of more is beyond the range of a number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +86,8 @@ def evaluate(
         reference: a graph, or one that `hold` took through the same tokens.
 
     Raises:
-        GraphError: the two have different vocabularies, or a window has a single token.
+        GraphError: the two have different vocabularies, a window has a single token, or logits are not finite.
+        CheckpointError: a weight is NaN or infinite; names the tensor.
     """
     if tokens.shape[1] < 2:
         raise GraphError("a window needs at least two tokens, one to predict the other", found=tokens.shape[1])
@@ -125,7 +128,9 @@ def _last_hidden(model: Reference, tokens: np.ndarray, batch: int, block_done: C
     for index in range(len(model.graph.blocks)):
         block = model.block(index)
         for part in parts:
-            states[part] = block(states[part].to(model.device), span).cpu()
+            y = block(states[part].to(model.device), span)
+            check_finite(y, model.graph, index)
+            states[part] = y.cpu()
         block_done()
     return states
 
@@ -153,6 +158,9 @@ class _Sums:
 
     def evaluation(self, windows: int) -> Evaluation:
         nll = self._nll / windows
+        for mean in (nll.mean(), self._reference_nll.mean() / windows):
+            if not mean <= MOST_NLL:  # not: NaN is not above it either
+                raise GraphError("logits are NaN, infinite or absurd", found=f"{mean} nats per token")
         alone = Evaluation(tokens=windows * len(nll), perplexity=math.exp(nll.mean()), nll=nll)
         if not self._compared:
             return alone

@@ -230,7 +230,7 @@ def error_bars(errors: Sequence[tuple[str, float]], *, title: str, count: int = 
         axes.invert_yaxis()
         axes.set_xlabel("output error, % of the output's L2 norm")
         left_out = f"; the worst {len(shown)} of {len(errors)} linears" if len(shown) < len(errors) else ""
-        axes.set_title(title + left_out, loc="left")
+        axes.set_title((title + left_out).replace("$", r"\$"), loc="left")  # of a file's name, and no formula
         axes.spines[["top", "right"]].set_visible(False)
 
     return _image(draw, (6.4, 0.9 + 0.19 * max(1, len(shown))), colors, "png")

@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from exporter.errors import PlanError
-from exporter.graph import FFN, Attention, Block, ModelGraph, ParallelBlocks
+from exporter.graph import FFN, Attention, Block, ModelGraph, ParallelBlocks, linears
 from exporter.passes.fuse_ffn import WIDTH_MULTIPLE
 
 Kind = Literal["block", "attention", "ffn"]
@@ -140,8 +140,8 @@ def suggest_fusion(graph: ModelGraph, dependency: Measured | None, constraints: 
 def fusible_runs(graph: ModelGraph) -> list[list[int]]:
     """The maximal stretches of blocks that `fuse_ffn` takes, as indices in `graph.blocks` of those with an FFN.
 
-    An empty block does not end a run (it disappears in it); an attention, a linear sublayer, a parallel group, and
-    another activation, eps or dtype do.
+    An empty block does not end a run (it disappears in it); an attention, a linear sublayer, a parallel group, a
+    quantized FFN, and another activation, eps or dtype do.
     """
     runs: list[list[int]] = []
     previous = None
@@ -162,7 +162,9 @@ def _fusible_as(entry: Block | ParallelBlocks) -> tuple[Any, ...] | None:
     if isinstance(entry, ParallelBlocks) or entry.attention is not None or not isinstance(entry.ffn, FFN):
         return None
     ffn = entry.ffn
-    dtypes = [linear.weight.dtype.name for linear in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)]
+    if any(linear.quantization is not None for linear in linears(ffn).values()):
+        return None
+    dtypes = [linear.weight.dtype.name for linear in linears(ffn).values()]
     return ffn.activation, ffn.norm.eps, *dtypes
 
 
@@ -439,8 +441,7 @@ def suggest_drops(
     ranked = []
     for index, value in enumerate(np.asarray(importance, dtype=np.float64).tolist(), start=dependency.first):
         block = graph.blocks[index]
-        can_drop = isinstance(block, Block) and block.attention is not None and len(block.source_layers) == 1
-        if can_drop and not math.isnan(value):
+        if has_droppable_attention(block) and not math.isnan(value):
             ranked.append((value, block.source_layers[0]))
     ranked.sort()
     return [
@@ -453,6 +454,11 @@ def suggest_drops(
         for place, (value, layer) in enumerate(ranked, start=1)
         if (count is None or place <= count) and (max_importance is None or value <= max_importance)
     ]
+
+
+def has_droppable_attention(entry: Block | ParallelBlocks) -> bool:
+    """Whether `drop_attention` takes the attention (or the linear in its place) of an entry of `ModelGraph.blocks`."""
+    return isinstance(entry, Block) and entry.attention is not None and len(entry.source_layers) == 1
 
 
 # --- Words

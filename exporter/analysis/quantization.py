@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from exporter.dtypes import FLOAT8_E4M3FN, INT8, DType
 from exporter.graph import FFN, FUSED_GEMMS, ModelGraph, members
@@ -27,6 +28,7 @@ from exporter.reference import ACTIVATIONS, LoadedLinear, Reference, fake_quanti
 
 ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.65, 0.7, 0.8, 0.9)
 DEFAULT_BATCH = 4  # windows that go through a block at a time
+TINY = float(np.finfo(np.float32).tiny)  # in place of a norm of zero
 
 Progress = Callable[[int, int], None]
 
@@ -192,7 +194,7 @@ class LinearError:
 
     name: str
     relative_error: float  # |y' - y| / |y|, L2 over all tokens
-    sqnr_db: float  # 10 log10(|y|^2 / |y' - y|^2)
+    sqnr_db: float | None  # 10 log10(|y|^2 / |y' - y|^2); None: nothing is lost
     saturation: float | None  # share of input values beyond the static range; None: there is no such range
 
 
@@ -241,14 +243,17 @@ def _linear_error(name: str, x: torch.Tensor, weight: torch.Tensor, rounded: Loa
         if rounded.input.scale is not None:
             limit = rounded.input.scale * LARGEST[rounded.input.dtype]
             saturation = (x.abs() > limit * (1 + 1e-6)).double().mean().item()
-    lost = (y @ rounded.weight.T - exact).double().norm().item()
-    relative = lost / max(exact.double().norm().item(), np.finfo(np.float32).tiny)
+    relative = _relative(y @ rounded.weight.T - exact, exact)
     return LinearError(
         name=name,
         relative_error=relative,
-        sqnr_db=-20 * math.log10(relative) if relative else math.inf,
+        sqnr_db=-20 * math.log10(relative) if relative else None,
         saturation=saturation,
     )
+
+
+def _relative(lost: torch.Tensor, exact: torch.Tensor) -> float:
+    return lost.double().norm().item() / max(exact.double().norm().item(), TINY)
 
 
 # -- which scheme suits a wide FFN
@@ -270,7 +275,7 @@ class SmoothingCell:
     scheme: str
     smoothing: str
     alpha: float | None
-    relative_error: float  # of what the FFN adds to the residual, L2 over all tokens
+    relative_error: float  # of what the FFN adds to the residual but for down_proj's bias, L2 over all tokens
 
 
 @torch.inference_mode()
@@ -313,10 +318,10 @@ def compare_smoothing(
                     if smoothing == "both inputs":
                         wide.smooth_outer(alpha)
                     wide.smooth_inner(alpha)
-                error = (wide(x) - exact).double().norm() / exact.double().norm()
+                error = _relative(wide(x) - exact, exact)
                 found.append(
                     SmoothingCell(
-                        block=inputs.index, scheme=label, smoothing=smoothing, alpha=alpha, relative_error=error.item()
+                        block=inputs.index, scheme=label, smoothing=smoothing, alpha=alpha, relative_error=error
                     )
                 )
     return found
@@ -328,6 +333,7 @@ class _WideFFN:
     def __init__(self, ffn: Any, outer: torch.Tensor, inner: torch.Tensor, dtype: DType, scale: str) -> None:
         self._ffn, self._dtype, self._static = ffn, dtype, scale == "tensor"
         self._gate, self._up, self._down = ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight
+        self._up_bias = ffn.up_proj.bias
         self._outer, self._inner = outer, inner  # ranges
         self._outer_factors = torch.ones_like(outer)
 
@@ -342,6 +348,7 @@ class _WideFFN:
 
     def divide_inner(self, factors: torch.Tensor) -> None:
         self._up, self._down = self._up / factors[:, None], self._down * factors
+        self._up_bias = None if self._up_bias is None else self._up_bias / factors
         self._inner = self._inner / factors
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -355,7 +362,8 @@ class _WideFFN:
             _scale(ranges.max(), self._dtype) if self._static else None for ranges in (self._outer, self._inner)
         )
         rounded = fake_quantized(x / self._outer_factors, self._dtype, outer)
-        hidden = ACTIVATIONS[self._ffn.activation](rounded @ gate.T) * (rounded @ up.T)
+        gated = ACTIVATIONS[self._ffn.activation](F.linear(rounded, gate, self._ffn.gate_proj.bias))
+        hidden = gated * F.linear(rounded, up, self._up_bias)
         return fake_quantized(hidden, self._dtype, inner) @ down.T
 
     @staticmethod
@@ -365,12 +373,13 @@ class _WideFFN:
 
 
 def _segment_factors(ffn: FFN, inner: torch.Tensor) -> torch.Tensor:
-    """Every segment's largest activation over the largest of all."""
+    """Every segment's largest activation over the largest of all; 1 for a segment that is zero throughout."""
     factors = torch.ones_like(inner)
     start = 0
     for segment in ffn.segments:
         part = slice(start, start + segment.width)
-        factors[part] = inner[part].max() / inner.max()
+        if inner[part].any():
+            factors[part] = inner[part].max() / inner.max()
         start += segment.width
     return factors
 

@@ -248,7 +248,7 @@ class _ModelOptConfig(_Section):
 
     quant_algo: str | None
     ignore: list[str] | None = Field(None, validation_alias=AliasChoices("ignore", "exclude_modules"))
-    kv_cache_scheme: _Arguments | None = None
+    kv_cache_scheme: _Arguments | str | None = None  # 0.31 and 0.33 have the name of the algorithm there
     kv_cache_quant_algo: str | None = None
 
 
@@ -256,13 +256,23 @@ def _from_modelopt(raw: Mapping[str, Any]) -> QuantizationSpec:
     config = _validated(_ModelOptConfig, raw.get("quantization", raw))
     by_algorithm = {word: scheme for scheme, word in MODELOPT.words.items()}
     _require("quant_algo", config.quant_algo, *by_algorithm)
-    _require("kv_cache_quant_algo", config.kv_cache_quant_algo, "FP8", None)
     return QuantizationSpec(
         layout=MODELOPT,
         groups=((Modules(all_linears=True), by_algorithm[str(config.quant_algo)]),),
         ignored=_modules_from_wildcards(config.ignore or ()),
-        kv_codes=_kv_codes(config.kv_cache_scheme) or (FLOAT8_E4M3FN if config.kv_cache_quant_algo else None),
+        kv_codes=_modelopt_kv_codes(config),
     )
+
+
+def _modelopt_kv_codes(config: _ModelOptConfig) -> DType | None:
+    scheme = config.kv_cache_scheme
+    if isinstance(scheme, _Arguments):
+        return _kv_codes(scheme)
+    for key, name in (("kv_cache_scheme", scheme), ("kv_cache_quant_algo", config.kv_cache_quant_algo)):
+        _require(key, name, "FP8", None)
+        if name is not None:
+            return FLOAT8_E4M3FN
+    return None
 
 
 def _modules_from_wildcards(entries: Sequence[str]) -> Modules:

@@ -21,8 +21,12 @@ def block_of_layer(graph: ModelGraph, layer: int) -> int:
         if layer in entry.source_layers:
             return index
     layers = [layer for entry in graph.blocks for layer in entry.source_layers]
+    is_gap = min(layers) < layer < max(layers)
     raise PlanError(
-        f"layer {layer} is not in the model", expected=f"a layer from {min(layers)} to {max(layers)}", found=layer
+        f"layer {layer} is not in the model",
+        expected=f"a layer from {min(layers)} to {max(layers)}",
+        found=layer,
+        hint="nothing was left of it when the model was written: leave it out of the plan" if is_gap else None,
     )
 
 

@@ -68,11 +68,13 @@ def _fused(blocks: Sequence[Block], span: range, norm: NormRule, multiple: int) 
             raise PlanError("the run contains a linear layer in place of an FFN", block=index)
     if len(ffns) < 2:
         raise PlanError("a run needs at least two FFNs", block=span.start, expected=">= 2", found=len(ffns))
-    for what, values in (
-        ("activations", [ffn.activation.value for ffn in ffns]),
-        ("values of rms_norm_eps", [ffn.norm.eps for ffn in ffns]),
-        ("dtypes", [ffn.gate_proj.weight.dtype.name for ffn in ffns]),
-    ):
+    alike: dict[str, list[object]] = {
+        "activations": [ffn.activation.value for ffn in ffns],
+        "values of rms_norm_eps": [ffn.norm.eps for ffn in ffns],
+    }
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        alike[f"dtypes of {name}"] = [getattr(ffn, name).weight.dtype.name for ffn in ffns]
+    for what, values in alike.items():
         if len(set(values)) > 1:
             raise PlanError(f"the FFNs of a run have different {what}", block=span.start, found=values)
     if any(linear.quantization is not None for ffn in ffns for linear in linears(ffn).values()):

@@ -59,9 +59,17 @@ class FileCopy:
         self.nbytes = path.stat().st_size
 
     def chunks(self) -> Iterator[Any]:
-        with self._path.open("rb", buffering=0) as file:
-            while piece := file.read(COPY_CHUNK):
-                yield piece
+        """Yield the file's bytes.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                while piece := file.read(COPY_CHUNK):
+                    yield piece
+        except OSError as error:
+            raise CheckpointError(f"cannot be read ({error.strerror or error})", file=self._path) from error
 
 
 class FileEntry(BaseModel):
@@ -150,17 +158,24 @@ def save_file(output: Path, content: bytes, *, force: bool = False) -> None:
 
 
 def refuse_existing_file(output: Path, *, force: bool) -> None:
-    """Raise OutputError if the file is there already; cheap, for use before long work."""
+    """Raise OutputError if the file is there already, or cannot come to be; cheap, for use before long work."""
     if os.path.isdir(output) or (os.path.lexists(output) and not force):
         raise OutputError("output exists", file=output, hint="give another path, or --force to replace the file")
+    _refuse_unwritable_parent(output)
 
 
 def refuse_existing(output: Path, *, force: bool) -> None:
     """Raise OutputError if `output` is there already, or cannot come to be; cheap, for use before long work."""
-    if os.path.islink(output) or (os.path.lexists(output) and not force):
+    if os.path.lexists(output) and not force:
         raise OutputError("output exists", file=output, hint="give another path, or --force to replace the folder")
+    if os.path.islink(output):
+        raise OutputError("refusing to replace a link", file=output, hint="give the folder that it leads to")
     if os.path.lexists(output) and not os.path.isfile(output / MANIFEST):
-        raise OutputError("refusing to replace a folder that Fuselage did not write", file=output)
+        raise OutputError("refusing to replace what Fuselage did not write", file=output, hint="give another path")
+    _refuse_unwritable_parent(output)
+
+
+def _refuse_unwritable_parent(output: Path) -> None:
     parent = next(path for path in output.absolute().parents if os.path.lexists(path))
     if not os.path.isdir(parent):
         raise OutputError("output cannot be created: not a folder", file=parent)
@@ -238,15 +253,18 @@ def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
             raise CheckpointError("file is missing", file=path)
         size = os.path.getsize(path)
         if size != entry.bytes:
-            raise CheckpointError("file was altered", file=path, expected=f"{entry.bytes} bytes", found=size)
+            raise CheckpointError(
+                "file was altered",
+                file=path,
+                expected=f"{entry.bytes} bytes",
+                found=size,
+                hint=f"build the folder again, or, if it is a model and the change is yours, remove its {MANIFEST}",
+            )
     if not hashes:
         return
 
     def check_hash(name: str, entry: FileEntry) -> None:
-        try:
-            found = sha256_of(folder / name)
-        except OSError as error:
-            raise CheckpointError(f"cannot be read ({error.strerror or error})", file=folder / name) from error
+        found = sha256_of(folder / name)
         if found != entry.sha256:
             raise CheckpointError(
                 "file was altered",

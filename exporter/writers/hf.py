@@ -13,8 +13,7 @@ that know one dtype only cast to it. Quantized linears have scales beside their 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from exporter.architectures.base import (
 )
 from exporter.architectures.quantization import HF_QUANT_CONFIG, MODELOPT, Layout
 from exporter.dtypes import DType
-from exporter.errors import FuselageError, TargetError, raise_all
+from exporter.errors import FuselageError, TargetError, differences, raise_all
 from exporter.graph import (
     FFN,
     Activation,
@@ -455,10 +454,10 @@ def _problems(graph: ModelGraph) -> Iterator[FuselageError]:
         yield TargetError("no block has an attention or an FFN, so there is no layer to write")
     attentions = list(_sublayers(graph, Attention))
     ffns = list(_sublayers(graph, FFN))
-    yield from _differences("num_attention_heads", [(index, part.num_attention_heads) for index, part in attentions])
-    yield from _differences("hidden_act", [(index, part.activation.value) for index, part in ffns])
-    yield from _differences("kind of q/k norm", [(index, _qk_norm(part)) for index, part in attentions])
-    yield from _differences("rms_norm_eps", [(None, graph.norm.eps), *_epsilons(graph)])
+    yield from differences("num_attention_heads", [(index, part.num_attention_heads) for index, part in attentions])
+    yield from differences("hidden_act", [(index, part.activation.value) for index, part in ffns])
+    yield from differences("kind of q/k norm", [(index, _qk_norm(part)) for index, part in attentions])
+    yield from differences("rms_norm_eps", [(None, graph.norm.eps), *_epsilons(graph)])
     for index, part in attentions:
         if (part.q_norm is None) != (part.k_norm is None):
             yield TargetError("a q norm and a k norm come together", block=index, found=_qk_norm(part))
@@ -479,23 +478,6 @@ def _problems(graph: ModelGraph) -> Iterator[FuselageError]:
                     found=f"{width_from_ffn_mult(value, graph.hidden_size)} from ffn_mult {value}",
                 )
     yield from _unreadable_dtypes(graph)
-
-
-def _differences(what: str, values: Iterable[tuple[int | None, Any]]) -> Iterator[FuselageError]:
-    """Report every block that differs from the majority in something the config says once."""
-    values = list(values)
-    if not values:
-        return
-    ((usual, _),) = Counter(value for _, value in values).most_common(1)
-    for index, value in dict.fromkeys(values):
-        if value != usual:
-            where = "" if index is not None else " (of the final norm)"
-            yield TargetError(
-                f"the whole model has one {what}",
-                block=index,
-                expected=f"{usual} as elsewhere",
-                found=f"{value}{where}",
-            )
 
 
 def _epsilons(graph: ModelGraph) -> Iterator[tuple[int, float]]:

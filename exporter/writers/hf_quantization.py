@@ -1,7 +1,8 @@
 """Quantized Hugging Face folders: which layout a graph gets, what its config says, the names and shapes of its scales.
 
-The layouts are tables in `exporter.architectures.quantization`; `hf_readers` knows who reads which. By default a graph
-gets the one that more of its readers take:
+The layouts are tables in `exporter.architectures.quantization`; `hf_readers` knows who reads which. A graph that comes
+from a quantized folder keeps its layout, which its readers are known to take. Any other gets by default the one that
+more of its readers take:
 
     float8_e4m3fn weights per tensor, static inputs    modelopt
     int8 weights only                                  modelopt (compressed-tensors packs such weights)
@@ -78,6 +79,16 @@ def quantization_of(graph: ModelGraph, table: Mapping[str, str], layout: str | N
         left_out=left_out,
         kv_cache=any(attention.kv_quantization is not None for _, attention in graph.attentions),
     )
+
+
+def layout_to_keep(graph: ModelGraph, source: str | None) -> str | None:
+    """The layout of the folder that a graph came from, None if it has none, or no word for the graph's quantization."""
+    if source is None:
+        return None
+    every = (linear for _, sublayer in _sublayers(graph) for linear in linears(sublayer).values())
+    schemes = {scheme for linear in every if (scheme := scheme_of(linear)) is not None}
+    fits = schemes <= LAYOUTS[source].words.keys() and (source != MODELOPT.name or len(schemes) == 1)
+    return source if fits else None
 
 
 def _named_linears(graph: ModelGraph, table: Mapping[str, str]) -> Iterator[tuple[str, Linear]]:

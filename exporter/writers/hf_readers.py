@@ -64,14 +64,8 @@ READERS: dict[str, Reader] = {
 class ReaderProblem(TargetError):
     """One rule that a folder breaks for one reader."""
 
-    def __init__(self, rule: Rule, reader: Reader, found: str) -> None:
-        self.reader = reader
-        self.severity, effect = rule.effects[reader.name]
-        super().__init__(
-            f"{reader.name} ({reader.version}) {self.severity.value}: {rule.problem}: {effect}",
-            found=found,
-            hint=rule.hint,
-        )
+    reader: Reader
+    severity: Severity
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +127,19 @@ def check_for(graph: ModelGraph, options: Options, readers: Iterable[str]) -> li
     rules = (*(RULES if family == NEMOTRON_NAS else ()), *(QUANTIZATION_RULES if quantization is not None else ()))
     found = [(rule, rule.find(folder)) for rule in rules]
     return [
-        ReaderProblem(rule, READERS[name], what)
+        _problem(rule, READERS[name], what)
         for name in names
         for rule, what in found
         if what is not None and name in rule.effects
     ]
+
+
+def _problem(rule: Rule, reader: Reader, found: str) -> ReaderProblem:
+    severity, effect = rule.effects[reader.name]
+    text = f"{reader.name} ({reader.version}) {severity.value}: {rule.problem}: {effect}"
+    problem = ReaderProblem(text, found=found, hint=rule.hint)
+    problem.reader, problem.severity = reader, severity
+    return problem
 
 
 # --- conditions
@@ -527,7 +529,7 @@ QUANTIZATION_RULES: tuple[Rule, ...] = (
     Rule(
         "FP8 weights per channel in the layout compressed-tensors",
         lambda folder: _schemes(folder, COMPRESSED_TENSORS, lambda s: s == Scheme(FLOAT8_E4M3FN, "channel", "token")),
-        {"tensorrt-llm": (REJECTS, "it copies scales of shape [out, 1] into [out]")},
+        {"tensorrt-llm": (REJECTS, "up to 1.2 it copies scales of shape [out, 1] into [out] (#15415 mends it in 1.3)")},
         f"choose the layout {MODELOPT.name}",
     ),
     Rule(

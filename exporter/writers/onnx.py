@@ -60,6 +60,12 @@ def check(graph: ModelGraph, options: Options) -> list[FuselageError]:
                 hint="give a folder that holds the model's safetensors files",
             )
         )
+    return problems + check_structure(graph, options)
+
+
+def check_structure(graph: ModelGraph, options: Options) -> list[FuselageError]:
+    """The same for a graph whose weights need not be there yet."""
+    problems: list[FuselageError] = []
     problems += _dtype_problems(graph, options)
     problems += _plugin_problems(graph, options)
     problems += quantization_problems(graph)
@@ -266,6 +272,7 @@ __all__ = [
     "Network",
     "Options",
     "check",
+    "check_structure",
     "emit",
     "options_for",
     "plan",

@@ -6,6 +6,7 @@ values of a tensor in a weight file.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
@@ -21,7 +22,9 @@ OPSETS = range(9, 25)
 IR_VERSION = 11  # the newest that is known to be taken
 OWN_DOMAINS = ("", "ai.onnx", "trt")  # the last is what NVIDIA's exporter for Edge-LLM writes
 HEAD_SIZES = range(16, 257)  # what fused attention kernels are documented for
+MOST_KEYS = 16_384  # that attention over a cache was reported to run fused with
 MOST_TOP_K = 3839
+MOST_ELEMENTS = 2**31 - 1
 CODE_OPSETS: dict[int, int] = {TensorProto.FLOAT8E4M3FN: 19, TensorProto.INT4: 21, TensorProto.FLOAT4E2M1: 23}
 MOVES = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 PRODUCTS = frozenset({"Gemm", "MatMul"})
@@ -237,6 +240,13 @@ def function_inputs(network: TypedNetwork) -> Iterator[Finding]:
                 yield Finding(_label(node), f"{len(function.input)} inputs, as it declares", str(len(node.input)))
 
 
+def large_initializers(network: TypedNetwork) -> Iterator[Finding]:
+    for name, tensor in network.initializers.items():
+        elements = math.prod(tensor.dims)
+        if elements > MOST_ELEMENTS:
+            yield Finding(name, f"at most {MOST_ELEMENTS:,} elements", f"{elements:,} in {_shape_text(tensor.dims)}")
+
+
 def empty_initializers(network: TypedNetwork) -> Iterator[Finding]:
     for name, tensor in network.initializers.items():
         if 0 in tensor.dims:
@@ -365,7 +375,7 @@ def attention_mask_dtypes(network: TypedNetwork) -> Iterator[Finding]:
 def attention_mask_shapes(network: TypedNetwork) -> Iterator[Finding]:
     for node in network.built_in("Attention"):
         mask = _given(node, 3)
-        wanted = (network.size(_given(node, 0), 2), network.size(_given(node, 1), 2))
+        wanted = (network.size(_given(node, 0), -2), network.size(_given(node, 1), -2))
         found = (network.size(mask, -2), network.size(mask, -1))
         if any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(wanted, found, strict=True)):
             yield Finding(_label(node), f"a mask that ends in {_shape_text(wanted)}", _shape_text(found))
@@ -379,10 +389,19 @@ def attention_heads(network: TypedNetwork) -> Iterator[Finding]:
                 yield Finding(_label(node), f"numbers for heads and head size of input {index}", _shape_text(shape))
 
 
+def _heads(network: TypedNetwork, node: onnx.NodeProto, index: int) -> int | None:
+    """Heads of the queries (input 0) or the keys (1) of an Attention; None if unknown."""
+    shape = network.shape(_given(node, index))
+    if shape is not None and len(shape) == 3:
+        return attributes(node).get(("q_num_heads", "kv_num_heads")[index])
+    heads = network.size(_given(node, index), 1)
+    return heads if isinstance(heads, int) else None
+
+
 def attention_groups(network: TypedNetwork) -> Iterator[Finding]:
     for node in network.built_in("Attention"):
-        queries, keys = (network.size(_given(node, index), 1) for index in (0, 1))
-        if isinstance(queries, int) and isinstance(keys, int) and queries % keys:
+        queries, keys = (_heads(network, node, index) for index in (0, 1))
+        if queries and keys and queries % keys:
             yield Finding(_label(node), "query heads in a whole multiple of key heads", f"{queries} and {keys}")
 
 
@@ -406,6 +425,13 @@ def attention_head_sizes(network: TypedNetwork) -> Iterator[Finding]:
             yield Finding(
                 _label(node), f"a head size of {HEAD_SIZES[0]} to {HEAD_SIZES[-1]}, a multiple of 8", str(size)
             )
+
+
+def attention_lengths_of_keys(network: TypedNetwork) -> Iterator[Finding]:
+    for node in network.built_in("Attention"):
+        keys = network.size(_given(node, 1), -2)
+        if isinstance(keys, int) and keys > MOST_KEYS:
+            yield Finding(_label(node), f"at most {MOST_KEYS:,} keys", f"{keys:,}")
 
 
 def attention_casts(network: TypedNetwork) -> Iterator[Finding]:

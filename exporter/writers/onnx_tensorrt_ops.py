@@ -57,6 +57,7 @@ _ATTENTION_ATTRIBUTES = {
     "qk_matmul_output_mode": (0,),
 }
 _FOUR_DIMENSIONS = frozenset({4})
+_HEADS_APART_OR_NOT = frozenset({3, 4})  # [B, n, S, d] or [B, S, n * d]
 
 OPS: dict[str, Op] = {
     **_group(
@@ -108,7 +109,7 @@ OPS: dict[str, Op] = {
             alike=True,
             others={3: frozenset({TensorProto.INT64})},
             attributes=_ROTARY_ATTRIBUTES,
-            ranks={0: frozenset({3, 4})},
+            ranks={0: _HEADS_APART_OR_NOT},
         ),
     ),
     **_group(
@@ -119,7 +120,8 @@ OPS: dict[str, Op] = {
             alike=True,
             attributes=_ATTENTION_ATTRIBUTES,
             outputs=1,
-            ranks={0: _FOUR_DIMENSIONS, 1: _FOUR_DIMENSIONS, 2: _FOUR_DIMENSIONS, 3: _FOUR_DIMENSIONS},
+            # The list of ops asks for 4 dimensions throughout; the importers reshape 3, and prepend some to a mask.
+            ranks={0: _HEADS_APART_OR_NOT, 1: _HEADS_APART_OR_NOT, 2: _HEADS_APART_OR_NOT, 3: frozenset(range(5))},
         ),
     ),
     **_group(

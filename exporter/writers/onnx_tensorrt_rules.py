@@ -110,6 +110,13 @@ def version_from_text(text: str) -> Version:
     return known.get(version, VERSIONS[-1])
 
 
+def rules_for(installed: tuple[int, ...] | None) -> Version:
+    """The version whose rules hold for an installed one: its own, or the last known before it. None: the newest."""
+    if installed is None:
+        return VERSIONS[-1]
+    return max((known for known in VERSIONS if known <= installed[:2]), default=VERSIONS[0])
+
+
 def read_network(file: str, content: bytes | Path) -> onnx.ModelProto:
     """Parse an .onnx file, or its bytes; external data stays where it is.
 
@@ -398,6 +405,15 @@ RULES: tuple[Rule, ...] = (
         "pass all inputs, or write a function for each number of inputs",
     ),
     Rule(
+        "large-initializer",
+        "no initializer has more elements than 32 bits can count",
+        conditions.large_initializers,
+        _WARNING,
+        _REPORTED,
+        "issues 1948 and 4123 of NVIDIA/TensorRT; issue 3495 of NVIDIA/TensorRT-LLM, about the FFNs of Ultra-253B",
+        "fuse fewer FFNs into one",
+    ),
+    Rule(
         "empty-initializer",
         "no initializer is empty",
         conditions.empty_initializers,
@@ -597,6 +613,15 @@ RULES: tuple[Rule, ...] = (
         _DOCUMENTED,
         "TensorRT's page on fused attention; issue 4705 of NVIDIA/TensorRT",
         "allow the builder to decompose attention",
+    ),
+    Rule(
+        "attention-keys",
+        "attention is over as many keys as fused kernels are known for; a longer cache may have none",
+        conditions.attention_lengths_of_keys,
+        _WARNING,
+        _REPORTED,
+        "NVIDIA's TensorRT-Model-Connect, pull requests 1035 (16,384 is qualified) and 873 (40,960 had none on SM86)",
+        "export with fewer --max-positions, or allow the builder to decompose attention",
     ),
     Rule(
         "attention-cast",

@@ -20,14 +20,12 @@ Source of names and shapes: TensorRT-LLM 1.1, `tensorrt_llm/models/nemotron_nas/
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from exporter.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
-from exporter.errors import FuselageError, TargetError, raise_all
+from exporter.errors import FuselageError, TargetError, differences, raise_all
 from exporter.graph import FFN, Activation, Attention, LinearSublayer, ModelGraph, RMSNorm, linears, weights
 from exporter.lazy import LazyTensor, cast, pad, slice_rows
 from exporter.safetensors_io import SafetensorsFile
@@ -289,8 +287,8 @@ def _model_problems(graph: ModelGraph) -> Iterator[FuselageError]:
             found=type(graph.rope.scaling).__name__,
         )
     attentions = [(layer.index, a) for layer in layers if isinstance(a := layer.block.attention, Attention)]
-    yield from _differences("num_attention_heads", ((index, part.num_attention_heads) for index, part in attentions))
-    yield from _differences("rms_norm_eps", [(None, graph.norm.eps), *_epsilons(layers)])
+    yield from differences("num_attention_heads", ((index, part.num_attention_heads) for index, part in attentions))
+    yield from differences("rms_norm_eps", [(None, graph.norm.eps), *_epsilons(layers)])
     for index, attention in attentions:
         if attention.q_norm is not None or attention.k_norm is not None:
             yield TargetError("norms on query and key heads are not expressed", block=index)
@@ -328,23 +326,6 @@ def _no_scales(block: int | None, tensor: LazyTensor) -> FuselageError:
     return TargetError(
         "weights of this dtype need scales", block=block, expected="a float of 16+ bits", found=tensor.dtype
     )
-
-
-def _differences(what: str, values: Iterable[tuple[int | None, Any]]) -> Iterator[FuselageError]:
-    """Report every block that differs from the majority in something the config says once."""
-    values = list(values)
-    if not values:
-        return
-    ((usual, _),) = Counter(value for _, value in values).most_common(1)
-    for index, value in dict.fromkeys(values):
-        if value != usual:
-            where = "" if index is not None else " (of the final norm)"
-            yield TargetError(
-                f"the whole model has one {what}",
-                block=index,
-                expected=f"{usual} as elsewhere",
-                found=f"{value}{where}",
-            )
 
 
 def _epsilons(layers: Iterable[Layer]) -> Iterator[tuple[int, float]]:

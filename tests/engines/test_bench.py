@@ -233,6 +233,30 @@ def test_engines_are_timed_in_turns_and_samples_kept(tmp_path):
     assert {total for _, total, _ in seen} == {26}
 
 
+@pytest.mark.parametrize(("threads", "in_the_machine", "expected"), [(None, 64, 1), (None, 1, None), (3, 64, 3)])
+def test_engines_on_some_of_the_cpus_have_a_thread_for_each(tmp_path, monkeypatch, threads, in_the_machine, expected):
+    monkeypatch.setattr(os, "cpu_count", lambda: in_the_machine)
+    cpu = min(os.sched_getaffinity(0))
+    asked: list[int | None] = []
+    worker = scripted(tmp_path)
+
+    def remembering(engine, manifest, threads, cpus):
+        asked.append(threads)
+        return worker(engine, manifest, threads, cpus)
+
+    engines = [engine_folder(tmp_path, "baseline")]
+    results = bench_engines(engines, GRID, rounds=1, threads=threads, cpus=[cpu], worker=remembering)
+    assert asked == [expected]
+    assert results.environment.threads == expected
+
+
+def test_an_argument_that_is_not_utf8_does_not_cost_the_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["bench", os.fsdecode(b"engines/\xe9")])
+    results = bench_engines([engine_folder(tmp_path, "baseline")], GRID, rounds=1, worker=scripted(tmp_path))
+    assert results.environment.command == ("bench", "engines/\ufffd")
+    assert results_from_json(json_from_results(results)) == results
+
+
 WORKER_FAILURES = {
     "refuses to open": ({"opening": "raise EngineError('no such file')"}, "'fused' failed: no such file$"),
     "bug when opening": ({"opening": "1 / 0"}, "'fused' failed: ZeroDivisionError: division by zero"),

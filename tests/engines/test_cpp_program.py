@@ -164,6 +164,49 @@ def test_samples_are_consistent_and_tokens_are_sent_only_when_asked(program, eng
     assert answer["ttft_ms"] + sum(answer["step_ms"]) == pytest.approx(answer["request_ms"])
 
 
+def reads_of_a_request(program: Path, engine: Path) -> int:
+    """How often the program calls read(2) for one request, the line that orders it included."""
+    order = Run(batch=1, input_len=3, output_len=2, seed=0).model_dump_json() + "\n"
+    library = library_options(read_engine_manifest(engine))
+    command = [program, "serve", engine, *library, "--threads", "1"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        counts = []
+        for line in ("", order, order):  # it is ready; after a first request; after a second one
+            process.stdin.write(line)
+            process.stdin.flush()
+            assert '"error"' not in process.stdout.readline()
+            found = re.search(r"^syscr: (\d+)$", Path(f"/proc/{process.pid}/io").read_text(), re.MULTILINE)
+            assert found is not None
+            counts.append(int(found[1]))
+        process.stdin.close()
+    return counts[2] - counts[1]
+
+
+def test_caches_are_made_without_reading_files(program, engine, tmp_path):
+    """They are made while prefill is timed: a model of many attentions would seem slower by what is read for each."""
+    many = engine_of(tiny_graph("AF " * 6), tmp_path)
+    assert reads_of_a_request(program, many) == reads_of_a_request(program, engine)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="there is one CPU to be pinned to")
+@pytest.mark.parametrize("cpu", sorted(os.sched_getaffinity(0))[:2])
+def test_no_thread_leaves_the_cpus_it_is_pinned_to(cpu, program, engine):
+    """ONNX Runtime binds its threads to cores by itself, unless it is told how many there are to be."""
+    command = [program, "serve", engine, *library_options(read_engine_manifest(engine)), "--cpus", str(cpu)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert '"ready"' in process.stdout.readline()
+        allowed = [
+            re.findall(r"^Cpus_allowed_list:\t(.*)$", status.read_text(), re.MULTILINE)
+            for status in Path(f"/proc/{process.pid}/task").glob("*/status")
+        ]
+        process.communicate("")
+    assert allowed
+    assert all(cpus == [str(cpu)] for cpus in allowed)
+
+
 def test_a_benchmark_alone_writes_results_and_the_statistics_of_trtexec(program, engine, tmp_path):
     library = library_options(read_engine_manifest(engine))
     arguments = ("--batch", "1,2", "--input-len", 7, "--output-len", "5,1", "--rounds", 10, "--warmup", 1, "--seed", 3)
@@ -492,9 +535,9 @@ def test_an_altered_engine_is_found_before_it_runs(engine, tmp_path):
 
 
 def test_without_a_compiler_the_way_out_is_python(monkeypatch, engine):
-    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    monkeypatch.setenv("CXX", "ccache /nonexistent/c++")
     manifest = read_engine_manifest(engine)
-    with pytest.raises(EngineError, match=r"no C\+\+ compiler.*Use --runtime python"):
+    with pytest.raises(EngineError, match=r"no C\+\+ compiler 'ccache /nonexistent/c\+\+'.*Use --runtime python"):
         worker_for("cpp", quiet)(engine, manifest, None, None)
     told: list[str] = []
     command = worker_for("auto", told.append)
@@ -558,6 +601,17 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     monkeypatch.setenv("FUSELAGE_CACHE", str(tmp_path / "file"))
     with pytest.raises(EngineError, match=r"the cache cannot be written.*Set FUSELAGE_CACHE"):
         built_program(quiet)
+
+
+@pytest.mark.parametrize("variable", ["FUSELAGE_CACHE", "XDG_CACHE_HOME"])
+def test_a_cache_beside_the_caller_is_found_from_everywhere(variable, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FUSELAGE_CACHE", raising=False)
+    monkeypatch.setenv(variable, "cache")
+    monkeypatch.setattr(cpp_program, "_build", lambda cmake, settings, target: target.touch())
+    program = built_program(quiet)
+    assert program.is_absolute()
+    assert program.is_relative_to(tmp_path / "cache")
 
 
 def test_it_is_built_once_however_many_want_it(monkeypatch, tmp_path):

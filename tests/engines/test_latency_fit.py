@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from engines import latency_fit
 from engines.hardware import read_gpus
 from engines.latency_fit import (
+    Fit,
     Observation,
     criterion_for,
     fit_constants,
@@ -98,6 +100,22 @@ def test_known_constants_are_found(criterion: str, memory: float, compute: float
     assert fit.constants.compute_efficiency == pytest.approx(0.41, rel=1e-4)
 
 
+def test_a_search_that_goes_round_in_circles_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of three constants leads to the next: four programs have seen all there is."""
+    circle = [replace(KNOWN, sublayer_us=us) for us in (1.0, 2.0, 3.0)]
+    errors = {1.0: 0.3, 2.0: -0.1, 3.0: 0.2}
+    solved: list[float] = []
+
+    def fit_once(observations: object, criterion: object, constants: Constants) -> Fit:
+        found = next((b for a, b in zip(circle, circle[1:] + circle[:1], strict=True) if a == constants), circle[0])
+        solved.append(found.sublayer_us)
+        return Fit(constants=found, errors=(errors[found.sublayer_us],), fitted=())
+
+    monkeypatch.setattr(latency_fit, "_fit_once", fit_once)
+    assert fit_constants(synthetic(KNOWN)[:1], start=KNOWN).constants == circle[1]
+    assert solved == [1.0, 2.0, 3.0, 1.0]
+
+
 def test_two_latencies_are_enough_for_two_constants() -> None:
     fit = fit_constants(synthetic(KNOWN)[:2])
     assert fit.fitted == ("memory_efficiency", "sublayer_us")
@@ -141,6 +159,13 @@ def test_the_demo_on_a_cpu() -> None:
     assert fit.loss("sum") / len(observations) < 0.2
 
 
+def test_tokens_that_came_all_at_once_are_no_decode_step() -> None:
+    results = read_results(DEMO)
+    cell = results.cells[0].model_copy(update={"request_ms": results.cells[0].ttft_ms, "step_ms": ()})
+    (found,) = observations_from_results(results.model_copy(update={"cells": (cell,)}), GPUS["h200"])
+    assert "time to first token" in found.name
+
+
 def test_what_cannot_be_fitted_to(published: list[Observation], tmp_path: Path) -> None:
     with pytest.raises(
         EngineError, match=r"too few measured latencies .* at least 2, for memory_efficiency, sublayer_us"
@@ -161,7 +186,7 @@ def test_what_cannot_be_fitted_to(published: list[Observation], tmp_path: Path) 
         ("gpu: h200", "gpu: h300", "unknown GPU: expected h100-sxm, .* found h300"),
         ("format: bfloat16", "format: fp3", "unknown number format"),
         ("batch: 1\n", "batch: 0\n", "rates.0.batch"),
-        ("decode_tokens_per_s: 41.44", "decode_ms: 24", "decode_tokens_per_s: Field required"),
+        ("decode_tokens_per_s: 41.44", "decode_ms: 24", "decode_ms: unknown key"),
         ("llama-3.1-405b.config", "llama-4", "no such model folder|cannot be read"),
     ],
 )

@@ -325,6 +325,10 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no manifest": (lambda folder: (folder / "fuselage.manifest.json").unlink(), "not a folder of kind 'engine'"),
     "no folder": (shutil.rmtree, "no such folder"),
     "another backend": (rewrite_engine_json(backend="tensorrt"), "another backend"),
+    "a later build": (
+        rewrite_engine_json(runtime={"onnxruntime": "999.1"}),
+        "older than the one .*: expected 999.1 or later, found .* Build the engine again",
+    ),
     "another schema": (rewrite_engine_json(engine_schema=99), "version"),
     "unknown field": (rewrite_engine_json(surprise=1), "surprise"),
     "wrong kind": (rewrite_engine_json(max_positions="many"), "max_positions"),

@@ -62,6 +62,15 @@ def test_quantized_engines_keep_their_format() -> None:
     assert 0.2 < half < 0.8
 
 
+def test_a_report_of_formats_that_nobody_can_predict(tmp_path: Path) -> None:
+    engines = [{**engine, "number_format": "NVFP4"} for engine in ENGINES]  # as trtllm-bench calls it
+    files = report_files(tmp_path, with_changes(engines=engines), prediction=Wanted(gpus=[H100]))
+    said = "fused is not predicted: the latency model does not know NVFP4."
+    assert said in Page(files["report.html"]).text
+    assert said in files["report.md"].decode()
+    assert files["report.csv"] == report_files(tmp_path, with_changes(engines=engines))["report.csv"]
+
+
 def test_what_does_not_fit_is_said_and_left_out() -> None:
     small = H100.model_copy(update={"memory_gb": 0.1})
     (part,) = predicted_parts(comparison_of(REALISTIC), Wanted(gpus=[small], batches=[1, 4096]))

@@ -232,7 +232,8 @@ INSPECTED = json.dumps(
                 "Name": "gemm_1",
                 "LayerType": "gemm",
                 "TacticName": "sm90_xmma_gemm",
-                "Metadata": "[ONNX Layer: blocks.0.ffn.gate_proj]\u001f[ONNX Layer: blocks.0.ffn.up_proj]",
+                "Metadata": "[ONNX Layer: blocks.0.ffn.gate_proj]\u001f"
+                "[ONNX Layer: blocks.0.ffn.up_proj | Local Function: FusedLinear]",
             },
             {"Name": "blocks.0.attention.q_proj + blocks.0.attention.k_proj", "LayerType": "gemm"},
             {"Name": "{ForeignNode[blocks.1.ffn.norm...lm_head]}", "LayerType": "Myelin"},

@@ -92,6 +92,21 @@ def test_what_became_slower_is_found() -> None:
     assert not any(change.is_regression(0) for change in back.changes)
 
 
+@pytest.mark.parametrize(("rounds", "is_seen"), [(4, False), (6, False), (7, True), (8, True), (9, True)])
+def test_rounds_too_few_for_a_single_change_are_said(rounds: int, is_seen: bool) -> None:
+    """Of 36 figures one is halved: flagged from 7 rounds on, and where it cannot be, a note says so."""
+    rng = np.random.default_rng(7)
+    before = run(rng, rounds=rounds)
+    first = before.cells[0]
+    halved = (ttft + (request - ttft) / 2 for ttft, request in zip(first.ttft_ms, first.request_ms, strict=True))
+    quick = first.model_copy(update={"request_ms": tuple(halved)})
+    changes = compare_results(before, before.model_copy(update={"cells": (quick, *before.cells[1:])}))
+    assert len(changes.changes) == 36
+    assert changes.changes[1].metric == "inter_token_ms"
+    assert [change.verdict == "faster" for change in changes.changes] == [False, is_seen, *[False] * 34]
+    assert (changes.notes == ()) is is_seen
+
+
 def test_figures_are_medians_of_both_runs() -> None:
     rng = np.random.default_rng(3)
     before, after = run(rng), run(rng)
@@ -103,9 +118,13 @@ def test_figures_are_medians_of_both_runs() -> None:
 
 
 def test_requests_of_one_token_have_no_time_between_tokens() -> None:
-    cell = DEMO.cells[0].model_copy(update={"output_len": 1, "step_ms": ((),) * 7})
-    results = DEMO.model_copy(update={"cells": (cell,)})
-    assert [change.metric for change in compare_results(results, results).changes] == ["ttft_ms", "request_ms"]
+    first = DEMO.cells[0]
+    for cell in (
+        first.model_copy(update={"output_len": 1, "step_ms": ((),) * 7}),
+        first.model_copy(update={"request_ms": first.ttft_ms, "step_ms": ()}),  # all of them came with the first
+    ):
+        results = DEMO.model_copy(update={"cells": (cell,)})
+        assert [change.metric for change in compare_results(results, results).changes] == ["ttft_ms", "request_ms"]
 
 
 def test_differences_beside_the_figures_are_said() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from engines.charts import axis_ticks
+from engines.markdown import markdown_escaped
 from engines.report import report_from_results
 from engines.report_words import formatted
 from engines.results import FFNShape, Structure
@@ -285,6 +286,7 @@ SUMMARIES = {
     ),
     "one token": ({"baseline": 2.0, "fused": 1.0}, 1, None, "fused is 2.00× faster to the first token."),
     "alone": ({"fused": 1.0}, 64, "fused", "fused takes 1.00 ms per token at batch 1, input 128, output 64."),
+    "steps of no time": ({"baseline": 0.0, "fused": 0.0}, 64, None, "No engine has a time per token at batch 1"),
 }
 
 
@@ -296,9 +298,9 @@ def test_summary_sentence(tmp_path, step_ms, output_len, baseline, sentence):
             "batch": batch,
             "input_len": 128,
             "output_len": output_len,
-            "ttft_ms": [10 * ms],
+            "ttft_ms": [10 * ms or 1.0],
             "step_ms": [[ms] * (output_len - 1)],
-            "request_ms": [10 * ms + ms * (output_len - 1)],
+            "request_ms": [(10 * ms or 1.0) + ms * (output_len - 1)],
         }
         for label, ms in step_ms.items()
         for batch in (4, 1)
@@ -339,6 +341,16 @@ def test_figures_are_labelled_by_what_they_are(tmp_path, fields, said, not_said)
     for text in (Page(files["report.html"]).text, files["report.md"].decode()):
         assert [phrase for phrase in said if phrase not in text] == []
         assert [phrase for phrase in not_said if phrase in text] == []
+
+
+def test_nothing_is_faster_than_an_emulated_baseline(tmp_path):
+    engines = [{**ENGINES[0], "kind": "emulated"}, *ENGINES[1:]]
+    files = rendered(tmp_path, with_changes(engines=engines))
+    page = Page(files["report.html"])
+    assert "baseline (emulated) takes 2.67 ms per token, attention-dropped takes" in page.text
+    assert "no measurement to compare" in page.text
+    for text in (page.text, files["report.md"].decode()):
+        assert re.findall(r"[0-9]\.[0-9]+× ?(?:faster|slower)", text) == []
 
 
 def test_engines_of_two_devices_are_said_to_be(tmp_path):
@@ -392,6 +404,22 @@ def test_hostile_labels_stay_text(tmp_path, label):
     assert "@everyone" not in markdown
     # Every line of the comparison and of the accuracies has as many unescaped bars as in the report of tame labels.
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines() if line.startswith("|")} == {5, 7}
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("a|b <c> & *d*", r"a\|b &lt;c&gt; &amp; \*d\*"),
+        ("@team", "@&#8203;team"),
+        ("a@b.example", "a@&#8203;b.example"),
+        ("fused #2", r"fused \#&#8203;2"),
+        ("https://a.example", "https:&#8203;//a.example"),
+        ("WWW.a.example", "WWW&#8203;.a.example"),
+        ("1:2, www", "1:2, www"),
+    ],
+)
+def test_nobody_is_mentioned_and_nothing_is_linked_in_markdown(text, escaped):
+    assert markdown_escaped(text) == escaped
 
 
 @pytest.mark.parametrize("label", ["$\\frac{$", "_underscore first"])
@@ -602,6 +630,7 @@ ERRORS = {
     "linears": [
         {"name": "blocks.0.ffn.up_proj", "relative_error": 0.01, "sqnr_db": 40.0, "saturation": None},
         {"name": "blocks.1.ffn.down_proj", "relative_error": 0.0325, "sqnr_db": 29.76, "saturation": 0.0001},
+        {"name": "blocks.2.ffn.down_proj", "relative_error": 0.0, "sqnr_db": None, "saturation": 0.0},  # all zeros
     ],
     "smoothing": [
         {"block": 1, "scheme": scheme, "smoothing": smoothing, "alpha": None, "relative_error": error}
@@ -623,6 +652,7 @@ def test_quantization_errors_are_shown_the_worst_first(tmp_path):
     files = dict(with_errors(tmp_path, ERRORS))
     page = Page(files["report.html"])
     assert page.row("blocks.1.ffn.down_proj") == ["blocks.1.ffn.down_proj", "3.25 %", "29.8", "0.0100 %"]
+    assert page.row("blocks.2.ffn.down_proj") == ["blocks.2.ffn.down_proj", "0.00 %", "–", "0.0000 %"]
     assert page.row("INT8") == ["INT8", "27.60 %", "6.50 %"]
     text = files["report.md"].decode()
     assert text.index("blocks.1.ffn.down") < text.index("blocks.0.ffn.up")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.browser import Page, browser
-from tests.engines.test_report import report_files
+from tests.engines.test_report import many, report_files
 from tests.engines.test_time_chart import PROFILED
 
 pytestmark = pytest.mark.skipif(browser() is None, reason="no Chromium or Chrome on this machine")
@@ -18,6 +19,7 @@ OPERABLE = (
 )
 FOCUSED = "document.activeElement"
 WIDTH = 390  # a phone's
+A4 = 688  # CSS pixels between margins of 14 mm
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +86,19 @@ def test_the_data_can_be_downloaded(page: Page, files: dict[str, bytes]) -> None
         found[file.name] = file.read_bytes()
     assert json.loads(found["results-0.json"]) == PROFILED
     assert found["report.csv"] == files["report.csv"]
+
+
+@pytest.mark.parametrize("count", [3, 9, 12])
+def test_nothing_runs_off_a_phone_or_a_printed_page(count: int, tmp_path: Path) -> None:
+    document = json.loads(json.dumps(many(count)).replace("engine-01", "x" * 100))
+    file = tmp_path / "report.html"
+    file.write_bytes(report_files(tmp_path, document)["report.html"])
+    page_width = "document.documentElement.scrollWidth"
+    with Page(file, tmp_path, width=WIDTH) as page:
+        assert page.run(page_width) <= WIDTH  # tables scroll within it
+        page.lay_out_for_print(width=A4)
+        assert page.run(page_width) <= A4
+        tables = "[...document.querySelectorAll('table')].filter(e => e.checkVisibility())"
+        assert page.run(f"{tables}.length") >= 3
+        wide = f"{tables}.filter(e => e.scrollWidth > e.parentElement.clientWidth)"
+        assert page.run(f"{wide}.map(e => e.className)") == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from engines.results import (
     RequestShape,
     Results,
     comparison_from_results,
+    engine_label,
     json_from_results,
     ratio,
     read_results,
@@ -167,6 +169,8 @@ REFUSED = {
     "too deep": (b"[" * 100_000, "not JSON"),
     "NaN sample": (changed("cells.0.ttft_ms.0", float("nan")), "not JSON"),
     "infinite sample": (json.dumps(DOCUMENT).replace("16.0", "1e999").encode(), "finite number"),
+    "sample beyond reason": (changed("cells.0.request_ms.0", 1e300), "cells.0.request_ms.0: Input should be less"),
+    "sample of no time": (changed("cells.0.ttft_ms.0", 5e-324), "cells.0.ttft_ms.0: Input should be greater"),
     "a list": (b"[]", "not a results file"),
     "no version": (b"{}", "not a results file"),
     "next version": (changed("results_schema", 2), "another schema version: expected 1, found 2"),
@@ -284,3 +288,16 @@ MIXED = {
 def test_results_that_do_not_belong_together(sources, baseline, problem):
     with pytest.raises(EngineError, match=problem):
         comparison_from_results(sources, baseline=baseline)
+
+
+def test_the_label_of_an_engine_is_one_that_results_take():
+    assert engine_label("漢字 =1", Path("out/engine")) == "漢字 =1"
+    assert engine_label(None, Path("out/engine")) == "engine"
+    assert engine_label("a" * 100, Path()) == "a" * 100
+
+
+@pytest.mark.parametrize("label", ["a" * 101, "two\nlines", "\udce9"])
+def test_labels_that_results_do_not_take(label):
+    for given, folder in ((label, Path("out/engine")), (None, Path("out", label))):
+        with pytest.raises(EngineError, match="at most 100 characters, found '"):
+            engine_label(given, folder)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import torch
 import transformers
 
 from exporter import calibration as module
+from exporter import hidden_states
 from exporter.calibration import (
     Calibration,
     CalibrationError,
@@ -20,7 +24,7 @@ from exporter.calibration import (
     ranges_of,
     read_calibration,
 )
-from exporter.errors import CheckpointError, FuselageError
+from exporter.errors import CheckpointError, FuselageError, OutputError
 from exporter.graph import FFN, ModelGraph
 from exporter.lazy import array
 from exporter.passes.fuse_ffn import fuse_ffn
@@ -28,7 +32,7 @@ from exporter.ranges import input_range
 from exporter.read import open_model
 from exporter.safetensors_io import FileTensor
 from exporter.writers.files import save_folder
-from tests.tiny import tiny_graph
+from tests.tiny import quantized_graph, tiny_graph
 
 TOKENS = np.random.default_rng(1).integers(0, 97, (5, 16))
 
@@ -173,6 +177,55 @@ def test_resumes_where_it_was_interrupted(tmp_path: Path) -> None:
     assert all(np.allclose(again.ranges[name], whole.ranges[name], rtol=1e-6) for name in whole.ranges)
 
 
+def interrupted(work: Path) -> None:
+    """Leave in `work` what a run over TOKENS leaves there when it is killed in its second block."""
+
+    def progress(done: int, _total: int) -> None:
+        if done == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        calibrate(tiny_graph("AF F"), TOKENS, text="random", work=work, progress=progress)
+
+
+NOT_OURS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "windows of another length": (lambda work: None, "another measurement"),
+    "a folder of the user": (lambda work: (work / "thesis.tex").write_text("x"), "something else: found thesis.tex"),
+    "a folder in it": (lambda work: (work / "deeper").mkdir(), "something else: found deeper"),
+    "somebody else's progress": (lambda work: (work / "progress.json").write_text("[]"), "another measurement"),
+    "rubbish": (lambda work: (work / "progress.json").write_text("{"), "progress.json: malformed"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_OURS)
+def test_a_folder_that_is_not_its_own_is_left_alone(case: str, tmp_path: Path) -> None:
+    interrupted(tmp_path)
+    change, message = NOT_OURS[case]
+    change(tmp_path)
+    before = {path.name: path.read_bytes() if path.is_file() else b"" for path in tmp_path.iterdir()}
+    with pytest.raises(OutputError, match=message):
+        calibrate(tiny_graph("AF F"), TOKENS.reshape(10, 8), text="random", work=tmp_path)
+    assert {path.name: path.read_bytes() if path.is_file() else b"" for path in tmp_path.iterdir()} == before
+
+
+def test_a_full_disk_is_found_before_it_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, offset: int, size: int) -> None:
+        os.ftruncate(fd, offset + size)  # what a file system leaves behind when it runs out of blocks
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(hidden_states, "RESERVE", full)
+    size = f"{TOKENS.size * 64 * 4:,} bytes"
+    with pytest.raises(OutputError, match=f"No space left on device: expected {size}"):
+        calibrate(tiny_graph("AF F"), TOKENS, text="random", work=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_codes_are_not_calibrated() -> None:
+    graph = quantized_graph(tiny_graph("AF"), "int8-weight-only")
+    with pytest.raises(CalibrationError, match=r"quantized already: found blocks\.0\.attention\.q_proj"):
+        calibrate(graph, TOKENS, text="random")
+
+
 def test_spilled_states_change_nothing() -> None:
     graph = tiny_graph("AF F")
     whole, spilled = (calibrate(graph, TOKENS, text="random", budget_bytes=budget) for budget in (1 << 30, 1))
@@ -191,7 +244,6 @@ def with_range(measured: Calibration, name: str, values: np.ndarray | None) -> C
         ("0.attention.norm", np.ones(63, np.float32), "block 0: .*another size"),
         ("1.ffn.down_proj", np.full(256, np.nan, np.float32), "finite"),
         ("1.ffn.down_proj", np.full(256, -1, np.float32), "finite"),
-        ("1.ffn.norm", np.zeros(64, np.float32), "zero in all channels"),
         ("1.ffn.down_proj", np.ones(300, np.float32), "another size"),
     ],
 )

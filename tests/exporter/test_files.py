@@ -31,6 +31,7 @@ from exporter.writers.files import (
     check_folder,
     read_manifest,
     refuse_existing,
+    refuse_existing_file,
     save_file,
     save_folder,
 )
@@ -141,7 +142,7 @@ EXISTING: dict[str, tuple[Callable[[Path], object], bool, str]] = {
     "our folder": (save, False, "output exists"),
     "folder of others, forced": (existing_folder, True, "did not write"),
     "file, forced": (lambda output: output.write_text("mine"), True, "did not write"),
-    "link, forced": (lambda output: output.symlink_to("."), True, "output exists"),
+    "link, forced": (lambda output: output.symlink_to("."), True, "refusing to replace a link"),
 }
 
 
@@ -220,6 +221,16 @@ def test_a_failure_leaves_everything_as_it_was(case: str, old: bool, tmp_path: P
     assert listing(tmp_path) == before
     assert os.listdir(tmp_path) == (["new"] if old else [])
     assert not old or os.listdir(tmp_path / "new") == ["out"]
+
+
+def test_a_source_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    source = tmp_path / "tokenizer.json"
+    source.touch()
+    copy = FileCopy(source)
+    source.unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read \(No such file"):
+        save(tmp_path / "out", [("tokenizer.json", copy)])
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_failure_in_one_thread_stops_the_others(tmp_path: Path) -> None:
@@ -590,8 +601,12 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputError, match="output exists"):
         save_file(tmp_path / "folder", b"", force=True)
-    with pytest.raises(OutputError, match="cannot be written"):
-        save_file(path / "below", b"")
+    for attempt in (
+        lambda: save_file(path / "below", b""),
+        lambda: refuse_existing_file(path / "below" / "deeper", force=False),
+    ):
+        with pytest.raises(OutputError, match=r"results\.json: output cannot be created: not a folder"):
+            attempt()
 
     def full(fd: int) -> None:
         raise no_space()

@@ -226,6 +226,10 @@ HEADERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "header nested deeply": (raw_header(b'{"a":' * 5000 + b"1" + b"}" * 5000), (FILE, "not valid JSON")),
     "header that is a pointer to elsewhere": (
         lambda folder: (folder / FILE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        (FILE, "header length is beyond", "This is a Git LFS pointer"),
+    ),
+    "header of something else": (
+        lambda folder: (folder / FILE).write_text("GGUF, for example, and more of it"),
         (FILE, "header length is beyond", "not a safetensors file"),
     ),
     "entry is a number": (
@@ -466,6 +470,23 @@ def test_paths_that_are_no_model(path: str, tmp_path: Path) -> None:
         open_model(tmp_path / path, need_weights=True)
 
 
+def test_a_cache_is_no_model_but_its_snapshots_are(sharded: Path) -> None:
+    cache = sharded.parent / "models--some--model"
+    (cache / "snapshots").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"no config\.json in the model folder$"):
+        open_model(cache, need_weights=True)
+    sharded.rename(cache / "snapshots" / "0123abcd")
+    with pytest.raises(CheckpointError, match=r"Give one of its snapshots: .*snapshots/0123abcd$"):
+        open_model(cache, need_weights=True)
+    open_model(cache / "snapshots" / "0123abcd", need_weights=True)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_a_weight_file_is_no_model(need_weights: bool, sharded: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"not a model: expected a model folder, or a config\.json alone"):
+        open_model(sharded / SHARDS[0], need_weights=need_weights)
+
+
 # --- config
 
 BAD_VALUES: dict[str, Any] = {
@@ -562,7 +583,7 @@ PLANS: dict[str, tuple[str, tuple[str, ...]]] = {
     "empty": ("", ("not a plan", "drop_attention, drop_ffn, fuse, parallel", "None")),
     "a list": ("- 1", ("not a plan", "[1]")),
     "a word": ("fuse", ("not a plan",)),
-    "unknown key": ("fuze: [[1, 2]]", ("fuze: Extra inputs are not permitted",)),
+    "unknown key": ("fuze: [[1, 2]]", ("fuze: unknown key",)),
     "tabs": ("fuse:\n\t- [1, 2]", ("not valid YAML", "line 2")),
     "not closed": ("fuse: [[1, 2]", ("not valid YAML",)),
     "two documents": ("fuse: []\n---\nfuse: []", ("not valid YAML",)),

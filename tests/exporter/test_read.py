@@ -159,12 +159,14 @@ def test_folders_that_transformers_saved(case: str, style: str, tmp_path: Path) 
 def test_shards_and_assets(tmp_path: Path) -> None:
     save(tmp_path, "Llama", {}, "float32", shard="60KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    (tmp_path / "tokenizer.json").write_text("{}")
+    for name in ("tokenizer.json", "tekken.json"):
+        (tmp_path / name).write_text("{}")
     (tmp_path / "README.md").write_text("not an asset")
     checkpoint = open_model(tmp_path, need_weights=True)
     assert_same_tensors(checkpoint.graph, state_of(tmp_path))
     assert checkpoint.assets == {
         "tokenizer.json": tmp_path / "tokenizer.json",
+        "tekken.json": tmp_path / "tekken.json",
         "generation_config.json": tmp_path / "generation_config.json",
     }
 

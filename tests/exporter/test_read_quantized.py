@@ -135,6 +135,13 @@ def flat_hf_quant_config(folder: Folder) -> None:
     (folder.path / "hf_quant_config.json").write_text(json.dumps(folder.without_config()))
 
 
+def kv_cache_by_name(folder: Folder) -> None:
+    """config.json of ModelOpt 0.31 and 0.33."""
+    only_config(folder)
+    folder.config(lambda config: (config.pop("quant_method"), config.update(kv_cache_scheme="FP8")))
+    folder.config(lambda config: config["producer"].update(name="modelopt", version="0.33.0"))
+
+
 def wildcards(folder: Folder) -> None:
     """How ModelOpt shortens the list where several linears of a module are left out."""
     excluded = ["lm_head", "model.embed_tokens", "model.layers.0.self_attn*", "model.layers.1.mlp.down_proj"]
@@ -179,6 +186,7 @@ SPELLINGS: dict[str, tuple[ModelGraph, str, Callable[[Folder], object]]] = {
     "modelopt, config.json alone": (FP8, "modelopt", only_config),
     "modelopt, nested": (FP8, "modelopt", nested_config),
     "modelopt, flat": (FP8, "modelopt", flat_hf_quant_config),
+    "modelopt, KV cache by name": (FP8, "modelopt", kv_cache_by_name),
     "modelopt, wildcards": (SOME, "modelopt", wildcards),
     "compressed-tensors, scales of []": (FP8, "compressed-tensors", reshaped("scale")),
     "compressed-tensors, rows of [out]": (INT8, "compressed-tensors", reshaped("weight_scale", -1)),
@@ -333,6 +341,10 @@ TAMPERED: dict[str, tuple[ModelGraph, str, Callable[[Folder], object], tuple[str
     "kv cache of NVFP4": (
         FP8, "modelopt", say(kv_cache_scheme=None, kv_cache_quant_algo="NVFP4"),
         ("kv_cache_quant_algo is not supported", "expected FP8", "found NVFP4"),
+    ),
+    "KV cache of another name": (
+        FP8, "modelopt", say(kv_cache_scheme="NVFP4"),
+        ("kv_cache_scheme is not supported", "expected FP8", "found NVFP4"),
     ),
     "kv cache of int8": (
         FP8, "compressed-tensors", say(kv_cache_scheme={"num_bits": 8, "type": "int"}),

@@ -190,6 +190,8 @@ def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path: Path) -> 
         measure_dependency(graph, TOKENS, work=tmp_path, progress=stop_at_two)
     with pytest.raises(OutputError, match="another measurement"):
         measure_dependency(graph, TOKENS + 1, work=tmp_path)
+    with pytest.raises(OutputError, match="another measurement"):
+        measure_dependency(graph, TOKENS, work=tmp_path, identity={"model": "another"})
     resumed_graph, counters = counted(graph)
     same(undisturbed, measure_dependency(resumed_graph, TOKENS, work=tmp_path))
     assert [block[0].count > 0 for block in counters] == [False, False, True, True]

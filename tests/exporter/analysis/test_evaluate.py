@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from exporter.analysis.evaluate import evaluate
 from exporter.errors import CheckpointError, FuselageError, GraphError
+from exporter.graph import FFN, Linear, ModelGraph
+from exporter.lazy import array
 from exporter.passes.drop_attention import drop_attention
 from exporter.read import open_model
 from exporter.reference import Reference
@@ -67,22 +73,104 @@ def test_what_cannot_be_evaluated_is_refused(tokens: np.ndarray, other: object, 
         evaluate(tiny_graph("AF", vocab_size=307), tokens, reference=other)
 
 
-def word_tokenizer(folder: Path, words: int) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def head_of(graph: ModelGraph, factor: float) -> ModelGraph:
+    assert graph.lm_head is not None
+    return replace(graph, lm_head=Linear(weight=array(graph.lm_head.weight.numpy() * np.float32(factor))))
 
+
+def broken_down_proj(graph: ModelGraph) -> ModelGraph:
+    (block,) = graph.flat_blocks
+    assert isinstance(block.ffn, FFN)
+    weight = block.ffn.down_proj.weight.numpy()
+    weight[3, 5] = np.nan
+    return replace(graph, blocks=(replace(block, ffn=replace(block.ffn, down_proj=Linear(weight=array(weight)))),))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        pytest.param(broken_down_proj, "block 0: weight is NaN", id="weight"),
+        pytest.param(lambda graph: head_of(graph, math.nan), "logits are NaN", id="nan_logits"),
+        pytest.param(lambda graph: head_of(graph, 1e6), "logits .* absurd: found .* nats", id="huge_logits"),
+    ],
+)
+def test_a_model_that_computes_no_numbers_is_refused(spoil: Callable[[ModelGraph], ModelGraph], message: str) -> None:
+    graph = tiny_graph("AF", vocab_size=307)
+    for one, reference in ((spoil(graph), None), (graph, spoil(graph))):
+        with pytest.raises(FuselageError, match=message):
+            evaluate(one, TOKENS, reference=reference)
+
+
+def word_tokenizer(folder: Path, words: int) -> None:
     tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(words)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
+def windows(path: Path, **how: Any) -> np.ndarray:
+    """Windows of a text beside a tokenizer and a model of ten tokens."""
+    return token_windows(path, open_tokenizer(path.parent, 10), vocab_size=10, **how)
+
+
 def test_windows_are_cut_from_all_documents_in_a_row(tmp_path: Path) -> None:
     word_tokenizer(tmp_path, 10)
     (tmp_path / "text.jsonl").write_text('{"text": "w1 w2 w3"}\n\n{"text": "w4 w5"}\n{"text": "w6 w7"}\n')
+    found = windows(tmp_path / "text.jsonl", context=3)
+    assert found.tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert windows(tmp_path / "text.jsonl", context=3, max_windows=1).tolist() == [[1, 2, 3]]
+    assert windows(tmp_path / "text.jsonl", context=2, max_windows=2).tolist() == [[1, 2], [3, 4]]
+    assert windows(tmp_path / "text.jsonl", context=2, max_windows=9).tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert found.dtype == np.int64
+
+
+def test_documents_behind_the_last_window_are_not_encoded(tmp_path: Path) -> None:
+    word_tokenizer(tmp_path, 10)
     tokenizer = open_tokenizer(tmp_path, 10)
-    windows = token_windows(tmp_path / "text.jsonl", tokenizer, context=3)
-    assert windows.tolist() == [[1, 2, 3], [4, 5, 6]]
-    assert token_windows(tmp_path / "text.jsonl", tokenizer, context=3, max_windows=1).tolist() == [[1, 2, 3]]
-    assert windows.dtype == np.int64
+    seen: list[str] = []
+
+    class Spy:
+        def encode(self, document: str) -> Any:
+            seen.append(document)
+            return tokenizer.encode(document)
+
+    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "w{n} w{n}"}}\n' for n in range(9)))
+    token_windows(tmp_path / "text.jsonl", cast(Tokenizer, Spy()), vocab_size=10, context=3, max_windows=1)
+    assert seen == ["w0 w0", "w1 w1"]
+
+
+def test_added_tokens_may_lie_beyond_the_vocabulary_until_a_text_has_one(tmp_path: Path) -> None:
+    word_tokenizer(tmp_path, 10)
+    stored = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    stored.add_special_tokens(["<pad>"])
+    stored.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("w1 w2 w3 <pad>")
+    assert windows(tmp_path / "text.txt", context=3).tolist() == [[1, 2, 3]]
+    with pytest.raises(TextError, match=r"no embedding for: expected ids below 10, .* found 10, '<pad>'"):
+        windows(tmp_path / "text.txt", context=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        pytest.param("a.jsonl", '{"text": "w1\u2028w2"}\r\n{"text": "w3\x85w4"}\r\n', id="separators_in_json"),
+        pytest.param("a.jsonl", '\ufeff{"text": "w1 w2 w3 w4"}', id="byte_order_mark_json"),
+        pytest.param("a.txt", "\ufeffw1 w2 w3 w4", id="byte_order_mark"),
+    ],
+)
+def test_a_text_is_read_whatever_wrote_it(name: str, content: str, tmp_path: Path) -> None:
+    word_tokenizer(tmp_path, 10)
+    (tmp_path / name).write_bytes(content.encode())
+    assert windows(tmp_path / name, context=4).tolist() == [[1, 2, 3, 4]]
+
+
+def test_truncation_and_padding_in_the_file_are_for_batches(tmp_path: Path) -> None:
+    word_tokenizer(tmp_path, 10)
+    stored = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    stored.enable_truncation(2)
+    stored.enable_padding(length=8)
+    stored.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.jsonl").write_text('{"text": "w1 w2 w3"}\n{"text": "w4"}\n')
+    assert windows(tmp_path / "text.jsonl", context=4).tolist() == [[1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize(
@@ -92,8 +180,9 @@ def test_windows_are_cut_from_all_documents_in_a_row(tmp_path: Path) -> None:
         pytest.param("a.txt", "w1 w2", r"shorter than the context: expected >= 3 tokens, found 2", id="short"),
         pytest.param("a.txt", b"\xff\xfe\x00", "cannot be read", id="not_utf8"),
         pytest.param("a.jsonl", "{", "line 1 is not JSON", id="not_json"),
+        pytest.param("a.jsonl", '{"text": "\\ud83d"}', "line 1 has half of a surrogate pair", id="half_a_pair"),
         pytest.param("a.jsonl", '{"txt": "w"}', "line 1 has no text", id="no_text"),
-        pytest.param("b.txt", None, "cannot be read", id="missing"),
+        pytest.param("b.txt", None, "no such text", id="missing"),
     ],
 )
 def test_a_text_that_cannot_be_used_is_refused(name: str, content: object, message: str, tmp_path: Path) -> None:
@@ -101,7 +190,7 @@ def test_a_text_that_cannot_be_used_is_refused(name: str, content: object, messa
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else str(content).encode())
     with pytest.raises(TextError, match=message):
-        token_windows(tmp_path / name, open_tokenizer(tmp_path, 10), context=3)
+        windows(tmp_path / name, context=3)
 
 
 @pytest.mark.parametrize(

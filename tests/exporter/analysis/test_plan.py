@@ -35,7 +35,7 @@ from exporter.passes.drop_attention import drop_attention
 from exporter.pipeline import apply_plan
 from exporter.plan import Plan, read_plan
 from exporter.read import graph_from_config
-from tests.tiny import tiny_graph
+from tests.tiny import quantized_graph, tiny_graph
 
 ULTRA = Path(__file__).parents[2] / "data" / "nemotron-ultra-253b.structure.json"
 SOURCE = "made up for a test"
@@ -131,6 +131,13 @@ def test_different_ffns_end_a_run(change: dict[str, Any]) -> None:
     groups = suggest_fusion(mixed, None, Constraints(keep_last=False))
     assert ranges(groups) == [(0, 2), (3, 5)]
     apply_plan(mixed, suggested_plan(fuse=groups))
+
+
+def test_quantized_ffns_are_in_no_run() -> None:
+    graph = quantized_graph(tiny_graph("AF F F F"), "int8-weight-only")
+    assert suggest_fusion(graph, None, Constraints(keep_last=False)) == []
+    with pytest.raises(PlanError, match="a quantized FFN cannot be fused"):
+        apply_plan(graph, Plan(fuse=[(1, 3)]))
 
 
 def test_linear_in_place_of_an_ffn_ends_a_run_of_blocks_without_attention() -> None:

@@ -17,14 +17,14 @@ from exporter.analysis.quantization import (
     linear_errors,
     search_strengths,
 )
-from exporter.calibration import calibrate, ranges_of
+from exporter.calibration import CalibrationError, calibrate, ranges_of
 from exporter.dtypes import INT8
-from exporter.graph import FFN, ModelGraph, linear_names
+from exporter.graph import FFN, ModelGraph, linear_names, weights
 from exporter.lazy import array
 from exporter.passes.fuse_ffn import fuse_ffn
 from exporter.passes.quantize_linears import quantize_linears
 from exporter.passes.smooth_channels import Strengths, smooth_channels
-from exporter.quantization import QuantizationRecipe, read_quantization
+from exporter.quantization import QuantizationRecipe, Smoothing, read_quantization, recipe_with
 from exporter.quantize import error_files, quantize, split_windows
 from exporter.ranges import Ranges
 from exporter.reference import Reference
@@ -35,9 +35,9 @@ OTHERS = np.random.default_rng(2).integers(0, 320, (3, 24))
 ALPHAS = (0.3, 0.6)
 
 
-def fused_graph() -> ModelGraph:
+def fused_graph(*, ffn_bias: bool = False) -> ModelGraph:
     """A wide FFN of two layers, the second of which is eight times as loud inside."""
-    graph = tiny_graph("AF F F", intermediate_size=128)
+    graph = tiny_graph("AF F F", intermediate_size=128, ffn_bias=ffn_bias)
     block = graph.flat_blocks[2]
     ffn = block.ffn
     assert isinstance(ffn, FFN)
@@ -154,8 +154,9 @@ def test_the_search_leaves_excluded_linears_alone() -> None:
     assert {index for index, _, _ in search_strengths(graph, measured(graph), recipe, OTHERS)} == {0}
 
 
-def test_schemes_against_quantized_graphs() -> None:
-    graph = fused_graph()
+@pytest.mark.parametrize("ffn_bias", [False, True])
+def test_schemes_against_quantized_graphs(ffn_bias: bool) -> None:
+    graph = fused_graph(ffn_bias=ffn_bias)
     ranges = measured(graph)
     cells = {(c.scheme, c.smoothing): c for c in compare_smoothing(graph, ranges, OTHERS)}
     assert cells.keys() == {(label, smoothing) for label, _, _ in SCHEMES for smoothing in SMOOTHINGS}
@@ -189,6 +190,40 @@ def test_quantize_and_its_report() -> None:
     assert files["errors.csv"].count(b"\n") == 1 + len(described["linears"])
     assert b"| INT8, static |" in files["errors.md"]
     assert files["errors.png"].startswith(b"\x89PNG")
+
+
+def without(graph: ModelGraph, index: int, sublayer: str, linear: str) -> ModelGraph:
+    """The graph with zeros for the weight of one linear."""
+    block = graph.flat_blocks[index]
+    part = getattr(block, sublayer)
+    zeros = array(np.zeros(getattr(part, linear).weight.shape, np.float32))
+    dead = replace(block, **{sublayer: replace(part, **{linear: replace(getattr(part, linear), weight=zeros)})})
+    return replace(graph, blocks=(*graph.blocks[:index], dead, *graph.blocks[index + 1 :]))
+
+
+def test_zeros_in_a_model() -> None:
+    """A value projection, and one layer of a wide FFN, that were pruned by setting them to zero."""
+    layers = without(without(tiny_graph("AF F F"), 0, "attention", "v_proj"), 1, "ffn", "up_proj")
+    graph = fuse_ffn(layers, [(1, 2)])
+    calibration = calibrate(graph, CALIBRATION, text="random")
+    recipe = read_quantization("fp8")
+    with pytest.raises(CalibrationError, match=r"block 0: .*attention\.o_proj is zero.*exclude"):
+        quantize(graph, recipe, calibration=calibration)
+    wanted = recipe_with(recipe, kv_cache="fp8", exclude=["blocks.0.attention.o_proj"])
+    found = quantize(graph, wanted, calibration=calibration)
+    described = json.loads(error_files(found, graph, OTHERS, source="random")["errors.json"])
+    assert {row["name"] for row in described["linears"] if row["sqnr_db"] is None} == {"blocks.0.attention.v_proj"}
+    cells = {(cell["scheme"], cell["smoothing"]): cell["relative_error"] for cell in described["smoothing"]}
+    assert cells["FP8, per tensor", "per segment"] == pytest.approx(cells["FP8, per tensor", "none"], rel=0.2)
+
+
+def test_what_is_excluded_is_not_smoothed_either() -> None:
+    graph = fused_graph()
+    recipe = recipe_with(read_quantization("int8-smoothquant"), exclude=["blocks.1.*"])
+    fixed = recipe.model_copy(update={"smoothing": Smoothing(alpha=0.5)})
+    found = quantize(graph, fixed, calibration=calibrate(graph, CALIBRATION, text="random"))
+    assert {index for index, _, _ in found.strengths} == {0}
+    assert all(a is b for a, b in zip(weights(found.graph.blocks[1]), weights(graph.blocks[1]), strict=True))
 
 
 @pytest.mark.parametrize(("count", "kept", "aside"), [(1, 1, 1), (3, 3, 3), (4, 3, 1), (8, 6, 2), (100, 96, 4)])

@@ -17,6 +17,7 @@ from exporter.passes.parallelize_blocks import parallelize_blocks
 from exporter.pipeline import apply_plan
 from exporter.plan import Plan
 from exporter.reference import Reference
+from exporter.writers.hf import as_written
 from tests.tiny import tiny_graph
 
 TOKENS = torch.arange(11)[None]
@@ -87,6 +88,7 @@ def test_a_group_sums_what_its_blocks_add_to_the_same_input() -> None:
     [
         pytest.param(tiny_graph("AF F"), [1], "layer 1 has no attention", id="none_to_drop"),
         pytest.param(tiny_graph("AF AF"), [2], "layer 2 is not in the model: expected a layer from 0 to 1", id="range"),
+        pytest.param(as_written(tiny_graph("AF - AF")), [1], "not in the model.*Nothing was left of it", id="gap"),
         pytest.param(tiny_graph("AF AF"), [1, 1], "listed twice", id="twice"),
         pytest.param(tiny_graph("(AF AF) AF"), [1], "parallel group already", id="parallel"),
         pytest.param(fuse_ffn(tiny_graph("AF F F"), [(1, 2)]), [1], "has no attention", id="fused"),

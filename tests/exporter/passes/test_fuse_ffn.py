@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from exporter.dtypes import FLOAT16
 from exporter.errors import PlanError
-from exporter.graph import FFN, Activation, Block, ModelGraph
+from exporter.graph import FFN, Activation, Block, Linear, ModelGraph
+from exporter.lazy import cast
 from exporter.passes.drop_attention import drop_attention
 from exporter.passes.fuse_ffn import fuse_ffn
 from exporter.reference import Reference
@@ -104,13 +106,15 @@ def test_several_runs_and_a_second_fusion_of_fused_blocks() -> None:
     torch.testing.assert_close(*both, atol=1e-12, rtol=0)
 
 
-def mixed(activation: Activation | None = None, eps: float | None = None) -> ModelGraph:
+def mixed(activation: Activation | None = None, eps: float | None = None, in_float16: str | None = None) -> ModelGraph:
     """Two FFNs that differ in one respect."""
     graph = tiny_graph("F F")
     first, second = graph.flat_blocks
     assert isinstance(second.ffn, FFN)
     norm = replace(second.ffn.norm, eps=eps or second.ffn.norm.eps)
     ffn = replace(second.ffn, norm=norm, activation=activation or second.ffn.activation)
+    if in_float16 is not None:
+        ffn = replace(ffn, **{in_float16: Linear(weight=cast(getattr(ffn, in_float16).weight, FLOAT16))})
     return replace(graph, blocks=(first, replace(second, ffn=ffn)))
 
 
@@ -126,6 +130,8 @@ def mixed(activation: Activation | None = None, eps: float | None = None) -> Mod
         pytest.param(tiny_graph("(F F) F"), [(0, 2)], "parallel group already", id="parallel"),
         pytest.param(mixed(activation=Activation.GELU), [(0, 1)], "different activations", id="activations"),
         pytest.param(mixed(eps=1e-6), [(0, 1)], "different values of rms_norm_eps", id="eps"),
+        pytest.param(mixed(in_float16="gate_proj"), [(0, 1)], "different dtypes of gate_proj", id="gate_dtypes"),
+        pytest.param(mixed(in_float16="down_proj"), [(0, 1)], "different dtypes of down_proj", id="down_dtypes"),
         pytest.param(fuse_ffn(tiny_graph("F F F F"), [(1, 2)]), [(2, 3)], "cuts through a block", id="cut"),
     ],
 )

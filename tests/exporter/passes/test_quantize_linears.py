@@ -7,16 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from exporter.calibration import calibrate, ranges_of
 from exporter.dtypes import FLOAT8_E4M3FN, INT8
-from exporter.errors import PlanError
+from exporter.errors import CheckpointError, PlanError
 from exporter.graph import ModelGraph, linear_names
 from exporter.passes.fuse_ffn import fuse_ffn
 from exporter.passes.quantize_linears import quantize_linears
 from exporter.quantization import QuantizationRecipe, format_names, read_quantization
 from exporter.ranges import Ranges
+from exporter.read import open_model
 from exporter.reference import Reference
+from exporter.writers import hf
+from exporter.writers.files import MANIFEST, save_folder
 from tests.tiny import tiny_graph
 
 TOKENS = np.random.default_rng(1).integers(0, 320, (3, 24))
@@ -63,6 +67,21 @@ def test_row_scales_read_the_weight_once() -> None:
     scale = np.abs(weight).max(axis=1) / np.float32(127)
     np.testing.assert_array_equal(linear.weight.rows(3, 9), np.rint(weight / scale[:, None])[3:9])
     np.testing.assert_array_equal(linear.quantization.weight_scale.numpy(), scale)
+
+
+@pytest.mark.parametrize("scale", ["tensor", "row"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_the_tensor_that_is_not_made_of_numbers_is_named(value: float, scale: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    save_folder(folder, hf.emit(tiny_graph("AF F F"), hf.Options()), kind="checkpoint", details={})
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][200, 3] = value
+    save_file(tensors, folder / "model.safetensors")
+    (folder / MANIFEST).unlink()
+    graph = fuse_ffn(open_model(folder, need_weights=True).graph, [(1, 2)])
+    quantized = quantize_linears(graph, recipe(weights={"dtype": "int8", "scale": scale}))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: model\.layers\.2\.mlp\.up_proj\.weight: .* NaN"):
+        linear_names(quantized)["blocks.1.ffn.up_proj"].weight.numpy()
 
 
 def fake_quantized_logits(graph: ModelGraph, quantized: ModelGraph) -> tuple[np.ndarray, np.ndarray]:

@@ -25,13 +25,15 @@ from exporter.graph import (
     map_blocks,
 )
 from exporter.lazy import array, computed
+from exporter.passes.drop_attention import drop_attention
 from exporter.passes.fuse_ffn import fuse_ffn
 from exporter.passes.quantize_linears import quantize_linears
+from exporter.pipeline import checkpoint_writing
 from exporter.quantization import QuantizationRecipe
 from exporter.read import open_model
 from exporter.writers.files import save_folder
 from exporter.writers.hf import NEMOTRON_NAS, Options, as_written, check, config_of, emit, layout_of, plan
-from exporter.writers.hf_quantization import scheme_of
+from exporter.writers.hf_quantization import layout_to_keep, scheme_of
 from exporter.writers.hf_readers import QUANTIZATION_RULES, READERS, Severity, check_for
 from tests.exporter.writers.test_hf import differences
 from tests.tiny import quantized_graph, tiny_graph
@@ -323,12 +325,27 @@ def test_round_trip(case: str, tmp_path: Path) -> None:
     expected = as_written(graph) if layout_of(graph, options) == NEMOTRON_NAS else graph
     assert list(differences(checkpoint.graph, expected)) == []
     # Writing what was read changes nothing any more.
+    kept = layout_to_keep(checkpoint.graph, checkpoint.quantization_layout)
     again = saved(
-        checkpoint.graph, tmp_path / "again", quantization_layout=layout, family=checkpoint.family.name,
+        checkpoint.graph, tmp_path / "again", quantization_layout=kept, family=checkpoint.family.name,
         config=checkpoint.config,
     )  # fmt: skip
     for file in ("config.json", "model.safetensors"):
         assert (again / file).read_bytes() == (folder / file).read_bytes()
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("name", ["fp8", "fp8-rowwise"])
+def test_what_is_made_of_a_folder_keeps_its_layout(name: str, layout: str, tmp_path: Path) -> None:
+    checkpoint = open_model(saved(QUANTIZED[name], tmp_path / "model", quantization_layout=layout), need_weights=True)
+    writing = checkpoint_writing(checkpoint, drop_attention(checkpoint.graph, [1]), tmp_path / "out", details={})
+    assert json.loads(bytes(writing.files["config.json"]))["quantization_config"]["quant_method"] == layout
+
+
+def test_a_layout_without_a_word_for_a_graph_is_not_kept() -> None:
+    assert layout_to_keep(QUANTIZED["int8-weight-only"], "compressed-tensors") is None
+    assert layout_to_keep(MIXED, "modelopt") is None
+    assert layout_to_keep(QUANTIZED["fp8"], None) is None
 
 
 def test_rows_of_padding_are_codes_zero_under_scale_one() -> None:

@@ -33,6 +33,7 @@ from exporter.writers.onnx_tensorrt_rules import (
     check_network,
     read_network,
     refuse_violations,
+    rules_for,
     version_from_text,
 )
 from tests.tiny import quantized_graph, tiny_graph
@@ -284,6 +285,14 @@ def an_empty_initializer(model: ModelProto) -> None:
     add_constant(model, "nothing", np.zeros((0, 4), np.float32))
 
 
+def a_wide_ffn(model: ModelProto) -> None:
+    """The gate of ten FFNs of Llama-3.1-70B as one: 10 * 28,672 rows of 8,192."""
+    location = onnx.StringStringEntryProto(key="location", value="weights.safetensors")
+    tensor = TensorProto(name="gate", data_type=TensorProto.BFLOAT16, dims=[286_720, 8_192], external_data=[location])
+    tensor.data_location = TensorProto.EXTERNAL
+    model.graph.initializer.append(tensor)
+
+
 def a_float32_gamma(model: ModelProto) -> None:
     add_constant(model, "gamma", np.ones(64, np.float32))
     the(model, "RMSNormalization").input[1] = "gamma"
@@ -393,10 +402,6 @@ def a_float_mask(model: ModelProto) -> None:
 
 def a_short_mask(model: ModelProto) -> None:
     the(model, "Attention").input[3] = add_constant(model, "short", np.ones((1, 1, 1, 32), bool))
-
-
-def a_flat_mask(model: ModelProto) -> None:
-    the(model, "Attention").input[3] = add_constant(model, "flat", np.ones((1, 64), bool))
 
 
 def unscaled_queries(model: ModelProto) -> None:
@@ -565,6 +570,7 @@ SPOILED: dict[str, tuple[str, Callable[[ModelProto], None], str]] = {
     "a product in three dimensions": ("float", a_flat_gemm, "op-rank"),
     "two functions of one name": ("float", functions_of_one_name, "function-name"),
     "a call with too few inputs": ("float", a_call_with_too_few_inputs, "function-inputs"),
+    "a weight of 2.3e9 elements": ("float", a_wide_ffn, "large-initializer"),
     "an empty initializer": ("float", an_empty_initializer, "empty-initializer"),
     "a float32 norm weight": ("float", a_float32_gamma, "rms-norm-dtype"),
     "empty position_ids": ("float", empty_positions, "rotary-empty-positions"),
@@ -590,7 +596,6 @@ SPOILED: dict[str, tuple[str, Callable[[ModelProto], None], str]] = {
     "a mask of integers": ("float", an_integer_mask, "attention-mask-dtype"),
     "a mask of floats": ("float", a_float_mask, "attention-float-mask"),
     "a short mask": ("float", a_short_mask, "attention-mask-shape"),
-    "a mask of two dimensions": ("float", a_flat_mask, "op-rank"),
     "scaling by attention": ("float", unscaled_queries, "attention-scale"),
     "a cast in front of attention": ("float", a_cast_before_attention, "attention-cast"),
     "attention in a condition": ("float", attention_in_a_condition, "attention-condition"),
@@ -636,8 +641,8 @@ def test_what_is_spoiled_breaks_its_rule(case: str) -> None:
 
 
 def test_every_rule_has_a_network_that_breaks_it() -> None:
-    by_version = {"op-version", "zero-point-output-dtype", "codes-opset", "attention-heads"}  # in tests of their own
-    assert {rule for _, _, rule in SPOILED.values()} | by_version == {rule.id for rule in RULES}
+    elsewhere = {"op-version", "zero-point-output-dtype", "codes-opset", "attention-heads", "attention-keys"}
+    assert {rule for _, _, rule in SPOILED.values()} | elsewhere == {rule.id for rule in RULES}
     assert len({rule.id for rule in RULES}) == len(RULES)
 
 
@@ -662,6 +667,28 @@ def test_codes_of_an_opset_that_has_none() -> None:
     model = onnx.load_model_from_string(valid("fp8"))
     an_old_opset(model)
     assert "codes-opset" in fired(model)
+
+
+@pytest.mark.parametrize(("capacity", "expected"), [(16_384, set()), (16_385, {"attention-keys"})])
+def test_a_long_cache(capacity: int, expected: set[str]) -> None:
+    graph = tiny_graph("A", max_position_embeddings=131_072)
+    files = dict(writer.emit(graph, options_for({"tensorrt": BFLOAT16}, max_positions=capacity)))
+    content = files["tensorrt.onnx"]
+    assert isinstance(content, bytes)
+    assert fired(read_network("tensorrt.onnx", content)) == expected
+
+
+@pytest.mark.parametrize(("queries", "expected"), [(4, set()), (3, {"attention-groups"})])
+def test_heads_side_by_side(queries: int, expected: set[str]) -> None:
+    """[B, S, n * d] with a mask of two dimensions, which the importers reshape: heads are attributes then."""
+    kinds = {"q": (6, queries * 64), "k": (20, 2 * 64), "v": (20, 2 * 64)}
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, [1, *kind]) for name, kind in kinds.items()]
+    inputs.append(helper.make_tensor_value_info("mask", TensorProto.BOOL, [6, 20]))
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT16, None)]
+    heads = {"q_num_heads": queries, "kv_num_heads": 2}
+    node = helper.make_node("Attention", [*kinds, "mask"], ["y"], name="attention", scale=1.0, **heads)
+    graph = helper.make_graph([node], "attention", inputs, outputs)
+    assert fired(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)) == expected
 
 
 def test_symbolic_heads() -> None:
@@ -737,6 +764,14 @@ def test_violations_are_refused_and_warnings_returned() -> None:
     assert text.count("one.onnx: ") == 3
     assert "attention-scale" not in text
     assert "present_k_0 (TensorScatter)" in text
+
+
+def test_rules_for_what_is_installed() -> None:
+    assert rules_for(None) == NEWEST
+    assert rules_for((11, 0, 0)) == (11, 0)
+    assert rules_for((10, 17, 3)) == (10, 16), "the last that is known before it"
+    assert rules_for((11, 9, 1)) == NEWEST
+    assert rules_for((10, 14, 1)) == VERSIONS[0]
 
 
 def test_versions() -> None:

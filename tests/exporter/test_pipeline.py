@@ -1,0 +1,32 @@
+"""What a recipe's steps are recognized by."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from exporter.pipeline import source_fingerprint
+from exporter.writers.files import save_folder
+
+
+def test_a_model_of_others_is_recognized_by_names_sizes_and_times(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / ".git").mkdir(parents=True)
+    (folder / "sub").mkdir()
+    for name in ("config.json", "sub/weights", ".git/index"):
+        (folder / name).write_text(name)
+    known = source_fingerprint(folder)
+    assert [(name, size) for name, (size, _) in known.items()] == [("config.json", 11), ("sub/weights", 11)]
+    (folder / ".git" / "index").write_text("another")
+    (folder / ".DS_Store").write_text("x")
+    assert source_fingerprint(folder) == known
+    os.utime(folder / "sub" / "weights", (0, 0))
+    assert source_fingerprint(folder) != known
+
+
+def test_a_folder_of_ours_is_recognized_by_its_contents_and_a_file_alone_by_its_name(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_folder(tmp_path / name, [("config.json", b"{}")], kind="checkpoint", details={"name": name})
+    assert source_fingerprint(tmp_path / "a") == source_fingerprint(tmp_path / "b")
+    (size, _) = source_fingerprint(tmp_path / "a" / "config.json")["config.json"]
+    assert size == 2

@@ -1,0 +1,36 @@
+"""What `pip install` takes along: the code reads files beside itself, and a wheel has only those that are declared."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("commands", "engines", "exporter", "plugins", "recipes", "demo/model")
+
+
+def test_every_file_beside_the_code_is_installed() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+
+    def is_package(name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in setuptools["packages"]["find"]["include"])
+
+    patterns = [
+        f"{package.replace('.', '/')}/{pattern}"
+        for package, patterns in setuptools["package-data"].items()
+        for pattern in patterns
+        if is_package(package)
+    ]
+    files = [path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("[!.]*") if path.is_file()]
+    assert Path("recipes/quantization/fp8.yaml") in files
+    left_out = [
+        str(path)
+        for path in files
+        if not (path.suffix == ".py" and is_package(".".join(path.parent.parts)))
+        and not any(path.match(pattern) for pattern in patterns)
+        and path.suffix != ".pyc"
+    ]
+    assert left_out == []
