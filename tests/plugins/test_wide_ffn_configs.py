@@ -7,7 +7,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import torch
 import plugins.wide_ffn.op  # noqa: F401  registers torch.ops.fuselage.wide_ffn
 from exporter.errors import EngineError
 from plugins.wide_ffn import configs, tune
+from plugins.wide_ffn.aot import CompiledKernel, Variant
 from plugins.wide_ffn.configs import BUCKETS, Config, Norm, Tiling, bucket_of, config_by_rule, config_for, row_of
 
 ROOT = Path(__file__).parents[2]
@@ -151,6 +154,57 @@ class TestTuner:
         document = tune.with_rows({"schema": 2, "measured": there}, [row(16, "before", 1.0)])
         found = [(one["tokens"], one["norm"], one["measured"]["us"]) for one in document["measured"]]
         assert found == [(16, "before", 1.0), (16, "inside", 4.0), (64, "before", 3.0)]
+
+    @pytest.mark.parametrize("norm", ["before", "inside"])
+    def test_search(self, monkeypatch: pytest.MonkeyPatch, norm: Norm) -> None:
+        """It finds what a made-up cost favours, one choice after the other, and never times what does not fit."""
+        launch = pytest.importorskip("plugins.wide_ffn.launch", exc_type=ImportError)
+        timed: list[Config] = []
+
+        def cost(calls: list[partial], replays: int) -> float:
+            config = calls[0].keywords.get("config")
+            if config is None:
+                return 99.0  # the library
+            timed.append(config)
+            gate_up, down = config.gate_up, config.down
+            off = abs(gate_up.rows - 64) + abs(gate_up.stages - 6) + abs(config.programs - 8)
+            off += abs(down.rows - 128) + abs(down.depth - 64) + abs(config.splits - 6)
+            return 10.0 + off
+
+        def compiled(table: list[Variant], workers: int | None) -> list[CompiledKernel]:
+            assert {(variant.norm, variant.tokens) for variant in table} == {(norm, 16)}
+            return [
+                CompiledKernel(
+                    variant=variant,
+                    entry="",
+                    arguments=(),
+                    ptx="",
+                    cubin=b"",
+                    warps=variant.tiling.warps,
+                    shared_bytes=0,
+                    registers=32,
+                    spill_bytes=8 if variant.tiling.warps == 8 else 0,
+                    tensor_core_instructions=(),
+                    step_instructions=0,
+                    performance_losses=(),
+                )
+                for variant in table
+            ]
+
+        monkeypatch.setattr(tune, "device_or_refuse", lambda: torch.device("cpu"))
+        properties = SimpleNamespace(multi_processor_count=8)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a made-up GPU")
+        monkeypatch.setattr(tune, "COLD_BYTES", 0)
+        monkeypatch.setattr(tune, "graph_us", cost)
+        monkeypatch.setattr(tune, "compile_variants", compiled)
+        monkeypatch.setattr(launch, "wide_ffn_by_kernels", lambda x, *others, config: x)
+        row = tune.tune(tune.Problem(2, 256, 2752, "int8", "token"), norm)
+        assert (row["gate_up"]["rows"], row["gate_up"]["stages"], row["programs"]) == (64, 6, 8)
+        assert (row["down"]["rows"], row["down"]["depth"], row["splits"], row["norm"]) == (128, 64, 6, norm)
+        assert row["measured"]["us"] == 10.0 < row["measured"]["rule_us"] < row["measured"]["library_us"]
+        assert len(timed) == len(set(timed)) == row["measured"]["configurations"]
+        assert all(tiling.warps == 4 for config in timed[1:] for tiling in (config.gate_up, config.down))
 
     def test_without_a_gpu(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         file = tmp_path / "sm_90.json"
