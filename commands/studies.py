@@ -243,16 +243,18 @@ def _evaluate_text(
     """Evaluate a graph on a text, print the figures and return them."""
     from exporter.analysis.evaluate import evaluate as evaluate_graph
     from exporter.read import open_model
-    from exporter.text import open_tokenizer, token_windows
+    from exporter.text import check_same_tokens, open_tokenizer, token_windows
 
-    other = None if reference is None else open_model(reference, need_weights=True).graph
+    other = None if reference is None else open_model(reference, need_weights=True)
     tokenizer = open_tokenizer(checkpoint.path, graph.vocab_size)
+    if other is not None:
+        check_same_tokens(tokenizer, other.path, other.graph.vocab_size)
     tokens = token_windows(text, tokenizer, vocab_size=graph.vocab_size, context=context, max_windows=max_windows)
     with step_progress(quiet) as progress:
         found = evaluate_graph(
             graph,
             tokens,
-            reference=other,
+            reference=None if other is None else other.graph,
             device=device,
             progress=progress and (lambda done, total: progress(done, total, "blocks")),
         )

@@ -270,7 +270,8 @@ class _Worker:
         if patience_s:
             with suppress(subprocess.TimeoutExpired):  # then it is killed like any other
                 self._process.wait(timeout=patience_s)
-        self._process.kill()  # does nothing to a process that has already been waited for
+        with suppress(ProcessLookupError):  # it leads a session; what it started, such as ranks, goes with it
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._stderr):
             assert stream is not None

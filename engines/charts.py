@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from engines.report_words import digits, named
+import numpy as np
+
+from engines.report_words import digits, named, shortened
 from engines.results import EngineResult, Spread
 from engines.structure_strip import Strip, roles_of
 
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PNG_DPI = 144
+CHARACTERS_PER_INCH = 12.5  # of a picture's texts of 9 points, on average and a little less
+KEY_CHARACTERS = 9  # what a colour and its space in a legend take
 
 SERIES_COLORS = {
     "light": ("#8792a0", "#1f6fb2", "#d2691e", "#128069", "#7d55c7", "#b83b72", "#8a7416", "#4d7f2a"),
@@ -221,14 +226,16 @@ def structure_images(drawings: Sequence[tuple[str, Strip]]) -> tuple[bytes, byte
 
         strips = [strip for _, strip in drawings]
         inches = 9 / strips[0].width
-        figure = new_figure(9, sum(strip.height * inches + 0.3 for strip in strips) + 0.5)
+        titles = [textwrap.wrap(name, int(9 * CHARACTERS_PER_INCH)) for name, _ in drawings]
+        lines = sum(map(len, titles))
+        figure = new_figure(9, sum(strip.height * inches for strip in strips) + 0.15 * (lines + len(titles)) + 0.5)
         heights = [strip.height for strip in strips]
         rows = figure.subplots(len(strips), squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-        for (name, strip), axes in zip(drawings, rows, strict=True):
+        for title, strip, axes in zip(titles, strips, rows, strict=True):
             axes.set_xlim(0, strip.width)
             axes.set_ylim(strip.bottom, strip.top)
             axes.set_axis_off()
-            axes.set_title(name, loc="left", fontsize=9)
+            axes.set_title("\n".join(title), loc="left", fontsize=9)
             for mark in strip.marks:
                 face, hatch, style = _look(mark.role)
                 axes.add_patch(
@@ -274,8 +281,24 @@ def _legend(figure: Figure, entries: Sequence[tuple[str, str, str | None, LineSt
         Patch(facecolor=color, hatch=hatch, linestyle=style, edgecolor=outline if color == "none" else color)
         for _, color, hatch, style in entries
     ]
+    add_legend(figure, handles, [text for text, *_ in entries], loc="outside lower center", most=4)
+
+
+def add_legend(figure: Figure, handles: Sequence[Any], texts: Sequence[str], *, most: int, **options: Any) -> None:
+    """Put a legend outside of the axes, in as many columns as fit the figure, at most `most`.
+
+    A text that is wider than the figure is cut.
+    """
+    room = int(figure.get_figwidth() * CHARACTERS_PER_INCH)
+    widths = [len(text) + KEY_CHARACTERS for text in texts]
+    fitting = (
+        columns
+        for columns in range(min(len(texts), most), 1, -1)
+        if sum(part.max() for part in np.array_split(widths, columns)) <= room
+    )
+    columns = next(fitting, 1)
     # Created with plain names first: matplotlib leaves out entries whose label starts with an underscore.
-    names = [str(index) for index in range(len(entries))]
-    legend = figure.legend(handles, names, loc="outside lower center", ncols=min(len(entries), 4), frameon=False)
-    for shown, (text, *_) in zip(legend.get_texts(), entries, strict=True):
-        shown.set_text(text)
+    names = [str(index) for index in range(len(texts))]
+    legend = figure.legend(handles, names, ncols=columns, frameon=False, **options)
+    for shown, text in zip(legend.get_texts(), texts, strict=True):
+        shown.set_text(shortened(text, room - KEY_CHARACTERS))

@@ -24,7 +24,7 @@ def prediction_charts(points: Sequence[Point]) -> Iterator[tuple[str, bytes]]:
     models = {point.model for point in points}
     if len(tp_sizes) > 1 and len(models) > 1:
         yield "speedup_over_tp.png", speedup_png(points)
-    if len({point.batch for point in points}) > 1:
+    if len({point.batch for point in points if point.memory.fits}) > 1:
         yield "throughput.png", throughput_png(points)
 
 

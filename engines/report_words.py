@@ -39,8 +39,8 @@ def formatted(values: Sequence[float | None], unit: Unit) -> tuple[str, list[str
 
 
 def decimals_for(values: Sequence[float]) -> int:
-    """Enough for three significant digits of the smallest value, but not more than four of the largest."""
-    exponents = [math.floor(math.log10(value)) for value in values if value > 0]
+    """Enough for three significant digits of the smallest value, but not more than four of the largest; signs aside."""
+    exponents = [math.floor(math.log10(abs(value))) for value in values if value]
     return max(0, min(2 - min(exponents), 3 - max(exponents), 6)) if exponents else 0
 
 
@@ -90,6 +90,11 @@ def ratio_text(quotient: float) -> str:
 
 def interval_text(interval: RatioInterval | None) -> str:
     return "" if interval is None else f"{ratio_text(interval.low)}–{ratio_text(interval.high)}"
+
+
+def shortened(text: str, longest: int) -> str:
+    """Cut a text that has more characters; an ellipsis is the last of them."""
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def joined(parts: Sequence[str]) -> str:

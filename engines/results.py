@@ -335,8 +335,8 @@ def statistics(cell: Cell) -> Statistics:
 
 
 def ratio(value: float | None, baseline: float | None) -> float | None:
-    """Return value / baseline, None where it says nothing: one of them is missing, or the baseline is 0."""
-    if value is None or not baseline:
+    """Return value / baseline, None where it says nothing: one of them is missing or negative, or the baseline is 0."""
+    if value is None or baseline is None or value < 0 or baseline <= 0:
         return None
     quotient = value / baseline
     return quotient if math.isfinite(quotient) else None

@@ -485,17 +485,17 @@ def _evaluate_step(
     origin_key: Mapping[str, Any],
     held: dict[str, HeldModel],
 ) -> Step:
-    """Judge a variant; `held` keeps what the source makes of the text, for the next variant."""
+    """Judge a variant; `held` keeps what the source makes of the text, if it is not too much, for the next variant."""
 
     def make(details: Mapping[str, Any]) -> None:
-        from exporter.analysis.evaluate import evaluate, hold  # imports torch
+        from exporter.analysis.evaluate import can_be_held, evaluate, hold  # imports torch
 
         found: dict[str, Any] = {}
         if wanted.text is not None:
             tokens = _windows(wanted.text, wanted, source)
-            if graph is not source.graph and "source" not in held:
+            if graph is not source.graph and "source" not in held and can_be_held(source.graph, tokens):
                 held["source"] = hold(source.graph, tokens)
-            reference = None if graph is source.graph else held["source"]
+            reference = None if graph is source.graph else held.get("source", source.graph)
             found = evaluate(graph, tokens, reference=reference).to_json()
         if wanted.tasks:
             scores = run_tasks(

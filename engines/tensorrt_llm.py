@@ -21,7 +21,7 @@ from typing import Annotated, Any
 from engines.base import ENGINE_FILE, ENGINE_KIND, EngineManifest, Runner
 from engines.machine import version_numbers
 from engines.settings import Setting, range_problems
-from exporter.errors import EngineError, raise_all
+from exporter.errors import EngineError, OutputError, raise_all
 from exporter.safetensors_io import read_json
 from exporter.writers.files import Content, FileCopy, check_folder, json_bytes, refuse_existing, save_folder
 from exporter.writers.trtllm_config import (
@@ -105,13 +105,16 @@ class TensorRtLlm:
         Raises:
             CheckpointError: the checkpoint folder is incomplete, altered or malformed.
             EngineError: TensorRT-LLM or a GPU is missing, or `trtllm-build` failed.
-            OutputError: the output is in the way or cannot be written.
+            OutputError: the output is in the way or cannot be written, or the disk has no room for it.
         """
         raise_all([EngineError(problem) for problem in self.missing()])
         refuse_existing(output, force=force)
-        folder = check_folder(network, CHECKPOINT_KIND, hashes=True)
+        check_folder(network, CHECKPOINT_KIND, hashes=False)
         checkpoint = read_checkpoint_manifest(network)
+        _check_settings(checkpoint, self.settings)
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        _check_space(checkpoint, output.absolute().parent)
+        folder = check_folder(network, CHECKPOINT_KIND, hashes=True)  # reads all of it
         with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.build-") as built:
             workers = self.settings.workers or min(len(checkpoint.ranks), len(_gpus()))
             settings = replace(self.settings, workers=workers)
@@ -218,6 +221,13 @@ def _check_settings(manifest: CheckpointManifest, settings: BuildSettings) -> No
         raise EngineError(
             "the low-latency GEMM plugin is for FP8", expected="FP8", found=manifest.quant_algo or manifest.dtype
         )
+
+
+def _check_space(manifest: CheckpointManifest, folder: Path) -> None:
+    """Engines are about as large as their weights, and for a moment there twice: as built, and as saved."""
+    needed, free = 2 * sum(rank.weight_bytes for rank in manifest.ranks), shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutputError("not enough disk space", file=folder, expected=f"{needed:,} bytes free", found=f"{free:,}")
 
 
 def _plugins(checkpoint: Path, manifest: CheckpointManifest, settings: BuildSettings) -> dict[str, object]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from engines.charts import SERIES_COLORS, images_of
+from engines.charts import SERIES_COLORS, add_legend, images_of
 from engines.comparison_table import Figures
 from engines.point_charts import MOST, Box, Frame, across, framed_figure, ticks_between, upwards
 from engines.report_words import digits
@@ -212,11 +212,7 @@ def throughput_images(layout: Layout) -> tuple[bytes, bytes]:
             )
             for dot in curve.dots:
                 axes.text(dot.text_x, dot.text_y, dot.text, ha="center", va="baseline", fontsize=7, color="#17212d")
-        # Created with plain names first: matplotlib leaves out entries whose label starts with an underscore.
-        names = [str(index) for index in range(len(lines))]
-        legend = figure.legend(lines, names, loc="outside lower left", ncols=2, fontsize=8, frameon=False)
-        for shown, named in zip(legend.get_texts(), chart.curves, strict=True):
-            shown.set_text(named.name)
+        add_legend(figure, lines, [curve.name for curve in chart.curves], most=2, loc="outside lower left", fontsize=8)
         return figure
 
     return images_of(draw)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from engines.charts import CHART_WIDTH, STRIP_COLORS, axis_ticks, images_of, new_figure
 from engines.profile import KernelTime, Kind, Profile
-from engines.report_words import digits, named
+from engines.report_words import digits, named, shortened
 from engines.results import EngineResult
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def time_layout(chart: TimeChart) -> Layout:
             x += length
         rows.append(
             Row(
-                label=_shortened(named(engine)),
+                label=shortened(named(engine), LONGEST_LABEL),
                 y=TOP + ROW * index,
                 segments=tuple(segments),
                 total=f"{_ms(profile.total_us)} ms",
@@ -175,7 +175,7 @@ def _cell(profile: Profile, part: Part) -> Cell:
     return Cell(
         time=_ms(taken),
         share=f"{100 * taken / profile.total_us:.0f} %" if profile.total_us else "",
-        kernels=", ".join(f"{_shortened(name)} {_ms(time)}" for name, time in longest),
+        kernels=", ".join(f"{shortened(name, LONGEST_LABEL)} {_ms(time)}" for name, time in longest),
     )
 
 
@@ -185,10 +185,6 @@ def _of(profile: Profile, part: Part) -> list[KernelTime]:
 
 def _ms(time_us: float) -> str:
     return digits(time_us / 1000)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…"
 
 
 def time_images(chart: TimeChart) -> tuple[bytes, bytes]:
@@ -207,7 +203,8 @@ def time_images(chart: TimeChart) -> tuple[bytes, bytes]:
             ends = [end + time for end, time in zip(ends, taken, strict=True)]
         for index, end in enumerate(ends):
             axes.text(end, index, f" {digits(end)}", va="center", fontsize=8)
-        axes.set_yticks(range(len(chart.rows)), [_shortened(named(engine)) for engine, _ in chart.rows])
+        names = [shortened(named(engine), LONGEST_LABEL) for engine, _ in chart.rows]
+        axes.set_yticks(range(len(chart.rows)), names)
         axes.invert_yaxis()
         axes.set_xlabel("ms per call, profiled")
         axes.set_title(f"{chart.title} ({chart.subtitle})", loc="left", fontsize=10)

@@ -20,7 +20,7 @@ from engines.charts import (
     images_of,
 )
 from engines.point_charts import MOST, Box, Frame, across, framed_figure, ticks_between, upwards
-from engines.report_words import digits
+from engines.report_words import digits, shortened
 from engines.results import Spread
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def tradeoff_layout(chart: Tradeoff) -> Layout:
     taken += [(frame.left, base_y - 1, frame.right, base_y + 1), (base_x - 1, frame.top, base_x + 1, frame.bottom)]
     dots = []
     for point, (x, y), whisker in zip(chart.points, places, whiskers, strict=True):
-        text = point.label if len(point.label) <= LONGEST_LABEL else point.label[: LONGEST_LABEL - 1] + "…"
+        text = shortened(point.label, LONGEST_LABEL)
         text_x, text_y, anchor, box = _label_place(x, y, CHARACTER_WIDTH * len(text), taken)
         taken.append(box)
         spread = point.latency

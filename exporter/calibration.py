@@ -45,7 +45,6 @@ DEFAULT_BUDGET_BYTES = 4 << 30
 DEFAULT_BATCH = 8  # windows that go through a block at a time
 RANGES_FILE = "ranges.safetensors"
 CALIBRATION_FILE = "calibration.json"
-CALIBRATION_KIND = "calibration"
 
 
 class CalibrationError(FuselageError):

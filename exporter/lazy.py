@@ -10,6 +10,7 @@ Row: one index of axis 0, i.e. `shape[1:]` elements. A tensor of shape () counts
 from __future__ import annotations
 
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
@@ -289,22 +290,24 @@ class _Reshape(Derived):
 class _Computed(Derived):
     """A small tensor that is computed as a whole when it is first read, and kept."""
 
-    __slots__ = ("_function", "_values")
+    __slots__ = ("_function", "_lock", "_values")
 
     def __init__(
         self, shape: Sequence[int], dtype: DType, function: Callable[..., np.ndarray], *sources: LazyTensor
     ) -> None:
         super().__init__(shape, dtype, *sources)
         self._function = function
+        self._lock = threading.Lock()
         self._values: np.ndarray | None = None
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        if self._values is None:  # two threads may both compute it: they find the same
-            values = np.asarray(self._function(*self.sources), self.dtype.numpy)
-            if values.shape != self.shape:
-                raise AssertionError(f"Bug: computed {values.shape} instead of {self.shape}")
-            self._values = values
-        return self._values[start:stop] if self.shape else self._values
+        with self._lock:  # one scale can stand for gigabytes: whoever comes second waits and does not read them, too
+            if self._values is None:
+                values = np.asarray(self._function(*self.sources), self.dtype.numpy)
+                if values.shape != self.shape:
+                    raise AssertionError(f"Bug: computed {values.shape} instead of {self.shape}")
+                self._values = values
+            return self._values[start:stop] if self.shape else self._values
 
 
 def _rounded(values: np.ndarray, dtype: DType) -> np.ndarray:

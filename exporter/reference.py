@@ -48,6 +48,10 @@ ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+# Elements of logits that who compares two models takes at a time: a vocabulary is large, and softmaxes make copies.
+LOGITS_TOGETHER = 1 << 25
+
+
 @dataclass(frozen=True, slots=True)
 class Cache:
     """Keys and values of every KV slot, [B, Hkv, capacity, d] each, and how many tokens each sequence holds."""

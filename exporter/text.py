@@ -103,11 +103,18 @@ def open_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
 
 
 def check_same_tokens(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> None:
-    """Raise TextError if another model folder's tokenizer, where it has one, means other tokens by the same ids."""
+    """Raise TextError if another model folder's tokenizer, where it has one, means other tokens by the same ids.
+
+    Args:
+        vocab_size: of both models; tokens beyond, which neither has an embedding for, do not count.
+    """
     if not (folder / TOKENIZER).is_file():
         return
-    ours, theirs = tokenizer.get_vocab(), open_tokenizer(folder, vocab_size).get_vocab()
-    differing = sorted(token for token, _ in ours.items() ^ theirs.items())
+    ours, theirs = (
+        {(token, number) for token, number in one.get_vocab().items() if number < vocab_size}
+        for one in (tokenizer, open_tokenizer(folder, vocab_size))
+    )
+    differing = sorted(token for token, _ in ours ^ theirs)
     if differing:
         raise TextError(
             "the two models' tokenizers have different tokens",

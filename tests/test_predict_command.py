@@ -196,6 +196,14 @@ def test_compare_fails_on_a_regression(slower: Path, threshold: str, code: int) 
     assert call("report", "--compare", slower, DEMO, "--fail-on-regression", threshold).exit_code == 0
 
 
+def test_a_model_that_fits_nowhere_has_no_chart_of_its_throughput(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    done("predict", LLAMA, "--gpu", "l40s", "--tp", 1, "--batch", "1,2", "-o", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == []
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

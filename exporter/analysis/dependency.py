@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from exporter.errors import PlanError
 from exporter.graph import ModelGraph, ParallelBlocks, members, structure
 from exporter.hidden_states import HiddenStates, check_finite, states_folder
-from exporter.reference import LoadedBlock, Reference
+from exporter.reference import LOGITS_TOGETHER, LoadedBlock, Reference
 
 Kind = Literal["block", "attention", "ffn"]
 KINDS: tuple[Kind, ...] = ("block", "attention", "ffn")
@@ -265,12 +265,18 @@ class _Run:
                 variant = self._states.read(removal.name, part, self._reference.device)
                 distance += _summed_distance(base, variant)
                 if kl:
-                    divergence += summed_kl(self._reference.head(base), self._reference.head(variant))
+                    divergence += self._kl(base, variant)
             tokens = self._tokens.numel()
             result.importance.setdefault(removal.kind, np.full(count, math.nan))[column] = distance / tokens
             if kl:
                 result.kl.setdefault(removal.kind, np.full(count, math.nan))[column] = divergence / tokens
         return result
+
+    def _kl(self, base: torch.Tensor, variant: torch.Tensor) -> float:
+        """Sum over tokens of KL(base || variant), of last hidden states [n, S, D]."""
+        together = max(1, LOGITS_TOGETHER // self._graph.vocab_size)
+        pairs = zip(base.flatten(0, 1).split(together), variant.flatten(0, 1).split(together), strict=True)
+        return sum(summed_kl(self._reference.head(one), self._reference.head(other)) for one, other in pairs)
 
 
 def _rows(values: torch.Tensor | float, rows: slice) -> torch.Tensor | float:

@@ -1,6 +1,7 @@
 """Judging a graph against another on text: perplexity, KL divergence, top-1 agreement.
 
-Both models go through the text block by block, so memory holds one block and the hidden states, never a model.
+Both models go through the text block by block, so memory holds one block and the hidden states, never a model. A text
+whose hidden states are beyond `HIDDEN_BYTES` goes through in several parts, with a pass over the weights for each.
 
 Shape letters: N = windows, S = tokens per window, D = hidden_size, V = vocab_size.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,10 @@ import torch.nn.functional as F
 from exporter.errors import GraphError
 from exporter.graph import ModelGraph
 from exporter.hidden_states import check_finite
-from exporter.reference import Reference
+from exporter.reference import LOGITS_TOGETHER, Reference
 
 DEFAULT_BATCH = 8  # windows that go through a block at a time
+HIDDEN_BYTES = 4 << 30
 MOST_NLL = 700.0  # nats per token: the perplexity of more is beyond the range of a number
 
 
@@ -54,6 +56,11 @@ class HeldModel:
 
     model: Reference
     states: torch.Tensor  # [N, S, D], after the last block
+
+
+def can_be_held(graph: ModelGraph, tokens: np.ndarray) -> bool:
+    """Whether what `hold` keeps in float32 of tokens [N, S] is within `HIDDEN_BYTES`."""
+    return tokens.size * graph.hidden_size * torch.float32.itemsize <= HIDDEN_BYTES
 
 
 def hold(
@@ -97,7 +104,10 @@ def evaluate(
             "models with different vocabularies cannot be compared", expected=other.vocab_size, found=graph.vocab_size
         )
     waiting = [graph, *([reference] if isinstance(reference, ModelGraph) else [])]
-    total = sum(len(one.blocks) for one in waiting)
+    window_bytes = tokens.shape[1] * sum(one.hidden_size for one in waiting) * dtype.itemsize
+    together = max(1, HIDDEN_BYTES // (batch * window_bytes)) * batch
+    parts = [slice(start, start + together) for start in range(0, len(tokens), together)]
+    total = len(parts) * sum(len(one.blocks) for one in waiting)
     steps = itertools.count(1)
 
     def block_done() -> None:
@@ -105,15 +115,26 @@ def evaluate(
         if progress is not None:
             progress(done, total)
 
-    held = [hold(one, tokens, device=device, dtype=dtype, batch=batch, block_done=block_done) for one in waiting]
-    held += [reference] if isinstance(reference, HeldModel) else []
     sums = _Sums(tokens.shape[1], compared=reference is not None)
-    for start in range(0, len(tokens), batch):
-        part = slice(start, start + batch)
-        targets = torch.from_numpy(tokens[part, 1:]).to(device)
-        with torch.inference_mode():
-            sums.add(targets, *(one.model.head(one.states[part].to(device)) for one in held))
+    for part in parts:
+        held = [
+            hold(one, tokens[part], device=device, dtype=dtype, batch=batch, block_done=block_done) for one in waiting
+        ]
+        if isinstance(reference, HeldModel):
+            held.append(HeldModel(reference.model, reference.states[part]))
+        _compare(sums, tokens[part], held, batch)
     return sums.evaluation(len(tokens))
+
+
+@torch.inference_mode()
+def _compare(sums: _Sums, tokens: np.ndarray, held: Sequence[HeldModel], batch: int) -> None:
+    """Add what the heads make of hidden states, a few positions of `batch` windows at a time."""
+    model = held[0].model
+    together = max(1, LOGITS_TOGETHER // (min(batch, len(tokens)) * model.graph.vocab_size))
+    for start, first in itertools.product(range(0, len(tokens), batch), range(0, tokens.shape[1], together)):
+        part, positions = slice(start, start + batch), slice(first, first + together)
+        targets = torch.from_numpy(tokens[part, 1:][:, positions]).to(model.device)
+        sums.add(first, targets, *(one.model.head(one.states[part, positions].to(model.device)) for one in held))
 
 
 @torch.inference_mode()
@@ -145,16 +166,23 @@ class _Sums:
         self._agreement = np.zeros(length)
         self._compared = compared
 
-    def add(self, targets: torch.Tensor, logits: torch.Tensor, reference: torch.Tensor | None = None) -> None:
-        """Logits [n, S, V] of the model and of the reference, targets int64 [n, S - 1]."""
+    def add(
+        self, first: int, targets: torch.Tensor, logits: torch.Tensor, reference: torch.Tensor | None = None
+    ) -> None:
+        """Logits [n, s, V] of the model and of the reference at s positions from `first` on.
+
+        Args:
+            targets: int64 [n, s], what comes next; [n, s - 1] at a window's end.
+        """
+        predicted, positions = (slice(first, first + part.shape[1]) for part in (targets, logits))
         log_q = F.log_softmax(logits.float(), dim=-1)
-        self._nll += _nll(log_q, targets)
+        self._nll[predicted] += _nll(log_q, targets)
         if reference is None:
             return
         log_p = F.log_softmax(reference.float(), dim=-1)
-        self._reference_nll += _nll(log_p, targets)
-        self._kl += (log_p.exp() * (log_p - log_q)).sum(-1).double().sum(0).cpu().numpy()
-        self._agreement += (log_p.argmax(-1) == log_q.argmax(-1)).double().sum(0).cpu().numpy()
+        self._reference_nll[predicted] += _nll(log_p, targets)
+        self._kl[positions] += (log_p.exp() * (log_p - log_q)).sum(-1).double().sum(0).cpu().numpy()
+        self._agreement[positions] += (log_p.argmax(-1) == log_q.argmax(-1)).double().sum(0).cpu().numpy()
 
     def evaluation(self, windows: int) -> Evaluation:
         nll = self._nll / windows
@@ -178,8 +206,8 @@ class _Sums:
 
 
 def _nll(log_probabilities: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
-    """Sum over windows of -log p(target) at every position: [n, S, V], [n, S - 1] -> [S - 1]."""
-    picked = log_probabilities[:, :-1].gather(-1, targets[..., None])[..., 0]
+    """Sum over windows of -log p(target) at every position that has one: [n, s, V], [n, t] -> [t]."""
+    picked = log_probabilities[:, : targets.shape[1]].gather(-1, targets[..., None])[..., 0]
     return -picked.double().sum(0).cpu().numpy()
 
 

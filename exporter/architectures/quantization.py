@@ -19,9 +19,9 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import SchemaError, SchemaValidator, core_schema
 
 from exporter.dtypes import FLOAT8_E4M3FN, INT8, DType
@@ -243,12 +243,17 @@ def _shown(value: object) -> str:
 # --- ModelOpt
 
 
+def _spelled_out(scheme: Any) -> Any:
+    """ModelOpt 0.31 and 0.33 have the name of the algorithm in place of a scheme."""
+    return {"num_bits": 8, "type": "float"} if scheme == "FP8" else scheme
+
+
 class _ModelOptConfig(_Section):
     """Flat in config.json; hf_quant_config.json, and config.json of older versions, have it under `quantization`."""
 
     quant_algo: str | None
     ignore: list[str] | None = Field(None, validation_alias=AliasChoices("ignore", "exclude_modules"))
-    kv_cache_scheme: _Arguments | str | None = None  # 0.31 and 0.33 have the name of the algorithm there
+    kv_cache_scheme: Annotated[_Arguments | None, BeforeValidator(_spelled_out)] = None
     kv_cache_quant_algo: str | None = None
 
 
@@ -256,23 +261,13 @@ def _from_modelopt(raw: Mapping[str, Any]) -> QuantizationSpec:
     config = _validated(_ModelOptConfig, raw.get("quantization", raw))
     by_algorithm = {word: scheme for scheme, word in MODELOPT.words.items()}
     _require("quant_algo", config.quant_algo, *by_algorithm)
+    _require("kv_cache_quant_algo", config.kv_cache_quant_algo, "FP8", None)
     return QuantizationSpec(
         layout=MODELOPT,
         groups=((Modules(all_linears=True), by_algorithm[str(config.quant_algo)]),),
         ignored=_modules_from_wildcards(config.ignore or ()),
-        kv_codes=_modelopt_kv_codes(config),
+        kv_codes=_kv_codes(config.kv_cache_scheme) or (FLOAT8_E4M3FN if config.kv_cache_quant_algo else None),
     )
-
-
-def _modelopt_kv_codes(config: _ModelOptConfig) -> DType | None:
-    scheme = config.kv_cache_scheme
-    if isinstance(scheme, _Arguments):
-        return _kv_codes(scheme)
-    for key, name in (("kv_cache_scheme", scheme), ("kv_cache_quant_algo", config.kv_cache_quant_algo)):
-        _require(key, name, "FP8", None)
-        if name is not None:
-            return FLOAT8_E4M3FN
-    return None
 
 
 def _modules_from_wildcards(entries: Sequence[str]) -> Modules:

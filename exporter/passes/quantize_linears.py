@@ -40,13 +40,15 @@ def quantize_linears(graph: ModelGraph, recipe: QuantizationRecipe, ranges: Rang
         A new graph. No tensor byte is read: codes and scales are computed when they are.
 
     Raises:
-        PlanError: a pattern of the recipe matches nothing, ranges are needed and missing, or a linear is quantized
-            already.
+        PlanError: a pattern of the recipe matches nothing, nothing is left to quantize, ranges are needed and missing,
+            or a linear is quantized already.
     """
     if recipe.needs_ranges and ranges is None:
         raise PlanError("this quantization needs calibration", hint="give a text to calibrate on, or a calibration")
     names = linear_names(graph)
     recipe.check_patterns(names)
+    if recipe.kv_cache is None and not any(map(recipe.format_of, names)):
+        raise PlanError("the quantization recipe leaves every linear out", found=f"exclude: {recipe.exclude}")
     for name, linear in names.items():
         if linear.quantization is not None:
             raise PlanError("the model is quantized already", found=name)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -319,6 +320,22 @@ def test_a_failing_worker_is_one_error_and_leaves_no_process(tmp_path, labels, f
     engines = [engine_folder(tmp_path, label) for label in labels]
     with pytest.raises(EngineError, match=problem):
         bench_engines(engines, request_grid([1], [4], [3]), worker=scripted(tmp_path, only="fused", **fault))
+
+
+def test_what_a_worker_started_ends_with_it(tmp_path):
+    opening = "import subprocess; raise EngineError(str(subprocess.Popen(['sleep', '600']).pid))"
+    with pytest.raises(EngineError, match=r"failed: \d+$") as caught:
+        bench_engines([engine_folder(tmp_path, "fused")], GRID, worker=scripted(tmp_path, opening=opening))
+    started = int(str(caught.value).split()[-1])
+
+    def is_gone() -> bool:
+        # A zombie is: its parent is dead, and who inherits it takes notice when it will.
+        return not psutil.pid_exists(started) or psutil.Process(started).status() == psutil.STATUS_ZOMBIE
+
+    deadline = time.monotonic() + 10  # a signal takes its time
+    while not is_gone() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert is_gone()
 
 
 def test_an_interrupt_ends_the_workers(tmp_path):

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from engines import charts, throughput
 from engines.charts import axis_ticks
 from engines.markdown import markdown_escaped
 from engines.report import report_from_results
 from engines.report_words import formatted
-from engines.results import FFNShape, Structure
+from engines.results import EngineResult, FFNShape, Spread, Structure
 from engines.structure_strip import FFN_HEIGHT, layers_text, strips_from_structures
 from exporter.errors import EngineError
 
@@ -604,6 +606,7 @@ def test_layers_text(layers, text):
         ([253.4e9], "parameters", ("billion", ["253"])),
         ([0, 0], "bytes", ("bytes", ["0", "0"])),
         ([0.0, 0.0], "number", ("", ["0", "0"])),
+        ([-0.0123, -1.5], "number", ("", ["-0.012", "-1.500"])),
     ],
 )
 def test_numbers_of_a_row_share_unit_and_decimals(values, unit, expected):
@@ -771,6 +774,28 @@ def test_very_many_engines_have_a_line_each_and_charts_of_the_first(tmp_path):
     assert "engine-00, engine-03, engine-06 and engine-09: 16 blocks" in page.text
     rows = [line for line in files["report.md"].decode().splitlines() if line.startswith("| engine-11 | measured |")]
     assert len(rows) == 1
+
+
+@pytest.mark.parametrize("length", [5, 17, 40, 100])
+def test_legends_of_pictures_are_as_wide_as_the_picture_at_most(length, monkeypatch, recwarn):
+    figures = []
+    for module in (charts, throughput):
+        monkeypatch.setattr(module, "images_of", lambda draw: figures.append(draw()))
+    labels = [f"{index}{'_llama-3.1-8b_fused_int8' * 5}"[:length] for index in range(8)]
+    engines = [EngineResult(**{**ENGINES[index % 3], "label": label}) for index, label in enumerate(labels)]
+    bars = tuple((Spread(median=2.0, low=1.0, high=3.0),) for _ in engines)
+    charts.chart_images(charts.Chart("f.png", "t", "s", "x", "y", (1,), bars, (("",),) * 8), engines)
+    points = (throughput.CurvePoint(1, 2.0, 3.0), throughput.CurvePoint(4, 1.0, 6.0))
+    curves = tuple(throughput.Curve(label, index, False, points) for index, label in enumerate(labels))
+    chart = throughput.ThroughputChart("f.png", "t", "s", "x", "y", curves)
+    throughput.throughput_images(throughput.throughput_layout(chart))
+    for figure in figures:
+        FigureCanvasAgg(figure).draw()
+        (legend,) = figure.legends
+        extent = legend.get_window_extent()
+        assert 0 <= extent.x0 < extent.x1 <= figure.bbox.width
+        assert len(legend.get_texts()) == 8
+    assert not recwarn.list
 
 
 def test_ratios_with_their_intervals_in_both_pages(tmp_path):

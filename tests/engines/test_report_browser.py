@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.browser import Page, browser
-from tests.engines.test_report import many, report_files
+from tests.engines.test_report import REMOVED, many, report_files
 from tests.engines.test_time_chart import PROFILED
 
 pytestmark = pytest.mark.skipif(browser() is None, reason="no Chromium or Chrome on this machine")
@@ -91,6 +91,7 @@ def test_the_data_can_be_downloaded(page: Page, files: dict[str, bytes]) -> None
 @pytest.mark.parametrize("count", [3, 9, 12])
 def test_nothing_runs_off_a_phone_or_a_printed_page(count: int, tmp_path: Path) -> None:
     document = json.loads(json.dumps(many(count)).replace("engine-01", "x" * 100))
+    document["evaluated"] = [{**REMOVED, "label": "y" * 100}]
     file = tmp_path / "report.html"
     file.write_bytes(report_files(tmp_path, document)["report.html"])
     page_width = "document.documentElement.scrollWidth"

@@ -141,7 +141,17 @@ def test_one_output_token_has_no_inter_token_latency():
 
 @pytest.mark.parametrize(
     ("value", "baseline", "expected"),
-    [(3.0, 4.0, 0.75), (None, 4.0, None), (3.0, None, None), (3.0, 0.0, None), (0, 5, 0.0), (1e300, 1e-300, None)],
+    [
+        (3.0, 4.0, 0.75),
+        (None, 4.0, None),
+        (3.0, None, None),
+        (3.0, 0.0, None),
+        (0, 5, 0.0),
+        (1e300, 1e-300, None),
+        (-1.0, -2.0, None),
+        (0.5, -0.1, None),
+        (-0.5, 0.1, None),
+    ],
 )
 def test_ratio(value, baseline, expected):
     assert ratio(value, baseline) == expected

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import shlex
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -268,11 +269,16 @@ def test_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("toolchain")
-@pytest.mark.parametrize("case", ["status", "altered", "no checkpoint"])
+@pytest.mark.parametrize("case", ["status", "altered", "no checkpoint", "full disk"])
 def test_a_build_that_fails_leaves_nothing(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = checkpoint(PLAIN, tmp_path / "checkpoint")
-    words = {"status": "status 3", "altered": "altered", "no checkpoint": "another kind"}[case]
-    if case == "status":
+    words = {"status": "status 3", "altered": "altered", "no checkpoint": "another kind", "full disk": "disk space"}[
+        case
+    ]
+    if case == "full disk":
+        weight_bytes = sum(rank.weight_bytes for rank in read_checkpoint_manifest(folder).ranks)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2 * weight_bytes - 1))
+    elif case == "status":
         monkeypatch.setenv("FAIL", "1")
     elif case == "altered":
         content = bytearray((folder / "rank0.safetensors").read_bytes())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import ml_dtypes
@@ -19,6 +22,7 @@ from exporter.lazy import (
     add,
     array,
     cast,
+    computed,
     concat,
     full,
     pad,
@@ -276,3 +280,23 @@ def test_reading_in_chunks_takes_memory_for_a_chunk(case: str) -> None:
     assert total == lazy.nbytes
     assert 0 < max(a.largest, b.largest) <= CHUNK
     assert peak < 16 * CHUNK
+
+
+def test_what_several_threads_want_is_computed_once() -> None:
+    calls: list[int] = []
+    barrier = threading.Barrier(4, timeout=30)
+
+    def find() -> np.ndarray:
+        calls.append(1)
+        time.sleep(0.05)  # long enough for the others to find it not there yet
+        return np.float32(7)
+
+    scale = computed((), FLOAT32, find)
+
+    def read(_: int) -> float:
+        barrier.wait()
+        return float(scale.rows(0, 1))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(read, range(4))) == [7, 7, 7, 7]
+    assert len(calls) == 1

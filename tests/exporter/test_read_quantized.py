@@ -344,7 +344,7 @@ TAMPERED: dict[str, tuple[ModelGraph, str, Callable[[Folder], object], tuple[str
     ),
     "KV cache of another name": (
         FP8, "modelopt", say(kv_cache_scheme="NVFP4"),
-        ("kv_cache_scheme is not supported", "expected FP8", "found NVFP4"),
+        ("quantization_config.kv_cache_scheme: ", "found NVFP4"),
     ),
     "kv cache of int8": (
         FP8, "compressed-tensors", say(kv_cache_scheme={"num_bits": 8, "type": "int"}),

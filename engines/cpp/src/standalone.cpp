@@ -1,6 +1,5 @@
 #include "standalone.h"
 
-#include <algorithm>
 #include <cstdio>
 #include <nlohmann/json.hpp>
 

@@ -21,6 +21,7 @@ from exporter.graph import ModelGraph
 from exporter.lazy import LazyTensor, array
 from exporter.passes.parallelize_blocks import parallelize_blocks
 from exporter.read import open_model
+from exporter.reference import Reference
 from tests.exporter.test_reference import saved_model
 from tests.tiny import tiny_graph
 
@@ -168,6 +169,23 @@ def test_files_memory_and_batch_give_the_same(tmp_path: Path) -> None:
     one_by_one = measure_dependency(graph, TOKENS, kl=True, batch=1)
     for kind, matrix in in_memory.matrices.items():
         np.testing.assert_allclose(one_by_one.matrices[kind], matrix, atol=1e-6)
+
+
+def test_logits_are_taken_a_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = tiny_graph("AF F")
+    whole = measure_dependency(graph, TOKENS, kl=True)
+    sizes, head = [], Reference.head
+
+    def spy(self: Reference, hidden: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(hidden))
+        return head(self, hidden)
+
+    monkeypatch.setattr(Reference, "head", spy)
+    monkeypatch.setattr(dependency, "LOGITS_TOGETHER", 7 * graph.vocab_size)
+    pieces = measure_dependency(graph, TOKENS, kl=True)
+    assert max(sizes) == 7
+    for kind, values in whole.kl.items():
+        np.testing.assert_allclose(pieces.kl[kind], values, rtol=1e-5)
 
 
 def test_a_range_is_the_matching_part_of_the_whole() -> None:

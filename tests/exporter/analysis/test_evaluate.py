@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from exporter.analysis.evaluate import evaluate
+import exporter.analysis.evaluate as module
+from exporter.analysis.evaluate import HeldModel, can_be_held, evaluate, hold
 from exporter.errors import CheckpointError, FuselageError, GraphError
 from exporter.graph import FFN, Linear, ModelGraph
 from exporter.lazy import array
@@ -22,6 +23,9 @@ from exporter.passes.drop_attention import drop_attention
 from exporter.read import open_model
 from exporter.reference import Reference
 from exporter.text import TextError, open_tokenizer, read_documents, token_windows
+from exporter.writers import hf
+from exporter.writers.files import save_folder
+from tests.command_line import call, done
 from tests.exporter.test_reference import saved_model
 from tests.tiny import tiny_graph
 
@@ -52,6 +56,47 @@ def test_comparison_equals_a_direct_computation() -> None:
     np.testing.assert_allclose(found.agreement, agreement.mean(0))
     assert found.reference_perplexity == pytest.approx(evaluate(graph, TOKENS).perplexity, rel=1e-6)
     assert 0 < found.top1_agreement < 1
+
+
+@pytest.mark.parametrize("positions", [1, 5, 11, 12])
+def test_logits_are_taken_a_few_positions_at_a_time(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = tiny_graph("AF AF AF", vocab_size=307)
+    variant = drop_attention(graph, [1])
+    expected = evaluate(variant, TOKENS, reference=graph, batch=2).to_json()
+    sizes, head = [], Reference.head
+
+    def spy(self: Reference, hidden: torch.Tensor) -> torch.Tensor:
+        sizes.append(hidden[..., 0].numel())
+        return head(self, hidden)
+
+    monkeypatch.setattr(Reference, "head", spy)
+    monkeypatch.setattr(module, "LOGITS_TOGETHER", positions * 2 * 307)
+    found = evaluate(variant, TOKENS, reference=graph, batch=2).to_json()
+    assert max(sizes) == 2 * positions
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_a_long_text_goes_through_in_parts(is_held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = tiny_graph("AF AF AF", vocab_size=307)
+    variant = drop_attention(graph, [1])
+    reference = hold(graph, TOKENS, batch=2) if is_held else graph
+    expected = evaluate(variant, TOKENS, reference=reference, batch=2).to_json()
+    windows_together = []
+
+    def spy(one: ModelGraph, tokens: np.ndarray, **how: Any) -> HeldModel:
+        windows_together.append(len(tokens))
+        return hold(one, tokens, **how)
+
+    monkeypatch.setattr(module, "hold", spy)
+    monkeypatch.setattr(module, "HIDDEN_BYTES", 3 * 12 * 64 * 4 * (1 if is_held else 2))  # three windows: two, in pairs
+    steps: list[tuple[int, int]] = []
+    found = evaluate(variant, TOKENS, reference=reference, batch=2, progress=lambda *step: steps.append(step))
+    assert found.to_json() == expected
+    assert can_be_held(graph, TOKENS) is not is_held  # five windows
+    assert windows_together == ([2, 2, 1] if is_held else [2, 2, 2, 2, 1, 1])
+    assert steps == [(done, 9 if is_held else 18) for done in range(1, (9 if is_held else 18) + 1)]
 
 
 def test_a_graph_agrees_with_itself() -> None:
@@ -208,6 +253,23 @@ def test_a_tokenizer_that_does_not_fit_is_refused(content: object, message: str,
         (tmp_path / "tokenizer.json").write_text(str(content))
     with pytest.raises(CheckpointError, match=message):
         open_tokenizer(tmp_path, 10)
+
+
+def test_models_of_other_tokens_are_not_compared(tmp_path: Path) -> None:
+    for name in ("model", "padded", "other"):
+        save_folder(tmp_path / name, hf.emit(tiny_graph("AF", vocab_size=10), hf.Options()), kind="test", details={})
+        word_tokenizer(tmp_path / name, 10)
+    stored = Tokenizer.from_file(str(tmp_path / "padded" / "tokenizer.json"))
+    stored.add_special_tokens(["<pad>"])
+    stored.save(str(tmp_path / "padded" / "tokenizer.json"))
+    path = tmp_path / "other" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"w3"', '"x3"'))
+    (tmp_path / "text.txt").write_text("w1 w2 w3 w4 w5 w6")
+    arguments = ["evaluate", tmp_path / "model", "--text", tmp_path / "text.txt", "--context", "3", "--reference"]
+    assert "KL(reference || model) 0.00000 nats" in done(*arguments, tmp_path / "padded").output
+    refused = call(*arguments, tmp_path / "other")
+    assert refused.exit_code == 2
+    assert "tokenizers have different tokens: found 2 that differ, 'w3' for one" in " ".join(refused.output.split())
 
 
 def test_text_errors_are_our_errors() -> None:

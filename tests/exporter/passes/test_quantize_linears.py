@@ -163,6 +163,7 @@ def test_patterns_choose_linears() -> None:
 REFUSED = {
     "no_ranges": ({"weights": FP8, "inputs": FP8}, "needs calibration"),
     "nothing_excluded": ({"weights": FP8, "exclude": ["blocks.7.*"]}, "matches no linear"),
+    "everything_excluded": ({"weights": INT8_ROWS, "exclude": ["*"]}, "leaves every linear out"),
     "nothing_overridden": ({"weights": FP8, "overrides": [{"match": "down"}]}, "matches no linear"),
 }
 

@@ -1,0 +1,53 @@
+"""The documentation against the repository: links lead to files; docs/recipes.md has every key and valid examples."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from exporter import recipe
+from exporter.plan import Plan, read_plan
+from exporter.quantization import QuantizationRecipe, read_quantization
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md", ROOT / "demo/README.md"]
+RECIPES = (ROOT / "docs/recipes.md").read_text("utf-8")
+# TensorRtEngineRecipe is missing: its keys are the options that docs/tensorrt.md describes.
+TABLES = (
+    Plan,
+    QuantizationRecipe,
+    recipe.Recipe,
+    recipe.VariantRecipe,
+    recipe.NetworkRecipe,
+    recipe.TensorRtLlmRecipe,
+    recipe.AnalysisRecipe,
+    recipe.CalibrationRecipe,
+    recipe.EvaluateRecipe,
+    recipe.BenchRecipe,
+    recipe.PredictRecipe,
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text("utf-8"))
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_key_of_a_recipe_is_described(table: type[Plan]) -> None:
+    assert [key for key in table.model_fields if not re.search(rf"(`|^){key}(`|:)", RECIPES, re.MULTILINE)] == []
+
+
+def test_the_examples_are_valid(tmp_path: Path) -> None:
+    examples = re.findall(r"```yaml\n(.*?)```", RECIPES, re.DOTALL)
+    files = [tmp_path / name for name in ("some.yaml", "recipe.yaml", "quantization.yaml")]
+    for file, example in zip(files, examples, strict=True):
+        file.write_text(example)
+    plan = read_plan(files[0])
+    assert (plan.dropped_layers, plan.fuse) == ([9, 10, 11, 12, 13, 14], [(9, 13)])
+    (tmp_path / "plan.yaml").write_text("drop_attention: [3]")  # of the recipe's second variant
+    assert [variant.plan for variant in recipe.read_recipe(files[1]).variants] == [Plan(), Plan(drop_attention=[3])]
+    assert read_quantization(files[2]).kv_cache == "float8_e4m3fn"
