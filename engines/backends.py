@@ -97,7 +97,9 @@ def _settings(name: str, options: Mapping[str, Any] | None) -> Any:
     refused = sorted(set(options or ()) - _options_of(name))
     if refused:
         owners = " or ".join(owner for owner in BACKENDS if set(refused) & _options_of(owner))
-        raise EngineError(f"these options belong to --backend {owners}", found=", ".join(refused))
+        spelled = {setting.name: setting.option or setting.name for setting in backends_by_setting()}
+        found = ", ".join(spelled.get(name, name) for name in refused)
+        raise EngineError(f"these options belong to --backend {owners}", found=found)
     kind = BACKENDS[name]
     return kind.settings(**options) if kind.settings is not None and options else None
 

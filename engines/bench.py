@@ -29,6 +29,7 @@ from engines.machine import cpu_name
 from engines.profile import Profile
 from engines.profiling import profile_engine, profiler_problems
 from engines.results import (
+    MAX_TOKENS,
     Cell,
     EngineResult,
     Environment,
@@ -107,7 +108,18 @@ def bench_engines(
         EngineError: a worker failed or died.
     """
     began = datetime.now(timezone.utc)
-    raise_all(_setting_problems(grid, rounds=rounds, warmup=warmup, threads=threads, cpus=cpus, seed=seed))
+    problems = _setting_problems(grid, rounds=rounds, warmup=warmup, threads=threads, cpus=cpus, seed=seed)
+    tokens = len(engines) * rounds * sum(shape.output_len for shape in grid)
+    if tokens > MAX_TOKENS:
+        problems.append(
+            EngineError(
+                "a results file does not hold so many timed tokens",
+                expected=f"at most {MAX_TOKENS:,}",
+                found=f"{tokens:,}",
+                hint="take fewer rounds, or fewer request shapes or engines at a time",
+            )
+        )
+    raise_all(problems)
     if threads is None and cpus is not None and len(set(cpus)) < (os.cpu_count() or 1):
         threads = len(set(cpus))
     manifests, described = _checked_engines(engines, grid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 PNG_DPI = 144
 CHARACTERS_PER_INCH = 12.5  # of a picture's texts of 9 points, on average and a little less
 KEY_CHARACTERS = 9  # what a colour and its space in a legend take
+# For characters that matplotlib's own font lacks, where the system has one of them.
+FALLBACK_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Microsoft YaHei", "WenQuanYi Micro Hei")
 
 SERIES_COLORS = {
     "light": ("#8792a0", "#1f6fb2", "#d2691e", "#128069", "#7d55c7", "#b83b72", "#8a7416", "#4d7f2a"),
@@ -169,16 +172,22 @@ def images_of(draw: Callable[[], Figure]) -> tuple[bytes, bytes]:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.font_manager import get_font_names
 
-    with matplotlib.rc_context(
+    installed = set(get_font_names())
+    settings = matplotlib.rc_context(
         {
+            "font.family": ["DejaVu Sans", *(name for name in FALLBACK_FONTS if name in installed)],
             "text.parse_math": False,  # labels are anybody's text: a dollar sign in one must not start a formula
             "font.size": 9,
             "hatch.linewidth": 0.6,
             "svg.fonttype": "none",  # text stays text
             "svg.hashsalt": "fuselage",  # ids are drawn at random without one
         }
-    ):
+    )
+    with settings, warnings.catch_warnings():
+        # A PNG then has a box there; SVG and page, whose text stays text, have the character.
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
         figure, png, svg = draw(), io.BytesIO(), io.BytesIO()
         # Not by savefig, which draws twice.
         FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})

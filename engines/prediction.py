@@ -44,7 +44,7 @@ def points_table(points: Sequence[Point], price_per_gpu_hour: float | None = Non
             point.deployment.name,
             f"{point.batch:,}",
             f"{decode.latency_ms:.2f}",
-            f"{decode.tokens_per_s_per_user:.2f}",
+            f"{decode.tokens_per_s_per_user:,.2f}",
             f"{decode.tokens_per_s:,.0f}",
             f"{point.prefill.latency_ms:,.1f}",
             FITS[point.memory.fits],

@@ -26,13 +26,13 @@ MAX_LAYER = 1 << 16
 
 
 def _pair(value: Any) -> Any:
-    if not isinstance(value, list) or len(value) != 2:
+    if not isinstance(value, list | tuple) or len(value) != 2:
         raise PydanticCustomError("range", "expected a range of two layers, like [3, 8]")
     return tuple(value)  # pydantic's strict tuples do not accept the lists that YAML gives
 
 
 def _layer_or_pair(value: Any) -> Any:
-    if not isinstance(value, int | list):
+    if not isinstance(value, int | list | tuple):
         raise PydanticCustomError("layer", "expected a layer, or a range like [3, 8]")
     return value
 

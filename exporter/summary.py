@@ -18,8 +18,8 @@ def summary(graph: ModelGraph) -> RenderableType:
     """Render totals, the strip (one character per block) and one table row per stretch of equal blocks."""
     legend = Text.assemble(
         ("█ attention + FFN  ▄ FFN only  ▀ attention only  · empty  ", "dim"),
-        ("▄ fused  ", "magenta"),
-        ("█ parallel", "cyan"),
+        ("▆ fused  ", "magenta"),
+        ("▓ parallel", "cyan"),
     )
     return Group(_totals(graph), Text(), _strip(graph), legend, Text(), _blocks(graph))
 
@@ -55,16 +55,19 @@ def _kv_dtype(graph: ModelGraph) -> DType:
     return found.pop() if len(found) == 1 else graph.dtype
 
 
-# Filled above: attention; filled below: FFN.
+# Filled above: attention; filled below: FFN. Fused and parallel blocks have marks of their own: files have no colours.
 _MARKS = {(True, True): "█", (False, True): "▄", (True, False): "▀", (False, False): "·"}
 
 
 def _strip(graph: ModelGraph) -> Text:
     text = Text(no_wrap=False, overflow="fold")
     for entry in graph.blocks:
-        style = "cyan" if isinstance(entry, ParallelBlocks) else "magenta" if _is_fused(entry) else ""
-        for block in entry.blocks if isinstance(entry, ParallelBlocks) else (entry,):
-            text.append(_MARKS[block.attention is not None, block.ffn is not None], style)
+        if isinstance(entry, ParallelBlocks):
+            text.append("▓" * len(entry.blocks), "cyan")
+        elif _is_fused(entry):
+            text.append("▆", "magenta")
+        else:
+            text.append(_MARKS[entry.attention is not None, entry.ffn is not None])
     return text
 
 

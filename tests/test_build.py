@@ -146,7 +146,10 @@ ABACUS_REFUSED = {
     "below": (["--backend", "abacus", "--max-wires", 1], "1 is not in the range x>=2"),
     "no_choice": (["--backend", "abacus", "--wood", "float16"], "not one of 'float32', 'bfloat16'"),
     "size": (["--backend", "abacus", "--weight", "much"], "'--weight': 'much' is not a size"),
-    "another_backend": (["--beads", 3], "these options belong to --backend abacus: found beads"),
+    "another_backend": (
+        ["--max-wires", 3, "--beads", 3],
+        "these options belong to --backend abacus: found beads, max-wires",
+    ),
     "no_dry_run": (["--backend", "abacus", "--dry-run"], "a dry run has nothing to show here"),
 }
 

@@ -102,7 +102,7 @@ def _comment(text: str, indent: str = "") -> list[str]:
     """Comment lines; control characters and line breaks in what callers pass must not end a comment."""
     printable = "".join(c if c.isprintable() else " " for c in text)
     prefix = f"{indent}# "
-    return textwrap.wrap(printable, TEXT_WIDTH, initial_indent=prefix, subsequent_indent=prefix)
+    return textwrap.wrap(printable, TEXT_WIDTH, initial_indent=prefix, subsequent_indent=prefix, break_on_hyphens=False)
 
 
 def _limits_text(constraints: Constraints) -> str:

@@ -376,6 +376,12 @@ REFUSED = {
     "too long": (["a"], request_grid([1], [62], [3]), {}, "model knows: expected 64, found 65"),
     "cache too small": (["small"], request_grid([1], [8], [9]), {}, "KV cache holds: expected 16, found 17"),
     "fixed batch": (["pair"], request_grid([2, 3], [8], [9]), {}, "fixed batch: expected 2, found 3"),
+    "more than a file holds": (
+        ["a", "b"],
+        request_grid([1, 2], [4], [50]),
+        {"rounds": 5001},
+        "timed tokens: expected at most 1,000,000, found 1,000,200",
+    ),
     "no rounds": (["a"], GRID, {"rounds": 0}, "rounds is a whole number of at least 1"),
     "negative warm-up": (["a"], GRID, {"warmup": -1}, "warm-up rounds"),
     "zero threads": (["a"], GRID, {"threads": 0}, "threads"),

@@ -776,6 +776,12 @@ def test_very_many_engines_have_a_line_each_and_charts_of_the_first(tmp_path):
     assert len(rows) == 1
 
 
+def test_a_label_that_no_font_here_can_write_is_no_noise(tmp_path, recwarn):
+    files = rendered(tmp_path, relabelled("\U00013000"), count=7)  # a hieroglyph
+    assert "\U00013000" in files["inter_token_latency.svg"].decode()
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("length", [5, 17, 40, 100])
 def test_legends_of_pictures_are_as_wide_as_the_picture_at_most(length, monkeypatch, recwarn):
     figures = []
