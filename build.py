@@ -1,61 +1,10 @@
-"""The command line: `python build.py COMMAND`. Which commands there are, and exit codes.
-
-Exit codes: 0 done; 1 a bug (with its traceback); 2 bad input, a refused request, or something missing on this machine;
-3 a regression (`report --compare --fail-on-regression`).
-"""
+"""The command line as a script: `python build.py COMMAND`; installed, it is `fuselage COMMAND`."""
 
 from __future__ import annotations
 
-from typing import Any
+from commands.main import main
 
-import click
-
-from commands import models, networks, recipes, studies, timing
-from exporter.errors import FuselageError
-
-
-class Commands(click.Group):
-    """Turns our errors into one line and exit code 2."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except FuselageError as error:
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(2)
-
-
-@click.group(
-    cls=Commands,
-    commands=[
-        models.inspect,
-        models.transform,
-        models.quantize,
-        models.distill,
-        networks.export,
-        networks.check,
-        networks.engine,
-        networks.plugin,
-        timing.bench,
-        timing.import_bench,
-        timing.report,
-        studies.analyze,
-        studies.evaluate,
-        studies.predict,
-        recipes.run,
-        recipes.demo,
-    ],
-    epilog="In order of use: inspect, analyze, transform, export, engine, bench, report; `demo` does all of it.",
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
-@click.version_option(package_name="fuselage")
-def main() -> None:
-    """FFN Fusion for Llama-family models: from a Hugging Face folder to a measured engine.
-
-    MODEL is a folder with config.json and safetensors files; where no weights are needed, a config.json or a
-    *.structure.json will do.
-    """
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
     main()

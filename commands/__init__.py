@@ -1,1 +1,1 @@
-"""The commands of `build.py`, one module for each kind of work; each command thin."""
+"""The command line, one module for each kind of work; each command thin."""

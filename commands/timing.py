@@ -53,6 +53,7 @@ from commands.terminal import note_printer, say_written, step_progress, wide_con
     "--cpus", type=INDICES, help="CPUs that each runtime is pinned to, e.g. 0,1; as many as threads if not given."
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the input tokens.")
+@click.option("--one-at-a-time", is_flag=True, help="Close an engine before the next is loaded: for little memory.")
 @click.option("--profile", is_flag=True, help="Then run each engine under its profiler: where did the time go?")
 @results_option
 @force_option
@@ -68,12 +69,16 @@ def bench(
     threads: int | None,
     cpus: list[int] | None,
     seed: int,
+    one_at_a_time: bool,
     profile: bool,
     output: Path,
     force: bool,
     quiet: bool,
 ) -> None:
-    """Time engines against each other; the first is the baseline. Rounds are interleaved."""
+    """Time engines against each other; the first is the baseline.
+
+    All are loaded, and rounds are interleaved, so that whatever slows the machine down slows down all of them.
+    """
     from engines.bench import bench_engines, request_grid
     from engines.cpp_program import worker_for
     from engines.machine import cpus_for
@@ -91,6 +96,7 @@ def bench(
             threads=threads,
             cpus=cpus_for(threads) if cpus is None else cpus,
             seed=seed,
+            one_at_a_time=one_at_a_time,
             progress=progress,
             profile=profile,
             worker=worker_for(runtime, note_printer(quiet)),

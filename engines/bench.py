@@ -84,6 +84,7 @@ def bench_engines(
     threads: int | None = None,
     cpus: Sequence[int] | None = None,
     seed: int = 0,
+    one_at_a_time: bool = False,
     progress: Progress | None = None,
     profile: bool = False,
     worker: WorkerCommand = python_worker,
@@ -99,6 +100,8 @@ def bench_engines(
             not all of the machine's: ONNX Runtime's choice is a thread on every core, whatever it is pinned to.
         cpus: CPUs that every worker is pinned to; None does not pin.
         seed: of the input tokens, the same for all engines and rounds.
+        one_at_a_time: an engine is closed before the next one is loaded, where memory does not hold all of them. Rounds
+            are then not interleaved: what slows the machine down may fall on one engine alone.
         progress: called before each step.
         profile: then run every engine once more under its runtime's profiler, at the first request shape.
         worker: the command that serves one engine.
@@ -130,22 +133,27 @@ def bench_engines(
     steps = itertools.count()
     samples: dict[tuple[str, RequestShape], list[Sample]] = defaultdict(list)
 
-    with ExitStack() as stack:
-        workers = []
-        for engine, manifest in zip(engines, manifests, strict=True):  # one after the other: loading is timed
-            report(next(steps), total, f"loading {manifest.label}")
-            command = worker(engine.resolve(), manifest, threads, cpus)
-            workers.append(stack.enter_context(_Worker(manifest.label, command)))
-        for shape in grid:
-            run = Run(batch=shape.batch, input_len=shape.input_len, output_len=shape.output_len, seed=seed)
-            for round_index in range(warmup + rounds):
-                first = round_index % len(workers)
-                for turn in (*workers[first:], *workers[:first]):
-                    report(next(steps), total, f"{turn.label}, {shape}")
-                    sample = turn.time(run)
-                    if round_index >= warmup:
-                        samples[turn.label, shape].append(sample)
-        farewells = [turn.ask(Close(), Closed) for turn in workers]
+    served: list[_Worker] = []
+    farewells: list[Closed] = []
+    folders = list(zip(engines, manifests, strict=True))
+    for together in [[one] for one in folders] if one_at_a_time else [folders]:
+        with ExitStack() as stack:
+            workers = []
+            for engine, manifest in together:  # one after the other: loading is timed
+                report(next(steps), total, f"loading {manifest.label}")
+                command = worker(engine.resolve(), manifest, threads, cpus)
+                workers.append(stack.enter_context(_Worker(manifest.label, command)))
+            for shape in grid:
+                run = Run(batch=shape.batch, input_len=shape.input_len, output_len=shape.output_len, seed=seed)
+                for round_index in range(warmup + rounds):
+                    first = round_index % len(workers)
+                    for turn in (*workers[first:], *workers[:first]):
+                        report(next(steps), total, f"{turn.label}, {shape}")
+                        sample = turn.time(run)
+                        if round_index >= warmup:
+                            samples[turn.label, shape].append(sample)
+            farewells += [turn.ask(Close(), Closed) for turn in workers]
+            served += workers
     profiles: list[tuple[Profile, ...]] = [()] * len(engines)
     for index, manifest in enumerate(manifests if profile else ()):
         report(next(steps), total, f"profiling {manifest.label}")
@@ -154,11 +162,12 @@ def bench_engines(
 
     return Results(
         environment=environment_here(
-            clock=", ".join(sorted({turn.ready.clock for turn in workers})),
+            clock=", ".join(sorted({turn.ready.clock for turn in served})),
             threads=threads,
             pinned_cpus=None if cpus is None else tuple(cpus),
             warmup_rounds=warmup,
             seed=seed,
+            interleaved=not one_at_a_time,
             utc=began,
         ),
         engines=tuple(
@@ -172,9 +181,9 @@ def bench_engines(
                     "profiles": found,
                 }
             )
-            for engine, turn, farewell, found in zip(described, workers, farewells, profiles, strict=True)
+            for engine, turn, farewell, found in zip(described, served, farewells, profiles, strict=True)
         ),
-        cells=tuple(_cell(turn.label, shape, samples[turn.label, shape]) for shape in grid for turn in workers),
+        cells=tuple(_cell(turn.label, shape, samples[turn.label, shape]) for shape in grid for turn in served),
     )
 
 
@@ -435,6 +444,7 @@ def environment_here(
     warmup_rounds: int,
     seed: int,
     utc: datetime,
+    interleaved: bool = True,
 ) -> Environment:
     """Return this machine, its software and the settings of one benchmark."""
     import psutil
@@ -450,6 +460,7 @@ def environment_here(
         pinned_cpus=pinned_cpus,
         warmup_rounds=warmup_rounds,
         seed=seed,
+        interleaved=interleaved,
         utc=utc,
         # Arguments are bytes to the system; what is not UTF-8 in them could not be written as JSON.
         command=tuple(os.fsencode(word).decode(errors="replace") for word in sys.orig_argv),

@@ -133,9 +133,10 @@ def have_comparable_times(engine: EngineResult, baseline: EngineResult) -> bool:
 def intervals_of(comparison: Comparison) -> Intervals:
     """The intervals of all ratios to the baseline's times, where both have rounds enough.
 
-    Engines of the baseline's results file took turns with it, so their rounds are paired.
+    Rounds of engines that took turns with the baseline are paired.
     """
     origin = {e.label: index for index, (_, results) in enumerate(comparison.sources) for e in results.engines}
+    turns = [results.environment.interleaved for _, results in comparison.sources]
     base = comparison.baseline
     found: dict[tuple[str, RequestShape, Samples], RatioInterval] = {}
     for shape in comparison.shapes:
@@ -147,7 +148,8 @@ def intervals_of(comparison: Comparison) -> Intervals:
             ours = comparison.cells.get((engine.label, shape))
             if ours is not None and have_comparable_times(engine, base):
                 rounds = len(ours.ttft_ms)
-                is_paired = origin[engine.label] == origin[base.label] and rounds == len(theirs.ttft_ms)
+                index = origin[base.label]
+                is_paired = origin[engine.label] == index and turns[index] and rounds == len(theirs.ttft_ms)
                 alike[is_paired, rounds].append(ours)
         for (is_paired, rounds), cells in alike.items():
             if min(rounds, len(theirs.ttft_ms)) < LEAST_ROUNDS:

@@ -89,6 +89,9 @@ FILES_NOTE = (
     "The engines come from several results files: they were not timed in turns, so a drift of the machine between the "
     "files is part of every ratio."
 )
+TURNS_NOTE = (
+    "Engines were timed one after the other, not in turns: a drift of the machine meanwhile is part of every ratio."
+)
 MACHINES_NOTE = (
     "The results files differ in machine or settings (see Environment): ratios across them compare those as well."
 )
@@ -359,6 +362,7 @@ def _notes(comparison: Comparison, intervals: Intervals) -> list[str]:
         ("predicted" in kinds, PREDICTED_NOTE),
         (len({engine.device for engine in comparison.engines}) > 1, DEVICES_NOTE),
         (len(environments) > 1, FILES_NOTE),
+        (len(shown) > 1 and not all(one["interleaved"] for one in environments), TURNS_NOTE),
         (any(environment != environments[0] for environment in environments), MACHINES_NOTE),
         (not intervals and len(comparison.engines) > 1 and comparison.baseline.kind == "measured", ROUNDS_NOTE),
     )

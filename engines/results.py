@@ -143,6 +143,7 @@ class Environment(_Strict):
     pinned_cpus: tuple[Count, ...] | None  # None: not pinned
     warmup_rounds: Count  # before the rounds that were kept, per cell
     seed: Count  # of the input tokens
+    interleaved: bool = True  # engines took turns, round by round; else they were timed one after the other
     utc: AwareDatetime  # when the benchmark began
     command: tuple[Text, ...]  # the exact command line, word by word
 

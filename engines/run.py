@@ -464,6 +464,7 @@ def _bench_step(
             threads=bench.threads,
             cpus=cpus_for(bench.threads),
             seed=bench.seed,
+            one_at_a_time=bench.one_at_a_time,
             progress=progress,
             profile=bench.profile,
             worker=worker_for(bench.runtime, note if note is not None else lambda text: None),

@@ -96,8 +96,13 @@ FLOORS: list[tuple[str, list[str], str]] = [
     ),
     ("recipe", ["engines.run"], "none"),
     ("options", ["commands.options", "commands.terminal"], "none"),
-    ("commands", ["commands.*", "commands"], "none"),
-    ("door", ["build"], "none"),
+    (
+        "commands",
+        ["commands.models", "commands.networks", "commands.timing", "commands.studies", "commands.recipes"],
+        "none",
+    ),
+    ("door", ["commands.main"], "none"),
+    ("script", ["build"], "none"),
 ]
 
 # Only these may import a runtime or a big framework at module level; everyone else does it inside functions.

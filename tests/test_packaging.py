@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from fnmatch import fnmatchcase
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -34,3 +37,12 @@ def test_every_file_beside_the_code_is_installed() -> None:
         and path.suffix != ".pyc"
     ]
     assert left_out == []
+
+
+def test_the_installed_program_finds_its_own_modules(tmp_path: Path) -> None:
+    """Other distributions have a top-level `build` too: PyPA's, for one."""
+    (tmp_path / "build.py").write_text("raise AssertionError('somebody else')\n")
+    (program,) = entry_points(group="console_scripts", name="fuselage")
+    script = f"import sys; sys.path.append({str(ROOT)!r}); from {program.module} import {program.attr}; {program.attr}()"
+    arguments = [sys.executable, "-c", script, "--version"]  # from a folder whose modules come first
+    assert "version" in subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=True).stdout

@@ -234,6 +234,40 @@ def test_engines_are_timed_in_turns_and_samples_kept(tmp_path):
     assert {total for _, total, _ in seen} == {26}
 
 
+def test_engines_are_loaded_one_at_a_time_where_asked(tmp_path):
+    engines = [engine_folder(tmp_path, label) for label in ("baseline", "fused")]
+    commands = scripted(tmp_path)
+    alive: list[int] = []
+
+    def counting(engine, manifest, threads, cpus):
+        alive.append(len(children()))
+        return commands(engine, manifest, threads, cpus)
+
+    seen: list[str] = []
+    before = len(children())
+    results = bench_engines(
+        engines,
+        request_grid([1, 2], [4], [3]),
+        rounds=2,
+        warmup=1,
+        one_at_a_time=True,
+        progress=lambda done, total, text: seen.append(text),
+        worker=counting,
+    )
+    assert alive == [before, before], "the first engine is closed before the second is loaded"
+    turns = [text.partition(",")[0] for text in seen]
+    assert turns == ["loading baseline", *["baseline"] * 6, "loading fused", *["fused"] * 6, "done"]
+    assert [(cell.engine, cell.batch) for cell in results.cells] == [
+        ("baseline", 1),
+        ("fused", 1),
+        ("baseline", 2),
+        ("fused", 2),
+    ]
+    assert {len(cell.ttft_ms) for cell in results.cells} == {2}
+    assert not results.environment.interleaved
+    assert results_from_json(json_from_results(results)) == results
+
+
 @pytest.mark.parametrize(("threads", "in_the_machine", "expected"), [(None, 64, 1), (None, 1, None), (3, 64, 3)])
 def test_engines_on_some_of_the_cpus_have_a_thread_for_each(tmp_path, monkeypatch, threads, in_the_machine, expected):
     monkeypatch.setattr(os, "cpu_count", lambda: in_the_machine)

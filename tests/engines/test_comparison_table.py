@@ -43,12 +43,13 @@ def split(document: dict, engine: str) -> tuple[dict, dict]:
     return parts[0], parts[1]
 
 
-def test_rounds_of_one_file_are_paired_and_those_of_two_are_not() -> None:
+def test_rounds_of_engines_that_took_turns_are_paired_and_no_others() -> None:
     _, _, together = compared(REALISTIC)
     _, _, apart = compared(*split(REALISTIC, "fused"))
+    _, _, in_line = compared({**REALISTIC, "environment": {**REALISTIC["environment"], "interleaved": False}})
     key = ("fused", SHAPE, "inter_token_ms")
     ours, theirs = samples("fused"), samples("baseline")
-    for found, paired in ((together[key], True), (apart[key], False)):
+    for found, paired in ((together[key], True), (apart[key], False), (in_line[key], False)):
         expected = ratio_interval(ours, theirs, paired=paired)
         assert (found.ratio, found.low, found.high) == pytest.approx((expected.ratio, expected.low, expected.high))
     assert together[key] != apart[key]

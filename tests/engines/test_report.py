@@ -362,6 +362,14 @@ def test_engines_of_two_devices_are_said_to_be(tmp_path):
         assert "The engines are of different devices" in text
 
 
+def test_engines_that_took_no_turns_are_said_to_have_taken_none(tmp_path):
+    said = "Engines were timed one after the other, not in turns"
+    for interleaved in (True, False):
+        files = rendered(tmp_path, with_changes(environment={**ENVIRONMENT, "interleaved": interleaved}))
+        for text in (Page(files["report.html"]).text, files["report.md"].decode()):
+            assert (said in text) != interleaved
+
+
 def test_several_files_are_said_to_be_several(tmp_path):
     first = with_changes(engines=ENGINES[:2], cells=[cell for cell in REALISTIC["cells"] if cell["engine"] != "fused"])
     second = with_changes(

@@ -668,7 +668,7 @@ UNLIKE: dict[str, tuple[Callable[[FFN], FFN | LinearSublayer], str]] = {
     ),
     "dtypes": (
         lambda ffn: tiny_graph("F", hidden_size=16, intermediate_size=8, vocab_size=8, dtype="bfloat16").blocks[0].ffn,
-        r"different dtypes: found \['float32', 'bfloat16'",
+        r"different dtypes of gate_proj: found \['float32', 'bfloat16'",
     ),
     "a linear layer": (
         lambda ffn: tiny_graph("AL", hidden_size=16, vocab_size=8).blocks[0].ffn,
