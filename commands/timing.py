@@ -54,7 +54,7 @@ from commands.terminal import note_printer, say_written, step_progress, wide_con
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the input tokens.")
 @click.option("--one-at-a-time", is_flag=True, help="Close an engine before the next is loaded: for little memory.")
-@click.option("--profile", is_flag=True, help="Then run each engine under its profiler: where did the time go?")
+@click.option("--profile", is_flag=True, help="First run each engine under its profiler: where does the time go?")
 @results_option
 @force_option
 @quiet_option

@@ -103,7 +103,7 @@ def bench_engines(
         one_at_a_time: an engine is closed before the next one is loaded, where memory does not hold all of them. Rounds
             are then not interleaved: what slows the machine down may fall on one engine alone.
         progress: called before each step.
-        profile: then run every engine once more under its runtime's profiler, at the first request shape.
+        profile: before that, run every engine under its runtime's profiler, at the first request shape.
         worker: the command that serves one engine.
 
     Raises:
@@ -133,6 +133,11 @@ def bench_engines(
     steps = itertools.count()
     samples: dict[tuple[str, RequestShape], list[Sample]] = defaultdict(list)
 
+    # Profiles come first: what fails in them would else cost the samples.
+    profiles: list[tuple[Profile, ...]] = [()] * len(engines)
+    for index, manifest in enumerate(manifests if profile else ()):
+        report(next(steps), total, f"profiling {manifest.label}")
+        profiles[index] = profile_engine(engines[index], manifest, grid[0], threads=threads, cpus=cpus, seed=seed)
     served: list[_Worker] = []
     farewells: list[Closed] = []
     folders = list(zip(engines, manifests, strict=True))
@@ -154,10 +159,6 @@ def bench_engines(
                             samples[turn.label, shape].append(sample)
             farewells += [turn.ask(Close(), Closed) for turn in workers]
             served += workers
-    profiles: list[tuple[Profile, ...]] = [()] * len(engines)
-    for index, manifest in enumerate(manifests if profile else ()):
-        report(next(steps), total, f"profiling {manifest.label}")
-        profiles[index] = profile_engine(engines[index], manifest, grid[0], threads=threads, cpus=cpus, seed=seed)
     report(total, total, "done")
 
     return Results(

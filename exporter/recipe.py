@@ -112,7 +112,7 @@ class BenchRecipe(_Table):
     seed: Annotated[int, Field(ge=0)] = 0
     runtime: Literal["cpp", "python", "auto"] = "auto"  # who takes the samples; auto: C++ where it can be built
     one_at_a_time: bool = False  # load an engine only when the one before is closed; rounds are not interleaved then
-    profile: bool = False  # then run every engine under its runtime's profiler, at the first combination
+    profile: bool = False  # first run every engine under its runtime's profiler, at the first combination
 
 
 class PredictRecipe(_Table):
