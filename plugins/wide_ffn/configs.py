@@ -11,7 +11,7 @@ The rule, for compute capability 9.0 (132 multiprocessors, 227 KiB of shared mem
     rows     so many that activations, which come from the L2 cache with every tile, are at most a quarter of a tile's
              bytes (`down` with a scale per token reads bfloat16, and rounds them again for each tile: twice the rows);
              of `gate_up` fewer where tiles would not go round the multiprocessors
-    warps    one warp group of 4 for 16 tokens, two beyond, whose sums one has no registers for
+    warps    one warp group of 4, or two from 128 by 32 sums on, for which one runs out of registers
     resident programs per multiprocessor: what registers and shared memory allow
     stages   so many copies that `FLIGHT_BYTES` are on their way to a multiprocessor while the tensor cores hold one
              stage: latency times bandwidth is 20 to 30 KB (0.8 us * 4.8 TB/s / 132), and nothing may drain it
@@ -146,7 +146,8 @@ def gate_up_by_rule(
     rows = 64 if bucket == 16 else 128
     resident = _resident(bucket, is_busy=_is_gate_up_busy(weights, activations, norm))
     if width is not None:
-        while rows > 32 and ceil_div(width, rows) < multiprocessors:
+        least = 32 if norm == "before" else 2 * bucket  # with the norm inside, each tile costs one of x
+        while rows > least and ceil_div(width, rows) < multiprocessors:
             rows //= 2
         resident = min(resident, ceil_div(ceil_div(width, rows), multiprocessors))
     x_bytes = 2 if norm == "inside" or activations == "none" else ITEMSIZE[weights]
@@ -179,7 +180,7 @@ def _tiling(
     step_bytes = (weight_rows * ITEMSIZE[weights] + bucket * activation_bytes) * depth
     fitting = (SHARED_BYTES // resident - RESERVED_BYTES - codes_bytes) // step_bytes
     wanted = 1 + ceil_div(FLIGHT_BYTES // resident, step_bytes)
-    warps = 8 if rows >= 128 and bucket > 16 else 4
+    warps = 8 if weight_rows >= 128 and weight_rows * bucket >= 128 * 32 else 4
     registers = REGISTERS // (32 * warps * resident) // 8 * 8
     stages = min(MOST_STAGES, wanted, fitting)
     return Tiling(rows, depth, warps, stages, registers if registers <= 255 else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ pytest.importorskip("triton")
 from plugins.wide_ffn import aot
 from plugins.wide_ffn.aot import CompiledKernel, Variant, compile_variant, source_of, variants
 from plugins.wide_ffn.aot_files import LISTING, files_of, kernels_table
-from plugins.wide_ffn.configs import BUCKETS
+from plugins.wide_ffn.configs import BUCKETS, gate_up_by_rule
 from plugins.wide_ffn.machine_code import disassemble, issue_share, main_loop
 
 # Every format in every bucket; scales per row and no residual differ in an epilogue alone, and are tried elsewhere.
@@ -121,6 +122,27 @@ def test_schedulers_have_time_to_spare(compiled: dict[str, CompiledKernel], vari
     else:  # feeds the tensor cores
         limit = 0.25 if variant.tokens < 64 else 0.35
     assert 0.05 < share < limit
+
+
+def test_narrow_ffns_compile_without_spills() -> None:
+    """Whose tiles have fewer rows, so that they go round the multiprocessors: a tensor-parallel shard, say."""
+    table = {
+        Variant(
+            kernel="gate_up",
+            tokens=tokens,
+            weights="float8_e4m3fn",
+            activations=activations,
+            scale="tensor",
+            tiling=gate_up_by_rule(tokens, "float8_e4m3fn", activations, "before", width),
+        )
+        for tokens, width, activations in product(BUCKETS, (3584, 14336), ("static", "token"))
+    } - set(FAST_PATH)
+    assert {32, 64} == {variant.tiling.rows for variant in table}
+    for kernel in aot.compile_variants(list(table), workers=2):
+        assert kernel.spill_bytes == 0, kernel.variant
+        assert kernel.shared_bytes <= SHARED_BYTES
+        assert kernel.issue_share is not None
+        assert kernel.issue_share < 0.35, kernel.variant
 
 
 def test_main_loop() -> None:
