@@ -106,32 +106,40 @@ def accuracy_table(
         for model in models
         for score in (model.accuracy.tasks if model.accuracy else ())
     }
+    scores: list[tuple[str, Unit, int, Sequence[float | None]]] = [
+        (f"{task}, {metric}", "number", {True: 1, False: -1, None: 0}[higher], _scores(models, task, metric))
+        for (task, metric), higher in tasks.items()
+    ]
     columns: list[tuple[str, Unit, int, Sequence[float | None]]] = [
         ("Sequential sublayers", "count", -1, [model.structure.sequential_sublayers for model in models]),
         ("Perplexity", "perplexity", -1, [getattr(model.accuracy, "perplexity", None) for model in models]),
         ("KL divergence, nats per token", "number", -1, [getattr(m.accuracy, "kl_divergence", None) for m in models]),
         ("Top-1 agreement", "number", 1, [getattr(model.accuracy, "top1_agreement", None) for model in models]),
-        *(
-            (f"{task}, {metric}", "number", {True: 1, False: -1, None: 0}[higher], _scores(models, task, metric))
-            for (task, metric), higher in tasks.items()
-        ),
+        *scores,
         (latency[0], "ms", -1, latency[1]),
     ]
+    # Scores are of a sample of questions, and measured times are samples; all else is the same every time.
+    noisy = {latency[0], *(name for name, *_ in scores)}
     shown, values = [], []
-    no_intervals = [None] * len(models)
     for name, unit, better, figures in columns:
         if all(figure is None for figure in figures):
             continue
         unit_text, texts = formatted(figures, unit)
         shown.append(Column(name, unit_text, better))
-        values.append(
-            [
-                compared(text, None if model is models[0] else ratio(figure, figures[0]), better, interval)
-                for model, figure, text, interval in zip(
-                    models, figures, texts, intervals if name == latency[0] else no_intervals, strict=True
+        column = []
+        for model, figure, text, interval in zip(models, figures, texts, intervals, strict=True):
+            quotient = None if model is models[0] else ratio(figure, figures[0])
+            is_predicted = name == latency[0] and isinstance(model, EngineResult) and model.kind == "predicted"
+            column.append(
+                compared(
+                    text,
+                    quotient,
+                    better,
+                    interval if name == latency[0] else None,
+                    is_beyond_noise=is_predicted or name not in noisy,
                 )
-            ]
-        )
+            )
+        values.append(column)
     source = parts_of(_deepest(models).structure)
     rows = (
         AccuracyRow(

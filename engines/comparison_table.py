@@ -19,6 +19,8 @@ Samples = Literal["ttft_ms", "inter_token_ms", "request_ms"]  # attributes of a 
 Intervals = Mapping[tuple[str, RequestShape, Samples], RatioInterval]
 
 SAMPLES: Final[tuple[Samples, ...]] = ("ttft_ms", "inter_token_ms", "request_ms")
+# Of peak memory, from one run of an engine to the next: in the demo, within 2 %; larger models have less of it.
+MEMORY_NOISE = 0.03
 CSV_COLUMNS = (
     "engine",
     "kind",
@@ -47,11 +49,20 @@ class Metric:
     better: Literal[-1, 0, 1]
     value: Callable[[EngineResult, Statistics | None], float | None]
     samples: Samples | None = None  # whose median the value is, or what it is divided by; None: it has no interval
+    noise: float | None = 0.0  # how far from 1 a ratio without an interval may be by chance; None: nobody knows
 
     @property
     def is_timed(self) -> bool:
         """Whether it depends on the request, and on how fast the machine was."""
         return self.group in ("Latency", "Throughput")
+
+    def is_beyond_noise(self, engine: EngineResult, quotient: float | None) -> bool:
+        """Whether a ratio without an interval may be called better or worse; of measured times none may."""
+        if engine.kind == "predicted":
+            return True
+        if quotient is None or self.noise is None or self.is_timed:
+            return False
+        return not 1 / (1 + self.noise) <= quotient <= 1 + self.noise
 
 
 def _timing(value: Callable[[Statistics], float | None]) -> Callable[[EngineResult, Statistics | None], float | None]:
@@ -92,8 +103,8 @@ METRICS = (
         _timing(lambda s: s.output_tokens_per_s_total.median),
         "request_ms",
     ),
-    Metric("Memory", "Peak memory", "gib", -1, lambda e, _: e.peak_memory_gib),
-    Metric("Memory", "Load time", "s", -1, lambda e, _: e.load_time_s),
+    Metric("Memory", "Peak memory", "gib", -1, lambda e, _: e.peak_memory_gib, noise=MEMORY_NOISE),
+    Metric("Memory", "Load time", "s", -1, lambda e, _: e.load_time_s, noise=None),  # one sample
     Metric("Memory", "Engine folder", "bytes", -1, lambda e, _: e.engine_bytes),
     Metric("Memory", "Weights", "bytes", -1, lambda e, _: e.weight_bytes),
     Metric("Memory", "KV cache per token", "bytes", -1, lambda e, _: e.kv_bytes_per_token),
@@ -180,7 +191,8 @@ def comparison_rows(
         cells = [Value(texts[0])]
         for engine, text in zip(comparison.engines[1:], texts[1:], strict=True):
             quotient, interval = ratio_to_baseline(comparison, figures, intervals, metric, engine, shape)
-            cells.append(compared(text, quotient, metric.better, interval))
+            is_beyond_noise = metric.is_beyond_noise(engine, quotient)
+            cells.append(compared(text, quotient, metric.better, interval, is_beyond_noise=is_beyond_noise))
         rows.append(Row(metric.group, metric.name, unit, metric.better, tuple(cells)))
     return rows
 

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 Kind = Literal["attention", "ffn", "embedding", "lm_head", "norm", "other", "between"]
 Phase = Literal["prefill", "decode"]
+Summary = Literal["median_call", "kernel_medians"]
 MOST_KERNELS = 100_000
 _BY_STEM: dict[str, Kind] = {"embedding": "embedding", "lm_head": "lm_head", "logits": "lm_head", "norm": "norm"}
 
@@ -33,7 +36,7 @@ class _Strict(BaseModel):
 
 
 class KernelTime(_Strict):
-    """What one kernel took in one sublayer, all of its executions together."""
+    """What one kernel took in one sublayer and call, all of its executions together."""
 
     kind: Kind  # of sublayer; a norm in front of one is "norm", its residual addition belongs to it
     block: Count | None  # None: of no block
@@ -43,15 +46,18 @@ class KernelTime(_Strict):
 
 
 class Profile(_Strict):
-    """The call of median duration of one phase, taken apart."""
+    """A call of one phase, taken apart."""
 
     phase: Phase
     batch: Positive
     tokens: Positive  # of each sequence in a call: the prompt, or 1
     position: Count  # tokens that each sequence held before the first call that counts
-    calls: Positive  # among which it is the median
+    calls: Positive  # that were profiled
+    # Which call this is. "kernel_medians": each execution of a kernel takes its median over the calls, and none ran so
+    # as a whole. "median_call": the one of median duration, in files that do not say.
+    summary: Summary = "median_call"
     profiler: Name  # what took the times
-    total_us: Amount  # profiler included
+    total_us: Amount  # of the kernels and what passed between them; profiler included
     kernels: tuple[KernelTime, ...] = Field(max_length=MOST_KERNELS)
 
     @model_validator(mode="after")
@@ -137,23 +143,34 @@ def profile_of(
     position: int,
     profiler: str,
 ) -> Profile:
-    """Take the call of median duration apart; what passed between kernels becomes an entry of its own.
+    """Take a call apart: each execution of a kernel has its median over the calls, and the total is their sum.
 
-    One call and not their mean, which a neighbour that takes the CPU once would be part of.
+    What passed between kernels is an entry of its own, its median likewise. A neighbour that takes the CPU stretches
+    the kernel that it interrupts, often beyond the rest of the call; on a busy machine that happens in most calls, the
+    one of median duration included. But it rarely hits the same kernel in half of them.
 
     Args:
-        calls: for each call its time in us, as a whole, and the kernels that ran in it, one after the other.
+        calls: for each call its time in us, as a whole, and the kernels that ran in it, one after the other. The order
+            of those that have one place and name says which of them are the same in different calls.
     """
-    whole, executions = sorted(calls, key=lambda call: call[0])[(len(calls) - 1) // 2]
+    taken: dict[tuple[Place, str, int], list[float]] = {}  # by place, name and how many such ran before it in its call
+    between = []
+    for whole, executions in calls:
+        before: Counter[tuple[Place, str]] = Counter()
+        for execution in executions:
+            kernel = (execution.place, execution.name)
+            taken.setdefault((*kernel, before[kernel]), []).append(execution.time_us)
+            before[kernel] += 1
+        between.append(whole - math.fsum(execution.time_us for execution in executions))
     times: dict[tuple[Place, str], list[float]] = {}
-    for execution in executions:
-        times.setdefault((execution.place, execution.name), []).append(execution.time_us)
-    between = whole - math.fsum(execution.time_us for execution in executions)
-    if between > 0:
-        times[BETWEEN, "between kernels"] = [between]
+    for (place, name, _), found in taken.items():
+        absent = [0.0] * (len(calls) - len(found))  # where it did not run
+        times.setdefault((place, name), []).append(median([*found, *absent]))
+    if (gaps := median(between)) > 0:
+        times[BETWEEN, "between kernels"] = [gaps]
     kernels = tuple(
-        KernelTime(kind=place.kind, block=place.block, name=name, time_us=math.fsum(taken), executions=len(taken))
-        for (place, name), taken in times.items()
+        KernelTime(kind=place.kind, block=place.block, name=name, time_us=math.fsum(found), executions=len(found))
+        for (place, name), found in times.items()
     )
     return Profile(
         phase=phase,
@@ -161,6 +178,7 @@ def profile_of(
         tokens=tokens,
         position=position,
         calls=len(calls),
+        summary="kernel_medians",
         profiler=profiler,
         total_us=math.fsum(kernel.time_us for kernel in kernels),
         kernels=kernels,

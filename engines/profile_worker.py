@@ -27,8 +27,8 @@ from engines.tensorrt import TensorRt
 from engines.tensorrt_profile import profile_requests
 from engines.worker import Failure, Send, cpu_list, pin, reporting, timed_request, token_ids
 
-REQUESTS = 3  # that count, after one of warm-up
-STEPS = 8  # of decode in each, at most
+REQUESTS = 9  # that count, after one of warm-up; each has one prefill
+STEPS = 4  # of decode in each, at most
 
 
 class Profiles(BaseModel):

@@ -20,6 +20,7 @@ from engines.charts import (
     structure_images,
 )
 from engines.comparison_table import (
+    MEMORY_NOISE,
     METRICS,
     Figures,
     Intervals,
@@ -37,7 +38,6 @@ from engines.quantization_errors import QuantizationErrors, read_quantization_er
 from engines.report_pages import html_page, markdown_page
 from engines.report_words import (
     NOTHING,
-    Verdict,
     compared,
     depth_text,
     digits,
@@ -53,6 +53,7 @@ from engines.results import (
     EngineResult,
     Environment,
     EvaluatedModel,
+    FFNShape,
     RequestShape,
     Spread,
     Statistics,
@@ -70,8 +71,7 @@ from engines.throughput import (
     throughput_images,
     throughput_layout,
 )
-from engines.time_chart import NOTE as TIME_NOTE
-from engines.time_chart import time_charts, time_images, time_layout
+from engines.time_chart import time_charts, time_images, time_layout, time_note
 from engines.tradeoff import Point, Tradeoff, tradeoff_images, tradeoff_layout
 from exporter.errors import EngineError
 
@@ -95,7 +95,15 @@ TURNS_NOTE = (
 MACHINES_NOTE = (
     "The results files differ in machine or settings (see Environment): ratios across them compare those as well."
 )
-ROUNDS_NOTE = f"No ratio has a confidence interval: that takes {LEAST_ROUNDS} rounds of each engine."
+ROUNDS_NOTE = (
+    f"No ratio of times has a confidence interval: that takes {LEAST_ROUNDS} rounds of each engine. So none is called "
+    "better or worse."
+)
+MEMORY_NOTE = (
+    "Peak memory: a fused FFN holds the activations of all its FFNs at once, which take turns in the same memory where "
+    "they are not fused. They grow with its width times the tokens of a call, most in prefill: that is much beside the "
+    "weights of a small model, little beside those of a large one."
+)
 DEVICES_NOTE = "The engines are of different devices: ratios across them compare hardware as well as models."
 
 
@@ -194,7 +202,8 @@ def _rendered(
     tradeoffs = [tradeoff_layout(chart) for chart in _tradeoffs(charted, figures, shape)]
     curves = throughput_chart(charted, figures, shape, file="throughput.png")
     throughput = None if curves is None else throughput_layout(curves)
-    times = [time_layout(chart) for chart in time_charts(charted.engines)]
+    profiled = time_charts(charted.engines)
+    times = [time_layout(chart) for chart in profiled]
     structures = _structures(comparison)
     drawn = structures[:STRUCTURES]
     strips = strips_from_structures([structure for _, structure in drawn])
@@ -209,6 +218,7 @@ def _rendered(
         "shape": shape,
         "tiles": [_tile(comparison, figures, shape, engine, intervals) for engine in charted.engines[1:]],
         "notes": _notes(comparison, intervals),
+        "memory_note": MEMORY_NOTE if _wide_ffn_takes_memory(comparison) else "",
         "rows": comparison_rows(comparison, figures, intervals, shape),
         "has_intervals": bool(intervals),
         "columns": COLUMNS,
@@ -219,7 +229,7 @@ def _rendered(
         "throughput": throughput,
         "structures": structures,
         "times": times,
-        "time_note": TIME_NOTE,
+        "time_note": time_note(profiled),
         "predictions": predictions,
         "calibration": calibration,
         "rounding": rounding,
@@ -334,7 +344,7 @@ def _tile(
         }
     faster = base_ms / pace
     interval = _pace_interval(engine, shape, intervals)
-    verdict: Verdict = "same" if is_same(faster, interval) else "better" if faster > 1 else "worse"
+    verdict = compared("", faster, 1, interval, is_beyond_noise=engine.kind == "predicted").verdict
     words = "as fast" if is_same(faster) else "faster" if faster > 1 else "slower"
     _, doubt = _speed_words(base_ms, pace, interval)
     shown = interval if interval is None or faster < 1 else interval.inverse
@@ -367,6 +377,21 @@ def _notes(comparison: Comparison, intervals: Intervals) -> list[str]:
         (not intervals and len(comparison.engines) > 1 and comparison.baseline.kind == "measured", ROUNDS_NOTE),
     )
     return [note for holds, note in conditions if holds]
+
+
+def _wide_ffn_takes_memory(comparison: Comparison) -> bool:
+    """Whether an engine with a wider FFN than the baseline's has a higher peak."""
+    base = comparison.baseline
+    return any(
+        _widest_ffn(engine) > _widest_ffn(base)
+        and (ratio(engine.peak_memory_gib, base.peak_memory_gib) or 0) > 1 + MEMORY_NOISE
+        for engine in comparison.engines[1:]
+    )
+
+
+def _widest_ffn(engine: EngineResult) -> int:
+    ffns = (block.ffn for block in engine.structure.flat_blocks)
+    return max((ffn.intermediate_size for ffn in ffns if isinstance(ffn, FFNShape)), default=0)
 
 
 def _predicted_table(part: Predicted, index: int) -> PredictedTable:
@@ -427,6 +452,8 @@ def _cell_rows(
             quotient = None
             if engine is not comparison.baseline and have_comparable_times(engine, comparison.baseline):
                 quotient = ratio(pace_of(found)[0], pace_of(base)[0])
+            interval = _pace_interval(engine, shape, intervals)
+            is_beyond_noise = engine.kind == "predicted"
             entries.append(
                 {
                     "engine": engine,
@@ -435,7 +462,7 @@ def _cell_rows(
                     "steps": [digits(p) for p in (found.step_p50_ms, found.step_p90_ms, found.step_p99_ms)],
                     "per_user": digits(found.output_tokens_per_s_per_user),
                     "total": digits(found.output_tokens_per_s_total.median),
-                    "compared": compared("", quotient, -1, _pace_interval(engine, shape, intervals)),
+                    "compared": compared("", quotient, -1, interval, is_beyond_noise=is_beyond_noise),
                     "rounds": found.rounds,
                 }
             )

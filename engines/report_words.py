@@ -67,14 +67,26 @@ class Value:
     interval: str = ""
 
 
-def compared(text: str, quotient: float | None, better: int, interval: RatioInterval | None = None) -> Value:
-    """Put a ratio beside a figure; `better` is 1 where more is better, -1 where less is, 0 where neither."""
+def compared(
+    text: str,
+    quotient: float | None,
+    better: int,
+    interval: RatioInterval | None = None,
+    *,
+    is_beyond_noise: bool = True,
+) -> Value:
+    """Put a ratio beside a figure.
+
+    Args:
+        better: 1 where more is better, -1 where less is, 0 where neither.
+        is_beyond_noise: whether a ratio without an interval may be called better or worse.
+    """
     if quotient is None:
         return Value(text)
     shown, between = f"{ratio_text(quotient)}×", interval_text(interval)
     if is_same(quotient, interval):
         return Value(text, shown, "same", between)
-    if better == 0:
+    if better == 0 or (interval is None and not is_beyond_noise):
         return Value(text, shown, "neutral", between)
     return Value(text, shown, "better" if (quotient > 1) == (better > 0) else "worse", between)
 

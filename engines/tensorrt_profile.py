@@ -9,6 +9,7 @@ the documented format (TensorRT 10.15 to 11.4, Python API and `IEngineInspector`
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -125,7 +126,7 @@ def profile_requests(
     shapes: dict[Phase, tuple[int, int]] = {"prefill": (input_len, 0), "decode": (1, input_len)}
     return tuple(
         profile_of(
-            [(sum(execution.time_us for execution in one), one) for one in found],
+            [(math.fsum(execution.time_us for execution in one), one) for one in found],
             phase=phase,
             batch=batch,
             tokens=shapes[phase][0],

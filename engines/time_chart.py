@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engines.charts import CHART_WIDTH, STRIP_COLORS, axis_ticks, images_of, new_figure
-from engines.profile import KernelTime, Kind, Profile
-from engines.report_words import digits, named, shortened
+from engines.profile import KernelTime, Kind, Profile, Summary
+from engines.report_words import digits, joined, named, shortened
 from engines.results import EngineResult
 
 if TYPE_CHECKING:
@@ -39,9 +39,19 @@ PARTS = (
 NOTE = (
     "Profiled runs, apart from those that were timed. A profiler takes some microseconds at every kernel, within the "
     "kernel's time and beside it: a sum here is more than the latency above, and small kernels look longer than they "
-    "are, most of all in small models. A bar is the call of median duration, taken apart by the sublayer that each "
-    "kernel belongs to; the rest is embedding, masks, shapes and what belongs to no sublayer."
+    "are, most of all in small models. A bar is one call, taken apart by the sublayer that each kernel belongs to; the "
+    "rest is embedding, masks, shapes and what belongs to no sublayer."
 )
+SUMMARIES: dict[Summary, str] = {
+    "kernel_medians": (
+        "Each kernel has its median time over the profiled calls, and so has what passed between kernels; the total is "
+        "the sum of these medians. It leaves out what interrupted single calls."
+    ),
+    "median_call": (
+        "The call shown is the one of median duration, with whatever interrupted it: where the machine was busy, a "
+        "single kernel may dominate it."
+    ),
+}
 TOP_KERNELS = 3
 LONGEST_LABEL = 34
 LEFT, RIGHT, TOP, ROW, BAR, AXIS = 8.0, 62.0, 4.0, 38.0, 18.0, 34.0  # pixels; RIGHT is room for the total
@@ -127,6 +137,18 @@ def time_charts(engines: Sequence[EngineResult]) -> list[TimeChart]:
         )
         for (phase, batch, tokens, position), rows in sorted(found.items())
     ]
+
+
+def time_note(charts: Sequence[TimeChart]) -> str:
+    """Say what the bars are; where profiles of two kinds are shown, which engines have which."""
+    labels: dict[Summary, list[str]] = {}
+    for chart in charts:
+        for engine, profile in chart.rows:
+            labels.setdefault(profile.summary, []).append(engine.label)
+    if len(labels) == 1:
+        return f"{NOTE} {SUMMARIES[next(iter(labels))]}"
+    said = (f"{joined(list(dict.fromkeys(found)))}: {SUMMARIES[summary]}" for summary, found in labels.items())
+    return " ".join((NOTE, *said))
 
 
 def time_layout(chart: TimeChart) -> Layout:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from engines.accuracy import changes_text, findings, parts_of
-from engines.results import EvaluatedModel, Structure
+from engines.accuracy import accuracy_table, changes_text, findings, parts_of
+from engines.intervals import RatioInterval
+from engines.results import Accuracy, EvaluatedModel, Structure, TaskScore
 from tests.engines.test_report import block_of, structure_of
 
 Pattern = str  # as in tests/tiny.py, and "F+F" for FFNs that became one
@@ -114,3 +115,27 @@ def test_number_formats_are_not_mixed() -> None:
 
     assert findings([model(FUSED, "int8"), model(REMOVED, None)]) == []
     assert len(findings([model(FUSED, "int8"), model(REMOVED, "int8")])) == 1
+
+
+def test_only_what_has_no_noise_is_judged_without_an_interval() -> None:
+    """Scores are of a sample of questions, and measured times are samples themselves."""
+    models = [
+        EvaluatedModel(
+            label=label,
+            structure=structure(pattern),
+            accuracy=Accuracy(
+                perplexity=perplexity,
+                tasks=(TaskScore(task="cloze", metric="acc", value=score, higher_is_better=True, samples=8),),
+            ),
+        )
+        for label, pattern, perplexity, score in (("a", SOURCE, 8.0, 0.5), ("b", "AF F F AF AF AF", 9.0, 0.25))
+    ]
+    interval = RatioInterval(ratio=0.5, low=0.4, high=0.6)
+    for given, judged in ((None, "neutral"), (interval, "better")):
+        columns, (_, row) = accuracy_table(models, ("Latency", [2.0, 1.0]), [None, given])
+        assert {column.name: value.verdict for column, value in zip(columns, row.values, strict=True)} == {
+            "Sequential sublayers": "better",
+            "Perplexity": "worse",
+            "cloze, acc": "neutral",
+            "Latency": judged,
+        }

@@ -124,6 +124,52 @@ def test_a_difference_within_the_noise_is_none() -> None:
     assert row.values[1].interval
 
 
+def verdicts(document: dict, engine: int = 2) -> dict[str, str]:
+    rows = comparison_rows(*compared(document), SHAPE)
+    return {row.name: row.values[engine].verdict for row in rows if row.values[engine].ratio}
+
+
+SURE = {"Engine folder", "Weights", "KV cache per token", "Sequential sublayers"}
+IN_MEASURED_TIMES = {metric.name for metric in METRICS if metric.samples is not None}
+
+
+def with_memory(ratio: float) -> dict:
+    """REALISTIC, the third engine with so many times the baseline's peak memory, and three times its load time."""
+    base = ENGINES[0]
+    changed = {"peak_memory_gib": ratio * base["peak_memory_gib"], "load_time_s": 3 * base["load_time_s"]}
+    return with_changes(engines=[base, ENGINES[1], {**ENGINES[2], **changed}])
+
+
+def test_what_may_be_called_better_or_worse() -> None:
+    """Times with an interval, and what is exact; of percentiles and load times nobody knows the noise."""
+    judged = verdicts(with_memory(1.58))
+    assert {name for name, verdict in judged.items() if verdict == "better"} >= IN_MEASURED_TIMES | {"Engine folder"}
+    assert {judged[name] for name in SURE} <= {"better", "same"}
+    assert judged["Peak memory"] == "worse"
+    unsure = ("Decode step p50", "Decode step p90", "Decode step p99", "Load time")
+    assert {judged[name] for name in unsure} == {"neutral"}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"), [(0.5, "better"), (0.96, "better"), (0.98, "neutral"), (1.02, "neutral"), (1.04, "worse")]
+)
+def test_memory_has_some_noise(ratio: float, verdict: str) -> None:
+    assert verdicts(with_memory(ratio))["Peak memory"] == verdict
+
+
+def test_measured_times_without_intervals_are_not_judged_and_predicted_ones_are() -> None:
+    few = fewer(REALISTIC, "fused", 4)
+    timed = {metric.name for metric in METRICS if metric.is_timed}
+    found = verdicts(few)
+    assert {found[name] for name in timed} == {"neutral"}
+    predicted = with_changes(
+        engines=[{**one, "kind": "predicted", "load_time_s": None, "peak_memory_gib": None} for one in ENGINES],
+        cells=few["cells"],
+    )
+    found = verdicts(predicted)
+    assert {found[name] for name in timed} == {"better"}
+
+
 def table(*documents: dict) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(csv_of([compared(*documents)]))))
 

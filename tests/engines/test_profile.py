@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,25 +102,68 @@ def profiled(calls: list[tuple[float, list[Execution]]]) -> Profile:
     return profile_of(calls, phase="decode", batch=1, tokens=1, position=8, profiler="test")
 
 
-def test_the_median_call_is_taken_apart_and_nothing_dropped() -> None:
-    ffn, head = Place("ffn", 0), Place("lm_head")
-    calls = [
-        (1000.0, [Execution(ffn, "Gemm", 999.0)]),
-        (10.0, [Execution(ffn, "Gemm", 3.0), Execution(ffn, "Gemm", 2.0), Execution(head, "Gemm", 1.5)]),
-        (9.0, [Execution(ffn, "Gemm", 9.0)]),
+def times_of(profile: Profile) -> dict[tuple[str, int | None, str], tuple[float, int]]:
+    return {(kernel.kind, kernel.block, kernel.name): (kernel.time_us, kernel.executions) for kernel in profile.kernels}
+
+
+FFN, HEAD = Place("ffn", 0), Place("lm_head")
+QUIET = [
+    Execution(FFN, "Gemm", 3.0),
+    Execution(FFN, "Gemm", 2.0),
+    Execution(FFN, "Mul", 0.25),
+    Execution(HEAD, "Gemm", 1.5),
+]
+
+
+def interrupted(kernel: int | None, by: float) -> tuple[float, list[Execution]]:
+    """A call that takes 3 us between its kernels; what interrupts it comes in one of them, or between them."""
+    executions = [
+        replace(execution, time_us=execution.time_us + by) if index == kernel else execution
+        for index, execution in enumerate(QUIET)
     ]
-    profile = profiled(calls)
-    found = {
-        (kernel.kind, kernel.block, kernel.name): (kernel.time_us, kernel.executions) for kernel in profile.kernels
-    }
-    assert found == {
+    return 3.0 + by + sum(execution.time_us for execution in QUIET), executions
+
+
+def test_what_interrupts_single_calls_is_in_no_kernel() -> None:
+    """Every call is interrupted, each elsewhere: there is no quiet one to choose, and yet the profile is of one."""
+    profile = profiled([interrupted(kernel, 1000.0) for kernel in (0, 1, 2, 3, None)])
+    assert times_of(profile) == {
         ("ffn", 0, "Gemm"): (5.0, 2),
+        ("ffn", 0, "Mul"): (0.25, 1),
         ("lm_head", None, "Gemm"): (1.5, 1),
-        ("between", None, "between kernels"): (3.5, 1),
+        ("between", None, "between kernels"): (3.0, 1),
     }
-    assert (profile.total_us, profile.calls) == (10.0, 3)
+    assert (profile.total_us, profile.calls, profile.summary) == (9.75, 5, "kernel_medians")
     with pytest.raises(ValidationError, match="the kernels take"):
         Profile.model_validate({**profile.model_dump(), "total_us": 11.0})
+
+
+@pytest.mark.parametrize("calls", [1, 2, 7, 8])
+def test_each_execution_has_its_median(calls: int) -> None:
+    times = np.random.default_rng(calls).exponential(size=(calls, len(QUIET)))
+    gaps = np.linspace(0.5, 2.0, calls)
+    profile = profiled(
+        [
+            (gap + sum(row), [replace(execution, time_us=time) for execution, time in zip(QUIET, row, strict=True)])
+            for row, gap in zip(times.tolist(), gaps.tolist(), strict=True)
+        ]
+    )
+    first, second, mul, head = np.median(times, axis=0)
+    assert {key: time for key, (time, _) in times_of(profile).items()} == pytest.approx(
+        {
+            ("ffn", 0, "Gemm"): first + second,
+            ("ffn", 0, "Mul"): mul,
+            ("lm_head", None, "Gemm"): head,
+            ("between", None, "between kernels"): np.median(gaps),
+        }
+    )
+
+
+def test_a_kernel_that_did_not_run_took_no_time() -> None:
+    twice, once = [Execution(FFN, "Gemm", 4.0), Execution(FFN, "Gemm", 2.0)], [Execution(FFN, "Gemm", 4.0)]
+    for second, calls in ((2.0, [twice, twice, once]), (1.0, [twice, once]), (0.0, [once, twice, once])):
+        profile = profiled([(sum(execution.time_us for execution in call), call) for call in calls])
+        assert times_of(profile) == {("ffn", 0, "Gemm"): (4.0 + second, 2)}
 
 
 # --- ONNX Runtime
@@ -160,8 +204,12 @@ def test_a_benchmark_with_profiles(engine: Path) -> None:
     document = json_from_results(results)
     assert results_from_json(document, file="results.json") == results
     older = json.loads(document)
+    for profile in older["engines"][0]["profiles"]:
+        assert profile.pop("summary") == "kernel_medians"
+    found = results_from_json(json.dumps(older).encode(), file="older.json").engines[0].profiles
+    assert [profile.summary for profile in found] == ["median_call", "median_call"]
     del older["engines"][0]["profiles"]
-    assert results_from_json(json.dumps(older).encode(), file="older.json").engines[0].profiles == ()
+    assert results_from_json(json.dumps(older).encode(), file="oldest.json").engines[0].profiles == ()
 
 
 def test_one_token_has_no_decode(engine: Path) -> None:
@@ -309,6 +357,12 @@ def test_profiles_of_a_runner() -> None:
     assert (decode.total_us, decode.calls, decode.batch, decode.tokens, decode.position) == (937.5, 6, 2, 1, 4)
     assert (prefill.total_us, prefill.calls, prefill.tokens, prefill.position) == (1875.0, 2, 4, 0)
     assert [profile.phase for profile in profiles_of_runner(layers, 1)] == ["prefill"]
+
+
+def test_nothing_passes_between_layers() -> None:
+    """A call is its layers and no more, in whatever order floating-point numbers are added."""
+    for profile in profiles_of_runner({"a": 0.0001, "b": 0.0002, "c": 0.0003}, 2):
+        assert {kernel.kind for kernel in profile.kernels} == {"other"}
 
 
 def test_a_runner_that_reports_nothing() -> None:

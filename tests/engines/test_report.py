@@ -857,9 +857,31 @@ def test_bars_say_their_ratio_when_pointed_at(tmp_path):
 
 def test_too_few_rounds_for_intervals_are_said(tmp_path):
     cells = [{**c, **{key: c[key][:2] for key in ("ttft_ms", "step_ms", "request_ms")}} for c in REALISTIC["cells"]]
-    page = Page(rendered(tmp_path, with_changes(cells=cells))["report.html"])
-    assert "No ratio has a confidence interval: that takes 5 rounds" in page.text
-    assert "interval; grey" not in page.text
+    content = rendered(tmp_path, with_changes(cells=cells))["report.html"]
+    page = Page(content)
+    assert "No ratio of times has a confidence interval: that takes 5 rounds" in page.text
+    assert "Beside a ratio of times" not in page.text
+    classes = [element.get("class") or "" for tag, element in page.elements if tag == "div"]
+    assert [name for name in classes if name.startswith("number")] == ["number neutral"] * 2
+    assert set(re.findall(rb'class="ratio (\w+)"', content[content.index(b'id="measurements"') :])) == {b"neutral"}
+
+
+# Engines and their peak memory over the baseline's -> whether a wide FFN is what needs explaining.
+PEAKS = {
+    "wider and more": ({"fused": 1.5}, True),
+    "wider and the same": ({"fused": 1.01}, False),
+    "wider and less": ({"fused": 0.5}, False),
+    "more, and as wide": ({"attention-dropped": 1.5, "fused": 0.9}, False),
+}
+
+
+@pytest.mark.parametrize(("ratios", "said"), PEAKS.values(), ids=PEAKS.keys())
+def test_why_a_wide_ffn_takes_memory_is_said(tmp_path, ratios, said):
+    base = ENGINES[0]["peak_memory_gib"]
+    engines = [{**engine, "peak_memory_gib": base * ratios.get(engine["label"], 1.0)} for engine in ENGINES]
+    files = rendered(tmp_path, with_changes(engines=engines))
+    for name in ("report.html", "report.md"):
+        assert ("activations of all its FFNs at once" in files[name].decode()) == said
 
 
 def test_files_of_one_name_are_told_apart(tmp_path):

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from engines.results import Results
-from engines.time_chart import PARTS, time_charts, time_layout
+from engines.time_chart import PARTS, time_charts, time_layout, time_note
 from tests.engines.test_report import BASELINE, FUSED, REALISTIC, engine_of, report_files, with_changes
 
 
-def profile_of(phase: str, *times: tuple[str, int | None, str, float], batch: int = 1) -> dict[str, Any]:
+def profile_of(
+    phase: str, *times: tuple[str, int | None, str, float], batch: int = 1, summary: str = "kernel_medians"
+) -> dict[str, Any]:
     kernels = [
         {"kind": kind, "block": block, "name": name, "time_us": time, "executions": 1}
         for kind, block, name, time in times
@@ -25,6 +27,7 @@ def profile_of(phase: str, *times: tuple[str, int | None, str, float], batch: in
         "tokens": tokens,
         "position": position,
         "calls": 3,
+        "summary": summary,
         "profiler": "test",
         "total_us": total,
         "kernels": kernels,
@@ -97,6 +100,27 @@ def test_a_call_that_took_no_time() -> None:
     assert all(segment.width == 0 for segment in layout.rows[0].segments)
 
 
+MEDIANS, ONE_CALL = "sum of these medians", "the one of median duration"
+
+
+def test_the_note_says_which_call_is_shown() -> None:
+    """Older files have the call of median duration; beside newer ones it is said of whom which holds."""
+
+    def note(**summaries: str) -> str:
+        engines = [
+            engine_of(label, BASELINE, profiles=[profile_of("decode", *DECODE, summary=summary)])
+            for label, summary in summaries.items()
+        ]
+        return time_note(time_charts(Results.model_validate(with_changes(engines=engines, cells=[])).engines))
+
+    assert MEDIANS in note(a="kernel_medians", b="kernel_medians")
+    assert ONE_CALL not in note(a="kernel_medians", b="kernel_medians")
+    assert ONE_CALL in note(a="median_call")
+    assert MEDIANS not in note(a="median_call")
+    both = note(a="kernel_medians", b="median_call", c="kernel_medians")
+    assert both.index("a and c: ") < both.index(MEDIANS) < both.index("b: ") < both.index(ONE_CALL)
+
+
 def test_section_of_a_report(tmp_path: Path) -> None:
     files = report_files(tmp_path, PROFILED, count=None)
     page, text = files["report.html"].decode(), files["report.md"].decode()
@@ -105,6 +129,8 @@ def test_section_of_a_report(tmp_path: Path) -> None:
     assert "alert(1)</script>" not in page.split('<script type="application/json"')[0]
     assert "&lt;script&gt;alert(1)" in page
     assert "| FFN | 2.00 (50 %) | 2.00 (62 %) |" in text
+    assert MEDIANS in page
+    assert MEDIANS in text
     assert {"time_decode_batch_1_32.png", "time_decode_batch_1_32.svg", "time_prefill_batch_1_32.png"} <= set(files)
 
 
