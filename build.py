@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
-from commands.main import main
+import sys
 
-__all__ = ["main"]
+DEPENDENCIES = {  # as they are imported; pyproject.toml has them as they are installed
+    "click", "jinja2", "matplotlib", "ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "psutil", "pydantic",
+    "rich", "safetensors", "scipy", "tokenizers", "torch", "yaml",
+}  # fmt: skip
+
+
+def _say_what_is_missing(error: ModuleNotFoundError) -> None:
+    """End with one line if a dependency of ours is not installed for this interpreter."""
+    if error.name in DEPENDENCIES:
+        print(
+            f"error: {error.name} is not installed for {sys.executable}. Run `source .venv/bin/activate` first, or, if "
+            "there is no .venv yet, `make demo`",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+try:
+    from commands.main import main
+except ModuleNotFoundError as missing:
+    _say_what_is_missing(missing)
+    raise
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ModuleNotFoundError as missing:
+        _say_what_is_missing(missing)
+        raise

@@ -47,7 +47,13 @@ def main() -> None:
 
     checkpoint = open_model(args.model, need_weights=True)
     tokenizer = open_tokenizer(checkpoint.path, checkpoint.graph.vocab_size)
-    tokens = token_windows(args.text, tokenizer, vocab_size=checkpoint.graph.vocab_size, context=args.context)
+    tokens = token_windows(
+        args.text,
+        tokenizer,
+        vocab_size=checkpoint.graph.vocab_size,
+        max_positions=checkpoint.graph.max_position_embeddings,
+        context=args.context,
+    )
     first, last = args.drop
     dropped = drop_attention(checkpoint.graph, range(first, last + 1))
 

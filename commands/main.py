@@ -6,6 +6,9 @@ Exit codes: 0 done; 1 a bug (with its traceback); 2 bad input, a refused request
 
 from __future__ import annotations
 
+import os
+import sys
+from io import TextIOWrapper
 from typing import Any
 
 import click
@@ -15,7 +18,19 @@ from exporter.errors import FuselageError
 
 
 class Commands(click.Group):
-    """Turns our errors into one line and exit code 2."""
+    """Turns our errors, and those of standard output, into one line and exit code 2."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # an encoding without our characters, of rules or of "×", has "?"
+        try:
+            return super().main(*args, **kwargs)
+        except OSError:
+            reason = _refusal_of_stdout()
+            if reason is None:
+                raise
+            click.echo(f"error: standard output cannot be written ({reason})", err=True)
+            sys.exit(2)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -23,6 +38,17 @@ class Commands(click.Group):
         except FuselageError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
+
+
+def _refusal_of_stdout() -> str | None:
+    """Why standard output does not take what was printed, e.g. a full disk; None if it does."""
+    try:
+        print(flush=True)  # unbuffered, nothing is left of what could not be written: so one more line
+    except OSError as error:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # else the interpreter tries once more when it exits
+        return error.strerror
+    return None
 
 
 @click.group(

@@ -27,7 +27,7 @@ from commands.options import (
     shard_size_option,
     text_option,
 )
-from commands.terminal import carry_out, say_written, step_progress
+from commands.terminal import carry_out, resumable, say_written, step_progress
 
 
 @click.command(epilog="Example: python build.py inspect models/Llama-3.1-8B")
@@ -189,12 +189,19 @@ def quantize(
         if text is None:
             raise click.UsageError("this needs a --text: to calibrate on, to choose alpha, or for the --report")
         tokenizer = open_tokenizer(checkpoint.path, graph.vocab_size)
-        windows = token_windows(text, tokenizer, vocab_size=graph.vocab_size, context=context, max_windows=max_windows)
+        windows = token_windows(
+            text,
+            tokenizer,
+            vocab_size=graph.vocab_size,
+            max_positions=graph.max_position_embeddings,
+            context=context,
+            max_windows=max_windows,
+        )
         tokens, aside = split_windows(windows)
     if dry_run:
         carry_out(prospect, dry_run, quiet)
         return
-    with step_progress(quiet) as progress:
+    with resumable(resume is not None), step_progress(quiet) as progress:
         if calibrates and tokens is not None and text is not None:
             known = calibrate(
                 checkpoint.graph,
@@ -324,9 +331,20 @@ def distill(
     checkpoint_writing(checkpoint, graph, output, details={}, force=force)  # what cannot be written is not trained
     tokenizer = open_tokenizer(checkpoint.path, graph.vocab_size)
     check_same_tokens(tokenizer, original.path, original.graph.vocab_size)
-    tokens = token_windows(text, tokenizer, vocab_size=graph.vocab_size, context=context, max_windows=max_windows)
+    tokens = token_windows(
+        text,
+        tokenizer,
+        vocab_size=graph.vocab_size,
+        max_positions=min(graph.max_position_embeddings, original.graph.max_position_embeddings),
+        context=context,
+        max_windows=max_windows,
+    )
     settings = Settings(steps=steps or steps_of(epochs, len(tokens), how["batch"]), **how)
-    with joined_processes(device) as processes, step_progress(quiet or processes.rank > 0) as progress:
+    with (
+        joined_processes(device) as processes,
+        resumable(resume is not None and processes.rank == 0),
+        step_progress(quiet or processes.rank > 0, lines=True) as progress,
+    ):
         distilled = distill_graph(
             graph,
             original.graph,

@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 MOST = 1 << 20  # GPUs, or sequences, that are predicted
+LEAST_SHARD = 10**6  # bytes: with less, every tensor of a real model would lie in a file of its own
 
 
 class Written(click.ParamType):
@@ -33,6 +34,10 @@ def _numbers(text: str, least: int = 1) -> list[int]:
     return numbers
 
 
+class SizeRange(list[int]):
+    """Sizes that were not named one by one: one that a model cannot have may be left out."""
+
+
 def _sizes(text: str) -> list[int]:
     first, dots, last = text.partition("..")
     if not dots:
@@ -40,7 +45,7 @@ def _sizes(text: str) -> list[int]:
     if not first.isdecimal() or not last.isdecimal() or not 1 <= int(first) <= int(last) <= MOST:
         raise ValueError(f"{text!r} is not a range like 1..16")
     low, high = int(first), int(last)
-    return [low << step for step in range((high // low).bit_length())]
+    return SizeRange(low << step for step in range((high // low).bit_length()))
 
 
 def _bytes(text: str) -> int:
@@ -50,6 +55,13 @@ def _bytes(text: str) -> int:
     if not number.isdecimal() or int(number) < 1 or unit not in units:
         raise ValueError(f"{text!r} is not a size like 500MB or 5GB")
     return int(number) * units[unit]
+
+
+def _shard_bytes(text: str) -> int:
+    nbytes = _bytes(text)
+    if nbytes < LEAST_SHARD:
+        raise ValueError(f"{text!r} is {nbytes:,} bytes; give at least 1MB, e.g. 500MB or 5GB")
+    return nbytes
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -85,8 +97,8 @@ shard_size_option = click.option(
     "shard_bytes",
     default="5GB",
     show_default=True,
-    type=BYTES,
-    help="Largest weight file, e.g. 500MB or 5GB.",
+    type=Written("size", _shard_bytes),
+    help="Largest weight file, e.g. 500MB or 5GB; at least 1MB.",
 )
 readers_option = click.option(
     "--check-for", "readers", default=(), type=NAMES, help="Refuse what these readers cannot load: vllm,llama.cpp,..."

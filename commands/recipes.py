@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from commands.options import PATH, quiet_option
-from commands.terminal import note_printer, say_written, step_progress
+from commands.terminal import note_printer, resumable, say_written, step_progress
 
 DEMO_RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 
@@ -37,7 +37,7 @@ def _run(recipe_path: Path, output: Path, quiet: bool) -> None:
         if not quiet:
             click.echo(f"{'made' if made else 'kept'}  {step}")
 
-    with step_progress(quiet) as progress:
+    with resumable(), step_progress(quiet) as progress:
         result = run_recipe(
             read_recipe(recipe_path), output, notify=notify, progress=progress, note=note_printer(quiet)
         )

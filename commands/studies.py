@@ -14,6 +14,7 @@ from commands.options import (
     NAMES,
     PATH,
     SIZES,
+    SizeRange,
     block_range_from_text,
     context_option,
     device_option,
@@ -27,7 +28,7 @@ from commands.options import (
     refuse_given,
     text_option,
 )
-from commands.terminal import say_written, step_progress, wide_console
+from commands.terminal import note_printer, resumable, say_written, step_progress, wide_console
 
 
 @click.command(
@@ -113,7 +114,7 @@ def analyze(
     from exporter.analysis.plan import Constraints
     from exporter.pipeline import source_fingerprint
     from exporter.read import open_model
-    from exporter.suggest import Wishes, analysis_files, check_wishes, suggest
+    from exporter.suggest import Wishes, analysis_files, check_wishes, source_text, suggest
     from exporter.text import open_tokenizer, token_windows
     from exporter.writers.files import refuse_existing, save_folder
 
@@ -135,20 +136,26 @@ def analyze(
         gain = gain_text(checkpoint.graph, placed, Tokens.decode(1, context))
     tokenizer = open_tokenizer(checkpoint.path, checkpoint.graph.vocab_size)
     tokens = token_windows(
-        text, tokenizer, vocab_size=checkpoint.graph.vocab_size, context=context, max_windows=max_windows
+        text,
+        tokenizer,
+        vocab_size=checkpoint.graph.vocab_size,
+        max_positions=checkpoint.graph.max_position_embeddings,
+        context=context,
+        max_windows=max_windows,
     )
     with step_progress(quiet) as progress:
-        dependency = measure_dependency(
-            checkpoint.graph,
-            tokens,
-            blocks=None if layers is None else block_range_from_text(checkpoint.graph, layers),
-            kl=kl,
-            device=device,
-            budget_bytes=budget_bytes,
-            work=resume,
-            identity=source_fingerprint(model),
-            progress=progress and (lambda done, total: progress(done, total, "blocks")),
-        )
+        with resumable(resume is not None):
+            dependency = measure_dependency(
+                checkpoint.graph,
+                tokens,
+                blocks=None if layers is None else block_range_from_text(checkpoint.graph, layers),
+                kl=kl,
+                device=device,
+                budget_bytes=budget_bytes,
+                work=resume,
+                identity=source_fingerprint(model),
+                progress=progress and (lambda done, total: progress(done, total, "blocks")),
+            )
         suggestion = suggest(
             checkpoint.graph,
             dependency,
@@ -158,7 +165,7 @@ def analyze(
             budget_bytes=budget_bytes,
             progress=progress,
         )
-    source = f"measured on {dependency.tokens:,} tokens of {text.name}, model {model.name}"
+    source = source_text(dependency, text, model)
     files = analysis_files(dependency, suggestion, constraints=constraints, source=source, gain=gain)
     details = {"model": str(model), "text": str(text), "context": context}
     save_folder(output, files, kind="analysis", details=details, force=force)
@@ -249,7 +256,15 @@ def _evaluate_text(
     tokenizer = open_tokenizer(checkpoint.path, graph.vocab_size)
     if other is not None:
         check_same_tokens(tokenizer, other.path, other.graph.vocab_size)
-    tokens = token_windows(text, tokenizer, vocab_size=graph.vocab_size, context=context, max_windows=max_windows)
+    graphs = [graph] if other is None else [graph, other.graph]
+    tokens = token_windows(
+        text,
+        tokenizer,
+        vocab_size=graph.vocab_size,
+        max_positions=min(one.max_position_embeddings for one in graphs),
+        context=context,
+        max_windows=max_windows,
+    )
     with step_progress(quiet) as progress:
         found = evaluate_graph(
             graph,
@@ -296,7 +311,7 @@ def _evaluate_tasks(model: Path, names: Sequence[str], *, quiet: bool, **options
     default="8",
     show_default=True,
     type=SIZES,
-    help="Tensor-parallel sizes: 1,8, or 1..16 for 1,2,4,8,16.",
+    help="Tensor-parallel sizes: 1,8, or 1..16 for those of 1,2,4,8,16 that divide the attention heads.",
 )
 @click.option(
     "--batch", "batches", default="1", show_default=True, type=SIZES, help="Sequences side by side, written like --tp."
@@ -343,7 +358,7 @@ def predict(
         structure_from_graph,
     )
     from engines.prediction_charts import prediction_charts
-    from engines.what_if import plan_gains, sweep
+    from engines.what_if import plan_gains, possible_tp_sizes, sweep
     from exporter.pipeline import apply_plan
     from exporter.plan import read_plan
     from exporter.read import open_model
@@ -371,6 +386,12 @@ def predict(
         console.print(shown.fit_table(observations, fit, left_out), shown.fit_text(fit, left_out), "")
         constants = fit.constants
     models = [(name, structure_from_graph(one)) for name, one in graphs.items()]
+    if isinstance(tp_sizes, SizeRange):
+        possible = possible_tp_sizes(models, tp_sizes)
+        impossible = [str(size) for size in tp_sizes if size not in possible]
+        if impossible:
+            note_printer(quiet)(f"--tp {', '.join(impossible)}: left out, the attention heads do not divide")
+        tp_sizes = possible
     placed = [
         Deployment(gpu=gpu, tp_size=size, format=number, constants=constants) for gpu in gpus for size in tp_sizes
     ]

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 WIDE = 120  # characters of a table that is piped somewhere
+LINES = 20  # of progress that is piped somewhere
 
 
 def wide_console() -> Any:
@@ -46,15 +47,34 @@ def _byte_progress(quiet: bool, text: str, total: int) -> Iterator[Callable[[int
         yield lambda nbytes: bar.advance(task, nbytes)
 
 
+def _print_progress(done: int, total: int, text: str) -> None:
+    if done * LINES // total > (done - 1) * LINES // total:
+        click.echo(f"{done}/{total}  {text}", err=True)
+
+
 @contextmanager
-def step_progress(quiet: bool, *, ticks: bool = True) -> Iterator[Callable[[int, int, str], None] | None]:
-    """A progress bar that is told (done, total, what comes next).
+def resumable(goes_on: bool = True) -> Iterator[None]:
+    """Work that Ctrl-C only puts off: says so, where the same command goes on from there."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if goes_on:
+            click.echo("\ninterrupted: the same command goes on from here", err=True)
+        raise
+
+
+@contextmanager
+def step_progress(
+    quiet: bool, *, ticks: bool = True, lines: bool = False
+) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A progress bar that is told (done, total, what comes next); nothing where there is no terminal.
 
     Args:
         ticks: whether its clock runs in between, for which a thread of ours draws ten times a second.
+        lines: where there is no terminal, print about `LINES` lines instead.
     """
     if quiet or not sys.stderr.isatty():
-        yield None
+        yield _print_progress if lines and not quiet else None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

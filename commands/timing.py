@@ -83,6 +83,7 @@ def bench(
     from engines.cpp_program import worker_for
     from engines.machine import cpus_for
     from engines.results import json_from_results
+    from engines.results_table import results_table
     from exporter.writers.files import refuse_existing_file, save_file
 
     refuse_existing_file(output, force=force)
@@ -102,6 +103,8 @@ def bench(
             worker=worker_for(runtime, note_printer(quiet)),
         )
     save_file(output, json_from_results(results), force=force)
+    if not quiet:
+        wide_console().print(results_table(results))
     say_written(quiet, output)
 
 

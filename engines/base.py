@@ -5,6 +5,7 @@ Shape letters: B = batch (sequences side by side), S = tokens of one call, V = v
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,10 +54,12 @@ def read_engine_manifest(engine: Path) -> EngineManifest:
     """Read `engine.json` of an engine folder; the files' hashes are the backend's to check when it opens them.
 
     Raises:
-        CheckpointError: no such file, or not JSON.
-        EngineError: fields are missing, unknown or of the wrong kind, or the schema is another version's.
+        CheckpointError: not JSON.
+        EngineError: no such file, fields are missing, unknown or of the wrong kind, or the schema is another version's.
     """
     path = engine / ENGINE_FILE
+    if not os.path.lexists(path):
+        raise EngineError(f"not an engine: no {ENGINE_FILE}", file=engine, hint="build one with `engine` first")
     return manifest_from_json(
         read_json(path),
         EngineManifest,

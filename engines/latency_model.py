@@ -112,7 +112,9 @@ def format_of_graph(graph: ModelGraph) -> NumberFormat:
     raise PlanError(
         "the model is quantized in a way that no recipe of ours is",
         expected=", ".join(format_names()),
-        found=sorted(found, key=str),
+        found="; ".join(
+            sorted(f"weights in {weights}, inputs in {inputs or graph.dtype}" for weights, inputs in found)
+        ),
         hint="say with --format what to predict",
     )
 

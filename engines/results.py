@@ -396,7 +396,9 @@ def comparison_from_results(sources: Sequence[tuple[str, Results]], *, baseline:
         raise EngineError("there is nothing to report", file=", ".join(origin.values()) or None, found="no cells")
     first = next(iter(engines)) if baseline is None else baseline
     if first not in engines:
-        raise EngineError("no engine has the baseline's label", expected=f"one of {sorted(engines)}", found=first)
+        raise EngineError(
+            "no engine has the baseline's label", expected=f"one of {', '.join(sorted(engines))}", found=first
+        )
     ordered = (engines[first], *(engine for label, engine in engines.items() if label != first))
     evaluated = tuple(model for _, results in sources for model in results.evaluated)
     comparison = Comparison(sources=tuple(sources), engines=ordered, evaluated=evaluated, cells=cells)

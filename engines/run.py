@@ -66,7 +66,7 @@ from exporter.recipe import (
 )
 from exporter.safetensors_io import read_json
 from exporter.writers import hf, trtllm
-from exporter.writers.files import Manifest, check_folder, json_bytes, save_folder
+from exporter.writers.files import Manifest, check_folder, json_bytes, refuse_foreign, save_folder
 from exporter.writers.onnx import check_structure
 from exporter.writers.onnx_options import Options as OnnxOptions
 from exporter.writers.onnx_options import options_for
@@ -113,6 +113,7 @@ def run_recipe(
         raise_all(profiler_problems([backend.name]))
     for name in (*STEP_FOLDERS, *(variant.name for variant in recipe.variants)):
         refuse_overlap(recipe.model, output / name)
+    refuse_foreign(output)
     source = open_model(recipe.model, need_weights=True)
     _check_texts(recipe, source)
     prediction = None if recipe.predict is None else _prediction(recipe.predict, source.graph)
@@ -223,12 +224,17 @@ def _check_variant(recipe: Recipe, variant: VariantRecipe, graph: ModelGraph) ->
 
 def _check_texts(recipe: Recipe, source: Checkpoint) -> None:
     """Raise what would keep the recipe's texts from being measured, and a wish that no measurement could fulfil."""
-    from exporter.text import check_text, open_tokenizer
+    from exporter.text import check_context, check_text, open_tokenizer
 
-    texts = [wanted.text for wanted in (recipe.analysis, recipe.calibration, recipe.evaluate) if wanted is not None]
-    for text in filter(None, texts):
+    measured = [
+        (wanted.text, wanted.context)
+        for wanted in (recipe.analysis, recipe.calibration, recipe.evaluate)
+        if wanted is not None and wanted.text is not None
+    ]
+    for text, context in measured:
         check_text(text)
-    if any(texts):
+        check_context(context, source.graph.max_position_embeddings)
+    if measured:
         open_tokenizer(source.path, source.graph.vocab_size)
     if recipe.analysis is not None:
         from exporter.suggest import Wishes, check_wishes  # imports torch
@@ -251,6 +257,7 @@ def _windows(text: Path, wanted: WindowsRecipe, source: Checkpoint) -> np.ndarra
         text,
         tokenizer,
         vocab_size=source.graph.vocab_size,
+        max_positions=source.graph.max_position_embeddings,
         context=wanted.context,
         max_windows=wanted.max_windows,
     )
@@ -260,7 +267,7 @@ def _analysis_step(wanted: AnalysisRecipe, folder: Path, source: Checkpoint, sou
     def make(details: Mapping[str, Any]) -> None:
         from exporter.analysis.dependency import measure_dependency  # imports torch
         from exporter.analysis.plan import Constraints
-        from exporter.suggest import Wishes, analysis_files, suggest
+        from exporter.suggest import Wishes, analysis_files, source_text, suggest
 
         tokens = _windows(wanted.text, wanted, source)
         constraints = Constraints(
@@ -269,7 +276,7 @@ def _analysis_step(wanted: AnalysisRecipe, folder: Path, source: Checkpoint, sou
         wishes = Wishes(drop=wanted.drop, greedy=wanted.greedy, constraints=constraints)
         dependency = measure_dependency(source.graph, tokens)
         suggestion = suggest(source.graph, dependency, wishes, tokens=tokens)
-        origin = f"measured on {dependency.tokens:,} tokens of {wanted.text.name}, model {source.path.name}"
+        origin = source_text(dependency, wanted.text, source.path)
         files = analysis_files(dependency, suggestion, constraints=constraints, source=origin)
         save_folder(folder, files, kind="analysis", details=details, force=True)
 

@@ -23,7 +23,15 @@ from engines.machine import version_numbers
 from engines.settings import Setting, range_problems
 from exporter.errors import EngineError, OutputError, raise_all
 from exporter.safetensors_io import read_json
-from exporter.writers.files import Content, FileCopy, check_folder, json_bytes, refuse_existing, save_folder
+from exporter.writers.files import (
+    Content,
+    FileCopy,
+    check_folder,
+    json_bytes,
+    refuse_existing,
+    save_folder,
+    size_text,
+)
 from exporter.writers.trtllm_config import (
     CHECKPOINT_KIND,
     CONFIG,
@@ -227,7 +235,9 @@ def _check_space(manifest: CheckpointManifest, folder: Path) -> None:
     """Engines are about as large as their weights, and for a moment there twice: as built, and as saved."""
     needed, free = 2 * sum(rank.weight_bytes for rank in manifest.ranks), shutil.disk_usage(folder).free
     if needed > free:
-        raise OutputError("not enough disk space", file=folder, expected=f"{needed:,} bytes free", found=f"{free:,}")
+        raise OutputError(
+            "not enough disk space", file=folder, expected=f"{size_text(needed)} free", found=size_text(free)
+        )
 
 
 def _plugins(checkpoint: Path, manifest: CheckpointManifest, settings: BuildSettings) -> dict[str, object]:

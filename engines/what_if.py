@@ -13,6 +13,7 @@ from engines.latency_model import (
     cost_per_million_tokens,
     memory_per_gpu,
     predict,
+    stages_of,
     structure_from_graph,
 )
 from engines.results import Structure
@@ -116,6 +117,24 @@ class Point:
 
     def cost_per_million_tokens(self, price_per_gpu_hour: float) -> float:
         return cost_per_million_tokens(self.prediction, self.deployment, price_per_gpu_hour)
+
+
+def possible_tp_sizes(models: Sequence[tuple[str, Structure]], sizes: Sequence[int]) -> list[int]:
+    """Those of `sizes` over which the heads of all models can be shared out.
+
+    Raises:
+        EngineError: there is none; that of the first size.
+    """
+    refusals = {}
+    for size in sizes:
+        try:
+            for _, structure in models:
+                stages_of(structure, size)
+        except EngineError as error:
+            refusals[size] = error
+    if len(refusals) == len(sizes):
+        raise refusals[sizes[0]]
+    return [size for size in sizes if size not in refusals]
 
 
 def sweep(

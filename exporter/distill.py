@@ -126,7 +126,7 @@ def distill(
         CheckpointError, OutputError: see `exporter.distill_state`.
     """
     processes = processes or Processes(0, 1, torch.device("cpu"))
-    raise_all(list(_problems(student, teacher, tokens, settings, blocks, processes)))
+    raise_all(list(_problems(student, teacher, settings, blocks, processes)))
     if processes.count > 1 and folder is None:
         raise DistillError(
             "several processes put their weights together in a folder",
@@ -319,7 +319,6 @@ def _diverged(step: int, found: str) -> DistillError:
 def _problems(
     student: ModelGraph,
     teacher: ModelGraph,
-    tokens: np.ndarray,
     settings: Settings,
     blocks: Sequence[int] | None,
     processes: Processes,
@@ -334,9 +333,6 @@ def _problems(
         yield DistillError(
             "a quantized model cannot be trained", block=quantized, hint="distill first, then quantize the result"
         )
-    positions = min(student.max_position_embeddings, teacher.max_position_embeddings)
-    if tokens.shape[1] > positions:
-        yield DistillError("the context is longer than the models'", expected=f"<= {positions}", found=tokens.shape[1])
     pieces = settings.accumulate * processes.count
     if settings.batch % pieces:
         yield DistillError(

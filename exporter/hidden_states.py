@@ -18,6 +18,7 @@ import torch
 from exporter.errors import CheckpointError, OutputError
 from exporter.graph import ModelGraph, weights
 from exporter.lazy import is_finite, leaves
+from exporter.writers.files import size_text
 
 PROGRESS_FILE = "progress.json"
 OWN_FILES = re.compile(r"progress\.(json|new)|.+\.[01]\.float32")
@@ -99,7 +100,7 @@ def _make_file(path: Path, size: int) -> None:
         raise OutputError(
             f"cannot hold hidden states: {error.strerror}",
             file=path.parent,
-            expected=f"{size:,} bytes for {path.name}",
+            expected=f"{size_text(size)} for {path.name}",
             hint="take fewer windows, or --resume FOLDER on a larger disk",
         ) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -122,13 +123,19 @@ def greedy_drops(
     return drops
 
 
+def source_text(dependency: Dependency, text: Path, model: Path) -> str:
+    """Where an analysis has its numbers from, one line; a model's folder is often called just "model"."""
+    where = "/".join(model.absolute().parts[-2:])
+    return f"measured on {dependency.tokens:,} tokens of {text.name}, model in {where}"
+
+
 def analysis_files(
     dependency: Dependency, suggestion: Suggestion, *, constraints: Constraints, source: str, gain: Gain | None = None
 ) -> Iterator[tuple[str, bytes]]:
     """Yield the files of an analysis: dependency.json, plan.yaml and PNG pictures.
 
     Args:
-        source: where the numbers come from, one line.
+        source: where the numbers come from, one line, see `source_text`.
         gain: what a line of the plan is worth, for its reason; see `plan_text`.
     """
     text = plan_text(

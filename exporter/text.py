@@ -50,6 +50,20 @@ def check_text(path: Path) -> None:
         raise TextError("text is too large", file=path, expected=f"at most {MAX_TEXT_BYTES} bytes", found=size)
 
 
+def check_context(context: int, max_positions: int) -> None:
+    """Raise TextError if windows are longer than a model was made for: than its max_position_embeddings.
+
+    Where RoPE is scaled, the config is expected to have the longer number, as transformers' documentation asks for.
+    """
+    if context > max_positions:
+        raise TextError(
+            "windows of text are longer than the model was made for",
+            expected=f"at most {max_positions} tokens, its max_position_embeddings",
+            found=context,
+            hint="give a smaller --context (in a recipe: `context`)",
+        )
+
+
 def _lines(raw: str, path: Path) -> list[str]:
     documents = []
     # Not splitlines: JSON strings may hold the other characters that it takes for ends of lines, U+2028 for one.
@@ -124,7 +138,13 @@ def check_same_tokens(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> No
 
 
 def token_windows(
-    path: Path, tokenizer: Tokenizer, *, vocab_size: int, context: int, max_windows: int | None = None
+    path: Path,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    max_positions: int,
+    context: int,
+    max_windows: int | None = None,
 ) -> np.ndarray:
     """Encode a text file, its documents one after the other, and cut it into windows: int64 [windows, context].
 
@@ -132,10 +152,12 @@ def token_windows(
 
     Args:
         vocab_size: the model's, which every token must be below.
+        max_positions: the model's max_position_embeddings, which a window must not be longer than.
 
     Raises:
         TextError: also if there is not one whole window, or the text has a token that the model has no embedding for.
     """
+    check_context(context, max_positions)
     encoded: list[np.ndarray] = []
     found = 0
     for document in read_documents(path):

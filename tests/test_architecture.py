@@ -80,6 +80,7 @@ FLOORS: list[tuple[str, list[str], str]] = [
         [
             "engines.report",
             "engines.report_words",
+            "engines.results_table",
             "engines.report_pages",
             "engines.charts",
             "engines.comparison_table",

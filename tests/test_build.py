@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shlex
 import shutil
@@ -24,6 +26,7 @@ from exporter.dtypes import BFLOAT16, FLOAT32, DType
 from exporter.plan import read_plan
 from exporter.read import open_model
 from exporter.reference import Reference
+from exporter.writers.files import MANIFEST, MARKER
 from tests.command_line import call, done
 from tests.exporter.analysis.test_evaluate import word_tokenizer
 
@@ -202,7 +205,9 @@ def test_the_main_job_step_by_step(model: Path, plan: Path, tmp_path: Path) -> N
         done("engine", tmp_path / f"{name}-network", "--label", name, "-o", tmp_path / name / "engine")
     engines = [tmp_path / "baseline" / "engine", tmp_path / "fused" / "engine"]
     grid = ["--batch", "1,2", "--input-len", "8", "--output-len", "4", "--rounds", "2"]
-    done("bench", *engines, *grid, "-o", tmp_path / "results.json")
+    shown = done("bench", *engines, *grid, "-o", tmp_path / "results.json").stdout.splitlines()
+    rows = [line.split(maxsplit=1)[0] for line in shown if "batch" in line]
+    assert rows == ["baseline", "fused"] * 2
     results = json.loads((tmp_path / "results.json").read_text())
     assert [engine["label"] for engine in results["engines"]] == ["baseline", "fused"]
     done("report", tmp_path / "results.json", "-o", tmp_path / "report")
@@ -261,6 +266,7 @@ def test_analyze_suggests_a_plan_that_transform_takes(model: Path, tmp_path: Pat
     kinds = ("block", "attention", "ffn")
     pictures = {f"{what}_{kind}.png" for what in ("dependency", "importance", "importance_kl") for kind in kinds}
     assert names >= {"dependency.json", "plan.yaml", *pictures}
+    assert f"of text.txt, model in {model.parent.name}/llama" in (tmp_path / "a" / "plan.yaml").read_text()
     plan = read_plan(tmp_path / "a" / "plan.yaml")
     assert len(plan.dropped_layers) == 3
     assert len(plan.parallel) == 1
@@ -329,6 +335,30 @@ def test_run_makes_every_step_once_and_resumes(recipe: Path, tmp_path: Path) -> 
     assert "kept  fused: network" in third
     assert "made  fused: engine" in third
     assert "kept  parallel: engine" in third
+
+
+FOLDERS = {
+    "other_files": ({"notes.txt": "mine"}, False),
+    "a_model": ({"config.json": "{}", "model.safetensors": ""}, False),
+    "files_further_down": ({"a/b/notes.txt": "mine"}, False),
+    "an_output_of_ours": ({MANIFEST: "{}", "config.json": "{}"}, False),
+    "empty": ({}, True),
+    "a_step": ({f"report/{MANIFEST}": "{}"}, True),
+    "a_step_of_a_variant": ({f"parallel/engine/{MANIFEST}": "{}", "notes.txt": "mine"}, True),
+    "a_step_that_was_killed": ({f"parallel/.network.partial-x/{MARKER}": ""}, True),
+}
+
+
+@pytest.mark.parametrize(("files", "is_taken"), FOLDERS.values(), ids=FOLDERS.keys())
+def test_run_leaves_folders_of_something_else_alone(files: dict[str, str], is_taken: bool, tmp_path: Path) -> None:
+    (tmp_path / "out" / "folder").mkdir(parents=True)  # one without files: left by a run that was killed early
+    for name, text in files.items():
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text(text)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {ROOT / 'demo' / 'model'}\nvariants: [{{name: same}}]\n")
+    result = call("run", recipe, "-o", tmp_path / "out")
+    assert (result.exit_code, "folder of something else" in result.output) == ((0, False) if is_taken else (2, True))
 
 
 SMALL_RECIPE = """
@@ -429,6 +459,7 @@ def test_run_knows_before_it_writes_that_the_harness_is_missing(
     assert not (tmp_path / "out").exists()
 
 
+TOO_LONG = "longer than the model was made for: expected at most 128 tokens, its max_position_embeddings, found 129"
 REFUSED = {
     "no_model": (["inspect", "{tmp}/nothing"], "no such model folder"),
     "output_exists": (["transform", "{model}", "--plan", "{plan}", "-o", "{tmp}"], "output exists"),
@@ -437,9 +468,9 @@ REFUSED = {
     "no_plan": (["transform", "{model}", "--plan", "{tmp}/none.yaml", "-o", "{tmp}/out"], "cannot be read"),
     "reader": (["transform", "{model}", "--plan", "{plan}", "--check-for", "nobody", "-o", "{tmp}/out"], "nobody"),
     "parallel_hf": (["transform", "{model}", "--plan", "{tmp}/parallel.yaml", "-o", "{tmp}/out"], "parallel"),
-    "no_network": (["engine", "{model}", "-o", "{tmp}/out"], "network"),
+    "no_network": (["engine", "{model}", "-o", "{tmp}/out"], "Run `export` first; only `engine --backend torch` takes"),
     "backend": (["engine", "{model}", "--backend", "nobody", "-o", "{tmp}/out"], "onnxruntime"),
-    "no_engine": (["bench", "{model}", "-o", "{tmp}/out.json"], "engine"),
+    "no_engine": (["bench", "{model}", "-o", "{tmp}/out.json"], "no engine.json. Build one with `engine` first"),
     "grid": (["bench", "{model}", "--batch", "1,x", "-o", "{tmp}/out.json"], "list of whole numbers"),
     "results": (["report", "{plan}", "-o", "{tmp}/out"], "plan.yaml"),
     "recipe": (["run", "{plan}", "-o", "{tmp}/out"], "plan.yaml"),
@@ -448,15 +479,20 @@ REFUSED = {
         "layer 9",
     ),
     "drops": (["analyze", "{model}", "--text", "{plan}", "--drop", "9", "--context", "2", "-o", "{tmp}/out"], "fewer"),
-    "no_text": (["evaluate", "{model}", "--text", "{tmp}/none.txt"], "none.txt: no such text"),
+    "no_text": (["evaluate", "{model}", "--text", "{tmp}/none.txt", "--context", "20"], "none.txt: no such text"),
     "nothing_to_evaluate_on": (["evaluate", "{model}"], "--text, --tasks or both"),
     "reference_without_text": (["evaluate", "{model}", "--tasks", "x", "--reference", "{model}"], "give --text"),
     "tasks_of_a_plan": (["evaluate", "{model}", "--plan", "{plan}", "--tasks", "x"], "`transform` first"),
     "tasks_folder": (["evaluate", "{model}", "--tasks", "x", "--include-path", "{tmp}/none"], "tasks"),
     "analysis": (["report", "{tmp}/none.json", "--analysis", "{tmp}", "-o", "{tmp}/out"], "none.json"),
-    "short_text": (["evaluate", "{model}", "--text", "{plan}", "--context", "500"], "shorter than the context"),
+    "short_text": (["evaluate", "{model}", "--text", "{plan}", "--context", "100"], "shorter than the context"),
+    "window_of_evaluate": (["evaluate", "{model}", "--text", "{plan}", "--context", "129"], TOO_LONG),
+    "window_of_analyze": (["analyze", "{model}", "--text", "{plan}", "--context", "129", "-o", "{tmp}/out"], TOO_LONG),
+    "window_of_run": (["run", "{tmp}/windows.yaml", "-o", "{tmp}/out"], TOO_LONG),
     "target": (["export", "{model}", "--to", "onnx", "--target", "abacus", "-o", "{tmp}/out"], "abacus"),
     "shard_size": (["transform", "{model}", "--shard-size", "many", "-o", "{tmp}/out"], "not a size"),
+    "shard_size_without_unit": (["transform", "{model}", "--shard-size", "5", "-o", "{tmp}/out"], "'5' is 5 bytes"),
+    "small_shard_size": (["transform", "{model}", "--shard-size", "999KB", "-o", "{tmp}/out"], "give at least 1MB"),
     "readers": (["transform", "{model}", "--check-for", "vllm,", "-o", "{tmp}/out"], "not a list of names"),
     "trtllm_of_onnx": (
         ["export", "{model}", "--to", "onnx", "--tp", "2", "-o", "{tmp}/out"],
@@ -489,6 +525,8 @@ def test_what_is_refused_ends_with_code_2_one_message_and_no_output(
 ) -> None:
     arguments, message = REFUSED[case]
     (tmp_path / "parallel.yaml").write_text("parallel: [[0, 1]]\n")
+    windows = f"evaluate: {{text: {plan}, context: 129}}"
+    (tmp_path / "windows.yaml").write_text(f"model: {model}\nvariants: [{{name: same}}]\n{windows}\n")
     before = sorted(tmp_path.rglob("*"))
     result = call(*(argument.format(model=model, plan=plan, tmp=tmp_path) for argument in arguments))
     assert result.exit_code == 2, result.output
@@ -510,3 +548,67 @@ def test_a_label_that_no_report_takes_is_refused_before_any_work(command, tmp_pa
     result = call(*arguments, "--label", "a" * 101, "-o", tmp_path / "out")
     assert (result.exit_code, list(tmp_path.iterdir())) == (2, [])
     assert "this cannot be the label of an engine: expected one line of at most 100 characters" in result.output
+
+
+class Interrupted:
+    """Stands in for work that the user stops."""
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+
+ANALYZE = ["{model}", "--text", "{text}", "--context", "20", "-o", "{tmp}/out"]
+MEASURE = "exporter.analysis.dependency.measure_dependency"
+INTERRUPTED = {
+    "run": (["run", "{recipe}", "-o", "{tmp}/out"], "engines.run.run_recipe", True),
+    "resumable_analysis": (["analyze", *ANALYZE, "--resume", "{tmp}/work"], MEASURE, True),
+    "analysis": (["analyze", *ANALYZE], MEASURE, False),
+}
+
+
+@pytest.mark.parametrize("case", INTERRUPTED)
+def test_an_interrupted_command_says_whether_it_can_go_on(
+    case: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, work, goes_on = INTERRUPTED[case]
+    monkeypatch.setattr(work, Interrupted)
+    places = {"model": model, "tmp": tmp_path, "text": model.parent / "text.txt", "recipe": ROOT / "recipes/demo.yaml"}
+    result = call(*(argument.format(**places) for argument in arguments))
+    assert result.exit_code == 1
+    assert ("the same command goes on from here" in result.output, "Aborted!" in result.output) == (goes_on, True)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", [["--help"], ["inspect", "demo/model"], ["inspect", "demo/model", "--json"]])
+def test_a_full_disk_under_standard_output_is_one_error(command: list[str], unbuffered: str) -> None:
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "build.py", *command], stdout=full, stderr=subprocess.PIPE, env=environment, cwd=ROOT
+        )
+    assert result.returncode == 2
+    assert result.stderr == b"error: standard output cannot be written (No space left on device)\n"
+
+
+def test_an_error_of_another_file_is_not_taken_for_one_of_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, need_weights: bool) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("exporter.read.open_model", full)
+    assert isinstance(call("inspect", "model").exception, OSError)
+
+
+ENCODINGS = {
+    "c": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "latin": {"PYTHONIOENCODING": "latin-1"},
+}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_an_output_that_lacks_characters_has_question_marks(encoding: str, tmp_path: Path) -> None:
+    model = tmp_path / "模型"
+    shutil.copytree(ROOT / "demo" / "model", model)
+    command = [sys.executable, "build.py", "transform", model, "-o", tmp_path / "変換"]
+    result = subprocess.run(command, capture_output=True, env=os.environ | ENCODINGS[encoding], cwd=ROOT)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert re.fullmatch(rb"wrote \S+/\?+\n", result.stdout)

@@ -51,7 +51,12 @@ def test_fusing_costs_less_than_removing_and_the_last_of_a_run_costs_most():
     model = open_model(MODEL, need_weights=True)
     vocab_size = model.graph.vocab_size
     tokens = token_windows(
-        MODEL / "heldout.txt", open_tokenizer(MODEL, vocab_size), vocab_size=vocab_size, context=256, max_windows=16
+        MODEL / "heldout.txt",
+        open_tokenizer(MODEL, vocab_size),
+        vocab_size=vocab_size,
+        max_positions=model.graph.max_position_embeddings,
+        context=256,
+        max_windows=16,
     )
     without_attention = {"drop_attention": [(8, 14)]}
     plans = {

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from fnmatch import fnmatchcase
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, packages_distributions, requires
 from pathlib import Path
 
 import pytest
+
+import build
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("commands", "engines", "exporter", "plugins", "recipes", "demo/model")
@@ -43,6 +46,38 @@ def test_the_installed_program_finds_its_own_modules(tmp_path: Path) -> None:
     """Other distributions have a top-level `build` too: PyPA's, for one."""
     (tmp_path / "build.py").write_text("raise AssertionError('somebody else')\n")
     (program,) = entry_points(group="console_scripts", name="fuselage")
-    script = f"import sys; sys.path.append({str(ROOT)!r}); from {program.module} import {program.attr}; {program.attr}()"
+    main = f"from {program.module} import {program.attr}; {program.attr}()"
+    script = f"import sys; sys.path.append({str(ROOT)!r}); {main}"
     arguments = [sys.executable, "-c", script, "--version"]  # from a folder whose modules come first
     assert "version" in subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_script_knows_every_dependency_by_its_module() -> None:
+    distributions = packages_distributions()
+    names = {re.split(r"[^\w.-]", text)[0] for text in requires("fuselage") or [] if "extra ==" not in text}
+    modules = {module for module, found in distributions.items() if {name.lower() for name in found} & names}
+    assert build.DEPENDENCIES - modules == set()
+    known = {name.lower() for module in build.DEPENDENCIES for name in distributions[module]}
+    assert names - known == {"cmake"}  # a program; nobody imports it
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "code"),
+    [("click", [], 2), ("pydantic", ["inspect", "demo/model"], 2), ("exporter.read", ["inspect", "demo/model"], 1)],
+    ids=["at_once", "in_a_command", "a_module_of_ours"],
+)
+def test_outside_the_virtual_environment_one_line_says_so(module: str, arguments: list[str], code: int) -> None:
+    script = (
+        "import runpy, sys\n"
+        "class Without:\n"
+        "    def find_spec(self, name, *rest):\n"
+        f"        if name == {module!r}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Without())\n"
+        f"sys.argv = ['build.py', *{arguments!r}]\n"
+        "runpy.run_path('build.py', run_name='__main__')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == code
+    lines = result.stderr.splitlines()
+    assert (len(lines) == 1 and lines[0].startswith(f"error: {module} is not installed")) == (code == 2)

@@ -78,6 +78,14 @@ def test_predict_compares_with_a_reference() -> None:
     assert "KV cache in float8_e4m3fn" in output
 
 
+def test_sizes_of_a_range_that_do_not_divide_the_heads_are_left_out() -> None:
+    result = call("predict", ROOT / "demo" / "model", "--tp", "1..8", "--context", 64)
+    assert (result.exit_code, result.stderr) == (0, "note: --tp 8: left out, the attention heads do not divide\n")
+    sizes = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("model ")]
+    assert "8x" not in sizes
+    assert {"2x", "4x"} <= set(sizes)
+
+
 def test_predict_calibrates() -> None:
     rates = ROOT / "benchmarks" / "published_rates.yaml"
     output = done("predict", ULTRA, "--format", "fp8", "--calibrate", rates)
@@ -94,6 +102,8 @@ def test_predict_calibrates() -> None:
     [
         (["--gpu", "h100"], "unknown GPU: expected h100-sxm, h100-pcie, "),
         (["--tp", "3"], "the tensor-parallel size divides the attention heads: expected a divisor of 128, found 3"),
+        (["--tp", "1,3"], "expected a divisor of 128, found 3"),
+        (["--tp", "3..12"], "expected a divisor of 128, found 3"),
         (["--tp", "32"], "no link is known between so many H100 SXM: expected a tensor-parallel size of at most 16"),
         (["--tp", "8..4"], "'8..4' is not a range like 1..16"),
         (["--batch", "0"], "not a list of whole numbers"),
@@ -217,7 +227,7 @@ def test_a_model_that_fits_nowhere_has_no_chart_of_its_throughput(
         ),
         (["--compare", DEMO, DEMO, "-o", "{tmp}/changes.md"], "its Markdown lies beside it"),
         ([DEMO, "--metric", "ttft_ms", "-o", "{tmp}/out"], "--metric belongs to --compare"),
-        ([DEMO, "--baseline", "best", "-o", "{tmp}/out"], "no engine has the baseline's label: expected one of"),
+        ([DEMO, "--baseline", "best", "-o", "{tmp}/out"], "no engine has the baseline's label: expected one of b"),
         ([DEMO, DEMO, "-o", "{tmp}/out"], "a file or folder is given twice"),
         ([DEMO, "{tmp}/copy.json", "-o", "{tmp}/out"], "two results files have an engine labelled 'baseline'"),
         ([DEMO, "{tmp}/next.json", "-o", "{tmp}/out"], "another schema version: expected 1, found 2"),

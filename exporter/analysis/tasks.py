@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,15 @@ from exporter.errors import CheckpointError, TargetError
 from exporter.safetensors_io import read_json
 
 DEFAULT_BATCH = 16  # requests that go through the model at a time
+
+# What says that a task's data is not here and cannot be fetched, beside Python's ConnectionError, which `datasets`
+# (5.2, load.py) and huggingface_hub's OfflineModeIsEnabled make of most of it.
+UNREACHABLE = {
+    "huggingface_hub.errors": ("LocalEntryNotFoundError",),
+    "requests.exceptions": ("ConnectionError", "Timeout"),  # of huggingface_hub before 1.0
+    "httpx": ("ConnectError", "TimeoutException"),
+    "httpx2": ("ConnectError", "TimeoutException"),  # since 2.0
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,21 +69,39 @@ def run_tasks(
         The metrics of every task in the harness's order.
 
     Raises:
+        TargetError: also if a task's data has to be fetched and cannot be.
         TargetError, CheckpointError: as `check_tasks`.
     """
     manager = check_tasks(model, names, include_path=include_path, trust_remote_code=trust_remote_code)
     with contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO()):
-        found = _harness().simple_evaluate(
-            model="hf",
-            model_args={"pretrained": str(model), "trust_remote_code": trust_remote_code},
-            tasks=list(names),
-            task_manager=manager,
-            batch_size=batch,
-            device=device,
-            limit=limit,
-            log_samples=False,
-        )
+        try:
+            found = _harness().simple_evaluate(
+                model="hf",
+                model_args={"pretrained": str(model), "trust_remote_code": trust_remote_code},
+                tasks=list(names),
+                task_manager=manager,
+                batch_size=batch,
+                device=device,
+                limit=limit,
+                log_samples=False,
+            )
+        except Exception as error:
+            if not _is_unreachable(error):
+                raise
+            raise TargetError(
+                f"a task's data is not on this machine and cannot be fetched ({str(error)[:200]})",
+                found=f"tasks {', '.join(names)}",
+                hint="run once with a network, which keeps the data in the cache of Hugging Face datasets, or give "
+                "tasks with data of their own: --include-path",
+            ) from error
     return scores_from_harness(found)
+
+
+def _is_unreachable(error: Exception) -> bool:
+    """Whether an error means that there is no network, or no such server; a module not loaded has raised nothing."""
+    loaded = {sys.modules[module]: names for module, names in UNREACHABLE.items() if module in sys.modules}
+    kinds = tuple(getattr(module, name) for module, names in loaded.items() for name in names)
+    return isinstance(error, (ConnectionError, *kinds)) and not isinstance(error, BrokenPipeError)
 
 
 def scores_table(scores: Sequence[TaskScore]) -> Any:

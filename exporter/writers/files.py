@@ -34,6 +34,11 @@ from exporter.safetensors_io import read_json
 MANIFEST = "fuselage.manifest.json"
 MARKER = ".fuselage-incomplete"
 MANIFEST_SCHEMA = 1
+COMMANDS = {  # by kind: how people come by a folder that they are asked for
+    "network": "run `export` first; only `engine --backend torch` takes a Hugging Face folder as it is",
+    "trtllm-checkpoint": "run `export --to trtllm` first",
+    "engine": "run `engine` first",
+}
 COPY_CHUNK = 4 << 20
 HASH_AHEAD = 3  # pieces that wait to be hashed
 FLUSH_BYTES = 256 << 20
@@ -175,6 +180,22 @@ def refuse_existing(output: Path, *, force: bool) -> None:
     _refuse_unwritable_parent(output)
 
 
+def refuse_foreign(output: Path) -> None:
+    """Raise OutputError if folders of ours cannot be put into `output`, or would lie there among other people's files.
+
+    It need not exist; if it holds any file, then one of the folders in it, or in these, is ours or was to become it.
+    """
+    _refuse_unwritable_parent(output / MANIFEST)
+    ours = (f"{folders}/{name}" for folders in ("*", "*/*") for name in (MANIFEST, MARKER))
+    if any(path.is_file() for path in output.rglob("*")) and not any(any(output.glob(pattern)) for pattern in ours):
+        raise OutputError(
+            "refusing to write into a folder of something else",
+            file=output,
+            expected="no folder, an empty one, or the output of an earlier run",
+            hint="give another path",
+        )
+
+
 def _refuse_unwritable_parent(output: Path) -> None:
     parent = next(path for path in output.absolute().parents if os.path.lexists(path))
     if not os.path.isdir(parent):
@@ -194,6 +215,14 @@ def refuse_incomplete(folder: Path) -> None:
 def bytes_of(content: Content | bytes) -> int:
     """How large a file of this content is; reads nothing."""
     return len(content) if isinstance(content, bytes) else content.nbytes
+
+
+def size_text(nbytes: int) -> str:
+    """A size as people read it, in GB of 10**9 bytes and the like."""
+    for size, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB")):
+        if nbytes >= size:
+            return f"{nbytes / size:,.2f} {unit}"
+    return f"{nbytes:,} bytes"
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -233,9 +262,12 @@ def check_folder(folder: Path, kind: str, *, hashes: bool) -> Manifest:
         raise CheckpointError("no such folder", file=folder)
     manifest = read_manifest(folder)
     if manifest is None:
-        raise CheckpointError(f"not a folder of kind {kind!r} written by Fuselage: no {MANIFEST}", file=folder)
+        problem = f"not a folder of kind {kind!r} written by Fuselage: no {MANIFEST}"
+        raise CheckpointError(problem, file=folder, hint=COMMANDS.get(kind))
     if manifest.kind != kind:
-        raise CheckpointError("folder of another kind", file=folder, expected=kind, found=manifest.kind)
+        raise CheckpointError(
+            "folder of another kind", file=folder, expected=kind, found=manifest.kind, hint=COMMANDS.get(kind)
+        )
     check_files(folder, manifest, hashes=hashes)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -304,7 +336,9 @@ def _partial_folder(output: Path, needed: int) -> Iterator[Path]:
         _remove_stale(parent, prefix)
         free = shutil.disk_usage(parent).free
         if needed > free:
-            raise OutputError("not enough disk space", file=parent, expected=f"{needed} bytes free", found=free)
+            raise OutputError(
+                "not enough disk space", file=parent, expected=f"{size_text(needed)} free", found=size_text(free)
+            )
         partial, lock = _make_locked(parent, prefix)
         (partial / MARKER).touch()
         yield partial

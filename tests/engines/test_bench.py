@@ -422,7 +422,7 @@ REFUSED = {
     "unknown CPU": (["a"], GRID, {"cpus": [10_000]}, "not all CPUs"),
     "no CPU": (["a"], GRID, {"cpus": []}, "not all CPUs"),
     "seed too large": (["a"], GRID, {"seed": 2**64}, "64 bits"),
-    "not an engine": (["nothing"], GRID, {}, "engine.json: file does not exist|No such file|missing"),
+    "not an engine": (["nothing"], GRID, {}, "not an engine: no engine.json. Build one"),
     "manifest is no JSON": (["broken"], GRID, {}, "engine.json: "),
     "manifest of later days": (["later"], GRID, {}, "expected engine_schema 1, found 99"),
     "unusable label": (["two\nlines"], GRID, {}, "malformed: label"),

@@ -277,7 +277,7 @@ MIXED = {
         None,
         "'baseline' and 'removed' are of different models",
     ),
-    "unknown baseline": ([("a.json", results_of("x", "y"))], "z", r"one of \['x', 'y'\], found z"),
+    "unknown baseline": ([("a.json", results_of("x", "y"))], "z", "expected one of x, y, found z"),
     "label in two files": ([("a.json", results_of("x")), ("b.json", results_of("x"))], None, "b.json: two results"),
     "other vocabulary": (
         [("a.json", results_of("x")), ("b.json", results_of("y", vocab_size=7))],

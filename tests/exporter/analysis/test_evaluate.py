@@ -154,7 +154,7 @@ def word_tokenizer(folder: Path, words: int) -> None:
 
 def windows(path: Path, **how: Any) -> np.ndarray:
     """Windows of a text beside a tokenizer and a model of ten tokens."""
-    return token_windows(path, open_tokenizer(path.parent, 10), vocab_size=10, **how)
+    return token_windows(path, open_tokenizer(path.parent, 10), vocab_size=10, max_positions=5, **how)
 
 
 def test_windows_are_cut_from_all_documents_in_a_row(tmp_path: Path) -> None:
@@ -179,7 +179,9 @@ def test_documents_behind_the_last_window_are_not_encoded(tmp_path: Path) -> Non
             return tokenizer.encode(document)
 
     (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "w{n} w{n}"}}\n' for n in range(9)))
-    token_windows(tmp_path / "text.jsonl", cast(Tokenizer, Spy()), vocab_size=10, context=3, max_windows=1)
+    token_windows(
+        tmp_path / "text.jsonl", cast(Tokenizer, Spy()), vocab_size=10, max_positions=5, context=3, max_windows=1
+    )
     assert seen == ["w0 w0", "w1 w1"]
 
 

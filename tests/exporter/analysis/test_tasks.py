@@ -9,13 +9,16 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from exporter.analysis.tasks import TaskScore, check_tasks, scores_from_harness
+from exporter.analysis.tasks import TaskScore, check_tasks, run_tasks, scores_from_harness
 from exporter.errors import FuselageError
 
 DEMO = Path(__file__).parents[3] / "demo"
+HTTP = sys.modules[HTTPError.__module__.partition(".")[0]]  # httpx or httpx2, whichever huggingface_hub is made with
 
 # As lm-evaluation-harness 0.4.13 returns it, what is not read left out.
 FOUND = {
@@ -53,6 +56,35 @@ def test_the_missing_harness_is_said_to_be_missing(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(FuselageError, match=r"not installed. Install it: pip install --editable '.\[tasks\]'"):
         check_tasks(DEMO / "model", ["fuselage_demo"])
+
+
+@pytest.mark.parametrize(
+    ("error", "is_unreachable"),
+    [
+        (ConnectionError("Couldn't reach 'Rowan/hellaswag' on the Hub (ConnectError)"), True),  # datasets
+        (OfflineModeIsEnabled("Cannot reach https://huggingface.co"), True),
+        (LocalEntryNotFoundError("not on the disk, and the Hub cannot be reached"), True),
+        (HTTP.ConnectError("[Errno -2] Name or service not known"), True),
+        (HTTP.ReadTimeout("timed out"), True),
+        (HTTP.DecodingError("a page that is none"), False),
+        (FileNotFoundError("no dataset of this name"), False),
+        (BrokenPipeError("a process of ours died"), False),
+        (KeyError("doc_to_text"), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_only_a_network_that_is_missing_is_said_to_be(
+    error: Exception, is_unreachable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def simple_evaluate(**options: object) -> None:
+        raise error
+
+    manager = SimpleNamespace(match_tasks=list)
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=lambda **options: manager))
+    with pytest.raises(FuselageError if is_unreachable else type(error)) as raised:
+        run_tasks(DEMO / "model", ["hellaswag"])
+    assert ("cannot be fetched" in str(raised.value)) == is_unreachable
 
 
 def test_the_demo_task_is_what_its_script_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
