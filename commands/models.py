@@ -151,12 +151,11 @@ def quantize(
     int8-weight-only. Those with static scales or smoothing calibrate on a text, or use a calibration that was kept.
     """
     from exporter.calibration import calibrate, calibration_files, check_belongs, read_calibration
-    from exporter.passes.quantize_linears import quantize_linears
+    from exporter.passes.quantize_linears import structure_quantized
     from exporter.pipeline import checkpoint_writing
     from exporter.quantization import read_quantization, recipe_with
     from exporter.quantize import error_files, errors_summary, split_windows
     from exporter.quantize import quantize as quantize_graph
-    from exporter.ranges import unmeasured_ranges
     from exporter.text import open_tokenizer, token_windows
     from exporter.writers.files import refuse_existing, save_folder
 
@@ -180,7 +179,7 @@ def quantize(
         force=force,
     )
     # What cannot be written is not calibrated. Sizes of files do not depend on ranges.
-    prospect = writing_of(quantize_linears(graph, recipe, unmeasured_ranges(graph)))
+    prospect = writing_of(structure_quantized(graph, recipe))
     known = None if calibration is None else read_calibration(calibration)
     if known is not None:
         check_belongs(known, graph, checkpoint.graph)

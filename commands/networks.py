@@ -282,14 +282,13 @@ def _quantized(
 ) -> Any:
     """Quantize a graph with a calibration that was kept, or only say what it would look like."""
     from exporter.calibration import read_calibration
-    from exporter.passes.quantize_linears import quantize_linears
+    from exporter.passes.quantize_linears import structure_quantized
     from exporter.quantization import read_quantization, recipe_with
     from exporter.quantize import quantize as quantize_graph
-    from exporter.ranges import unmeasured_ranges
 
     recipe = recipe_with(read_quantization(format_name), kv_cache=kv_cache)
     if structure_only:
-        return quantize_linears(graph, recipe, unmeasured_ranges(graph))
+        return structure_quantized(graph, recipe)
     if recipe.searches_alpha:
         raise click.UsageError(f"{format_name} needs a text to choose alpha on: use `quantize`, then export its folder")
     known = None if calibration is None else read_calibration(calibration)

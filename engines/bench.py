@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -148,15 +148,12 @@ def bench_engines(
                 report(next(steps), total, f"loading {manifest.label}")
                 command = worker(engine.resolve(), manifest, threads, cpus)
                 workers.append(stack.enter_context(_Worker(manifest.label, command)))
-            for shape in grid:
+            for shape, round_index, turn in _turns(grid, warmup + rounds, workers):
+                report(next(steps), total, f"{turn.label}, {shape}")
                 run = Run(batch=shape.batch, input_len=shape.input_len, output_len=shape.output_len, seed=seed)
-                for round_index in range(warmup + rounds):
-                    first = round_index % len(workers)
-                    for turn in (*workers[first:], *workers[:first]):
-                        report(next(steps), total, f"{turn.label}, {shape}")
-                        sample = turn.time(run)
-                        if round_index >= warmup:
-                            samples[turn.label, shape].append(sample)
+                sample = turn.time(run)
+                if round_index >= warmup:
+                    samples[turn.label, shape].append(sample)
             farewells += [turn.ask(Close(), Closed) for turn in workers]
             served += workers
     report(total, total, "done")
@@ -186,6 +183,16 @@ def bench_engines(
         ),
         cells=tuple(_cell(turn.label, shape, samples[turn.label, shape]) for shape in grid for turn in served),
     )
+
+
+def _turns(
+    grid: Sequence[RequestShape], rounds: int, workers: Sequence[_Worker]
+) -> Iterator[tuple[RequestShape, int, _Worker]]:
+    """Yield whose turn it is at which request, round by round; each round begins with the next of the workers."""
+    for shape, round_index in itertools.product(grid, range(rounds)):
+        first = round_index % len(workers)
+        for turn in (*workers[first:], *workers[:first]):
+            yield shape, round_index, turn
 
 
 class _Worker:

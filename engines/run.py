@@ -36,7 +36,7 @@ from exporter.errors import EngineError, raise_all
 from exporter.graph import ModelGraph, structure
 from exporter.manifests import ERRORS_FILE, PLAN_FILE
 from exporter.network import NETWORK_KIND
-from exporter.passes.quantize_linears import quantize_linears
+from exporter.passes.quantize_linears import structure_quantized
 from exporter.pipeline import (
     Step,
     apply_plan,
@@ -49,7 +49,6 @@ from exporter.pipeline import (
     trtllm_writing,
 )
 from exporter.plan import Plan, read_plan
-from exporter.ranges import unmeasured_ranges
 from exporter.read import Checkpoint, open_model
 from exporter.recipe import (
     STEP_FOLDERS,
@@ -212,7 +211,7 @@ def run_recipe(
 def _check_variant(recipe: Recipe, variant: VariantRecipe, graph: ModelGraph) -> None:
     """Raise what keeps a variant from being written as a Hugging Face folder or as a network; reads nothing."""
     if variant.quantize is not None:
-        graph = quantize_linears(graph, variant.quantize, unmeasured_ranges(graph))
+        graph = structure_quantized(graph, variant.quantize)
         raise_all(hf.check(graph, hf.Options()))
     if not variant.bench:
         return

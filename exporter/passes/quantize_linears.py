@@ -27,7 +27,15 @@ from exporter.lazy import LazyTensor, computed
 from exporter.lazy_quantized import quantized, row_scales, tensor_scale
 from exporter.numerics import scale_from_amax
 from exporter.quantization import LinearFormat, QuantizationRecipe, WeightFormat, dtype_of
-from exporter.ranges import KEY, SITE_OF, VALUE, Ranges, SublayerRanges, input_range
+from exporter.ranges import KEY, SITE_OF, VALUE, Ranges, SublayerRanges, input_range, unmeasured_ranges
+
+
+def structure_quantized(graph: ModelGraph, recipe: QuantizationRecipe) -> ModelGraph:
+    """Quantize a graph's structure, for checks and sizes before anything is calibrated.
+
+    Static scales are tensors of shapes and no values. Otherwise as `quantize_linears`.
+    """
+    return quantize_linears(graph, recipe, unmeasured_ranges(graph))
 
 
 def quantize_linears(graph: ModelGraph, recipe: QuantizationRecipe, ranges: Ranges | None = None) -> ModelGraph:

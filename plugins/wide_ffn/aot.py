@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from exporter.errors import TargetError
 from plugins.wide_ffn.configs import (
     BUCKETS,
     ITEMSIZE,
+    MATRICES,
     NORM_ELEMENTS,
     Norm,
     Tiling,
@@ -94,8 +95,7 @@ class Variant:
     @property
     def step_bytes(self) -> int:
         """Bytes of weights that a program multiplies per step of its main loop."""
-        matrices = {"norm": 0, "gate_up": 2, "down": 1}[self.kernel]
-        return matrices * self.tiling.rows * self.tiling.depth * ITEMSIZE[self.weights]
+        return MATRICES[self.kernel] * self.tiling.rows * self.tiling.depth * ITEMSIZE[self.weights]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,8 +146,7 @@ def variants(*, fit: Fit = "even", epsilon: float = 1e-5) -> list[Variant]:
                     "fit": fit,
                     "epsilon": epsilon,
                 }
-                places: tuple[Norm, ...] = ("before", "inside")
-                for norm in places:
+                for norm in get_args(Norm):
                     tiling = gate_up_by_rule(tokens, weights, activations, norm)
                     table.append(Variant(kernel="gate_up", tiling=tiling, norm=norm, **common))
                 tiling = down_by_rule(tokens, weights, activations)

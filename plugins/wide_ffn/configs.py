@@ -5,8 +5,8 @@ The rule, for compute capability 9.0 (132 multiprocessors, 227 KiB of shared mem
     tokens   padded to 16, 32 or 64, the columns of one tensor-core instruction
     norm     before `gate_up`, in a launch of its own. Inside, every program of `gate_up` reads all of x for the norm
              before its first weight (512 KB each for 32 tokens of 8192, some 12 us at what the L2 cache gives), and
-             norms and rounds a tile of x at every step, which for 32 tokens takes half of what the multiprocessors
-             can issue (`plugins.wide_ffn.machine_code`). A launch costs 2 or 3 us
+             norms and rounds a tile of x at every step, which for 32 tokens takes 40 % of what the multiprocessors
+             can issue (`plugins.wide_ffn.machine_code`). A launch costs some 2 us
     depth    128 bytes of a weight row: one line of the cache, and one row of a swizzled tile in shared memory
     rows     so many that activations, which come from the L2 cache with every tile, are at most a quarter of a tile's
              bytes (`down` with a scale per token reads bfloat16, and rounds them again for each tile: twice the rows);
@@ -35,7 +35,8 @@ from exporter.errors import EngineError
 FOLDER = Path(__file__).parent / "configs"
 SCHEMA = 2
 BUCKETS = (16, 32, 64)
-MULTIPROCESSORS = 132
+MATRICES = {"norm": 0, "gate_up": 2, "down": 1}  # weights that a tile of a kernel has its rows of
+MULTIPROCESSORS = 132  # of an H100 or H200 SXM
 ITEMSIZE: dict[str, int] = {"bfloat16": 2, "float8_e4m3fn": 1, "int8": 1}
 NORM_ELEMENTS = 8192  # of x that a program of `gate_up` holds at a time for the norm
 SHARED_BYTES = 227 << 10  # of a multiprocessor, and of one program at most

@@ -12,9 +12,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from plugins.wide_ffn.configs import MULTIPROCESSORS
+
 SCHEDULERS = 4  # of a multiprocessor; each issues one warp's instruction per cycle
-MULTIPROCESSORS = 132  # of an H100 or H200 SXM
-CLOCK_HZ = 1.755e9  # of such a multiprocessor under load; both boost to 1.98e9
+CLOCK_HZ = 1.755e9  # of an H100 or H200 under load; both boost to 1.98e9
 H200_BYTES_PER_SECOND = 4.8e12  # of HBM3e, by the data sheet
 
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")

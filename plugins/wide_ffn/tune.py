@@ -30,6 +30,7 @@ from plugins.wide_ffn.configs import (
     BUCKETS,
     FOLDER,
     ITEMSIZE,
+    MATRICES,
     REGISTERS,
     SCHEMA,
     SHARED_BYTES,
@@ -91,27 +92,25 @@ class Problem:
 
 def tiles(problem: Problem, kernel: KernelName, base: Tiling) -> list[Tiling]:
     """Every tile of the base's depth that whole warp groups multiply, in every number of stages that may fit."""
-    matrices = 2 if kernel == "gate_up" else 1
     bucket = bucket_of(problem.tokens)
     return [
         Tiling(rows, base.depth, warps, stages)
         for rows, warps, stages in product(ROWS, WARPS, STAGES[::2])
-        if matrices * rows >= 16 * warps
-        and matrices * rows * bucket <= 128 * 32 * warps  # sums in registers: 128 of each thread
-        and _step_bytes(problem, matrices * rows, base.depth) * stages <= SHARED_BYTES
+        if MATRICES[kernel] * rows >= 16 * warps
+        and MATRICES[kernel] * rows * bucket <= 128 * 32 * warps  # sums in registers: 128 of each thread
+        and _step_bytes(problem, MATRICES[kernel] * rows, base.depth) * stages <= SHARED_BYTES
     ]
 
 
 def neighbours(problem: Problem, kernel: KernelName, best: Tiling) -> list[Tiling]:
     """The same tile in other numbers of stages, and half or twice as deep; FP8 sums end after 128 products."""
-    matrices = 2 if kernel == "gate_up" else 1
     most = 128 if problem.weights == "float8_e4m3fn" else 256 // ITEMSIZE[problem.weights]
     return [
         replace(best, depth=depth, stages=stages)
         for depth, stages in product((best.depth // 2, best.depth, best.depth * 2), STAGES)
         if 64 // ITEMSIZE[problem.weights] <= depth <= most
         and (depth == best.depth or stages != 3)
-        and _step_bytes(problem, matrices * best.rows, depth) * stages <= SHARED_BYTES
+        and _step_bytes(problem, MATRICES[kernel] * best.rows, depth) * stages <= SHARED_BYTES
     ]
 
 

@@ -34,9 +34,8 @@ from exporter.lazy import array, full
 from exporter.lazy_quantized import dequantized
 from exporter.passes.drop_attention import drop_attention
 from exporter.passes.fuse_ffn import fuse_ffn
-from exporter.passes.quantize_linears import quantize_linears
+from exporter.passes.quantize_linears import quantize_linears, structure_quantized
 from exporter.quantization import QuantizationRecipe, read_quantization, recipe_with
-from exporter.ranges import unmeasured_ranges
 from exporter.read import open_model
 from exporter.reference import Reference
 from exporter.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
@@ -298,9 +297,7 @@ def full_size(name: str) -> ModelGraph:
 
 
 def nominal(graph: ModelGraph, format_name: str, kv_cache: str | None = None) -> ModelGraph:
-    return quantize_linears(
-        graph, recipe_with(read_quantization(format_name), kv_cache=kv_cache), unmeasured_ranges(graph)
-    )
+    return structure_quantized(graph, recipe_with(read_quantization(format_name), kv_cache=kv_cache))
 
 
 @pytest.mark.parametrize(
@@ -435,7 +432,7 @@ def with_kv(graph: ModelGraph, *dtypes: DType | None) -> ModelGraph:
 def in_format(graph: ModelGraph, name: str, *exclude: str, **tables: Any) -> ModelGraph:
     recipe = recipe_with(read_quantization(name), exclude=exclude)
     recipe = QuantizationRecipe.model_validate({**recipe.model_dump(exclude_none=True), **tables})
-    return quantize_linears(graph, recipe, unmeasured_ranges(graph))
+    return structure_quantized(graph, recipe)
 
 
 AF2 = tiny_graph("AF AF", **HEADS)
