@@ -24,12 +24,12 @@ from plugins.wide_ffn.configs import (
     BUCKETS,
     ITEMSIZE,
     MATRICES,
-    NORM_ELEMENTS,
     Norm,
     Tiling,
     down_by_rule,
     gate_up_by_rule,
     norm_by_rule,
+    norm_depth,
 )
 from plugins.wide_ffn.machine_code import disassemble, issue_share, main_loop
 
@@ -292,7 +292,7 @@ def _gate_up(variant: Variant) -> tuple[dict[str, str], dict[str, Any]]:
         "EPSILON": variant.epsilon,
         "GATE_SCALE_PER_ROW": per_row,
         "UP_SCALE_PER_ROW": per_row,
-        "NORM_DEPTH": NORM_ELEMENTS // variant.tokens,
+        "NORM_DEPTH": norm_depth(variant.tokens, variant.tiling.warps),
         **_constants(variant),
     }
 

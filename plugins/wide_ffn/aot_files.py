@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,6 +14,7 @@ from plugins.wide_ffn.aot import CompiledKernel, Variant
 
 LISTING = "kernels.json"
 GRIDS = {"norm": "(tokens, 1, 1)", "gate_up": "(programs, 1, 1)", "down": "(ceil(hidden / rows), splits, 1)"}
+_SHAPE = re.compile(r"m\d+n\d+k\d+")
 
 
 def files_of(kernels: Sequence[CompiledKernel]) -> Iterator[tuple[str, bytes]]:
@@ -60,7 +62,7 @@ def kernels_table(kernels: Sequence[CompiledKernel]) -> Table:
             str(kernel.registers),
             str(kernel.spill_bytes),
             "" if share is None else f"{share:.0%}",
-            " ".join(name.rpartition("aligned.")[2] for name in kernel.tensor_core_instructions),
+            " ".join(f"{name.partition('.')[0]} {_SHAPE.findall(name)[0]}" for name in kernel.tensor_core_instructions),
         )
     return table
 

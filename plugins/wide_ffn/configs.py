@@ -11,7 +11,10 @@ The rule, for compute capability 9.0 (132 multiprocessors, 227 KiB of shared mem
     rows     so many that activations, which come from the L2 cache with every tile, are at most a quarter of a tile's
              bytes (`down` with a scale per token reads bfloat16, and rounds them again for each tile: twice the rows);
              of `gate_up` fewer where tiles would not go round the multiprocessors
-    warps    one warp group of 4, or two from 128 by 32 sums on, for which one runs out of registers
+    warps    one warp group of 4, or two from 128 by 32 sums on, for which one runs out of registers. Half of one where
+             codes become bfloat16 on their way and tokens are 16: Triton then turns to the tensor-core instructions of
+             single warps (mma.sync), for which it reads codes from shared memory 8 bytes at a time, not 2, and widens
+             them in half as many instructions; with more tokens those need too many registers
     resident programs per multiprocessor: what registers and shared memory allow
     stages   so many copies that `FLIGHT_BYTES` are on their way to a multiprocessor while the tensor cores hold one
              stage: latency times bandwidth is 20 to 30 KB (0.8 us * 4.8 TB/s / 132), and nothing may drain it
@@ -38,10 +41,10 @@ BUCKETS = (16, 32, 64)
 MATRICES = {"norm": 0, "gate_up": 2, "down": 1}  # weights that a tile of a kernel has its rows of
 MULTIPROCESSORS = 132  # of an H100 or H200 SXM
 ITEMSIZE: dict[str, int] = {"bfloat16": 2, "float8_e4m3fn": 1, "int8": 1}
-NORM_ELEMENTS = 8192  # of x that a program of `gate_up` holds at a time for the norm
 SHARED_BYTES = 227 << 10  # of a multiprocessor, and of one program at most
 RESERVED_BYTES = 1 << 10  # of those, per program
-REGISTERS = 1 << 16  # of a multiprocessor; a thread has 255 at most
+REGISTERS = 1 << 16  # of a multiprocessor
+MOST_REGISTERS = 255  # of a thread
 FLIGHT_BYTES = 128 << 10
 MOST_STAGES = 8
 MIN_STEPS = 8
@@ -121,7 +124,8 @@ def config_by_rule(
     """See the module's docstring."""
     gate_up = gate_up_by_rule(bucket, weights, activations, norm, width, multiprocessors)
     tiles = ceil_div(width, gate_up.rows)
-    each = ceil_div(tiles, multiprocessors * _resident(bucket, is_busy=_is_gate_up_busy(weights, activations, norm)))
+    is_busy = _is_gate_up_busy(bucket, weights, activations, norm)
+    each = ceil_div(tiles, multiprocessors * _resident(bucket, is_busy=is_busy))
     down = down_by_rule(bucket, weights, activations)
     at_once = multiprocessors * _resident(bucket, is_busy=activations == "token")
     splits = min(at_once // ceil_div(hidden, down.rows), ceil_div(width, down.depth) // MIN_STEPS)
@@ -145,7 +149,7 @@ def gate_up_by_rule(
 ) -> Tiling:
     """The tiling of `gate_up`; for a very wide FFN if no width is given."""
     rows = 64 if bucket == 16 else 128
-    resident = _resident(bucket, is_busy=_is_gate_up_busy(weights, activations, norm))
+    resident = _resident(bucket, is_busy=_is_gate_up_busy(bucket, weights, activations, norm))
     if width is not None:
         least = 32 if norm == "before" else 2 * bucket  # with the norm inside, each tile costs one of x
         while rows > least and ceil_div(width, rows) < multiprocessors:
@@ -153,9 +157,15 @@ def gate_up_by_rule(
         resident = min(resident, ceil_div(ceil_div(width, rows), multiprocessors))
     x_bytes = 2 if norm == "inside" or activations == "none" else ITEMSIZE[weights]
     codes_bytes = bucket * 128 if norm == "inside" else 0
-    tiling = _tiling(bucket, rows, 2 * rows, weights, x_bytes, resident, codes_bytes)
+    widens = _is_widened(weights, activations)
+    tiling = _tiling(bucket, rows, 2 * rows, weights, x_bytes, resident, codes_bytes, widens=widens)
     # With the norm inside, 64 tokens leave no registers for the addresses of more copies.
     return replace(tiling, stages=min(tiling.stages, 3)) if norm == "inside" and bucket == 64 else tiling
+
+
+def norm_depth(bucket: int, warps: int) -> int:
+    """Columns of x that a program of `gate_up` holds at a time for the norm: at most 64 elements per thread."""
+    return min(8192, 64 * 32 * warps) // bucket
 
 
 def down_by_rule(bucket: int, weights: str, activations: str) -> Tiling:
@@ -164,7 +174,8 @@ def down_by_rule(bucket: int, weights: str, activations: str) -> Tiling:
     rows = 256 if is_busy and bucket > 16 else 128
     inner_bytes = ITEMSIZE[weights] if activations == "static" else 2
     codes_bytes = bucket * 128 if is_busy else 0
-    return _tiling(bucket, rows, rows, weights, inner_bytes, _resident(bucket, is_busy=is_busy), codes_bytes)
+    resident, widens = _resident(bucket, is_busy=is_busy), _is_widened(weights, activations)
+    return _tiling(bucket, rows, rows, weights, inner_bytes, resident, codes_bytes, widens=widens)
 
 
 def norm_by_rule(hidden: int) -> Tiling:
@@ -174,7 +185,15 @@ def norm_by_rule(hidden: int) -> Tiling:
 
 
 def _tiling(
-    bucket: int, rows: int, weight_rows: int, weights: str, activation_bytes: int, resident: int, codes_bytes: int
+    bucket: int,
+    rows: int,
+    weight_rows: int,
+    weights: str,
+    activation_bytes: int,
+    resident: int,
+    codes_bytes: int,
+    *,
+    widens: bool,
 ) -> Tiling:
     """`codes_bytes` are those of activations that are rounded on their way to the tensor cores."""
     depth = 128 // ITEMSIZE[weights]
@@ -182,9 +201,13 @@ def _tiling(
     fitting = (SHARED_BYTES // resident - RESERVED_BYTES - codes_bytes) // step_bytes
     wanted = 1 + ceil_div(FLIGHT_BYTES // resident, step_bytes)
     warps = 8 if weight_rows >= 128 and weight_rows * bucket >= 128 * 32 else 4
+    if widens and bucket == 16:
+        warps, fitting = 2, fitting + 1  # what mma.sync reads is in registers: one stage needs no shared memory
     registers = REGISTERS // (32 * warps * resident) // 8 * 8
     stages = min(MOST_STAGES, wanted, fitting)
-    return Tiling(rows, depth, warps, stages, registers if registers <= 255 else None)
+    # Without a limit the assembler takes 168 registers for two warps, and spills.
+    limit = min(registers, MOST_REGISTERS) if warps == 2 or registers <= MOST_REGISTERS else None
+    return Tiling(rows, depth, warps, stages, limit)
 
 
 def _resident(bucket: int, *, is_busy: bool) -> int:
@@ -192,9 +215,14 @@ def _resident(bucket: int, *, is_busy: bool) -> int:
     return {16: 2, 32: 1, 64: 1}[bucket] if is_busy else {16: 3, 32: 2, 64: 1}[bucket]
 
 
-def _is_gate_up_busy(weights: str, activations: str, norm: Norm) -> bool:
+def _is_gate_up_busy(bucket: int, weights: str, activations: str, norm: Norm) -> bool:
     """Whether it does more than to feed the tensor cores: norms and rounds x, widens weights, keeps largest values."""
-    return norm == "inside" or activations == "token" or (weights != "bfloat16" and activations == "none")
+    return norm == "inside" or activations == "token" or (_is_widened(weights, activations) and bucket > 16)
+
+
+def _is_widened(weights: str, activations: str) -> bool:
+    """Whether 8-bit codes of weights become bfloat16 on their way to the tensor cores."""
+    return weights != "bfloat16" and activations == "none"
 
 
 def fewest_splits(width: int, depth: int, weights: str, activations: str) -> int:

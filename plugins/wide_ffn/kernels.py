@@ -7,7 +7,7 @@
 Roundings are those of `plugins.wide_ffn.reference`. At decode time every weight byte is read once and nothing else is
 large, so the products are built around that stream: tiles of a weight go to shared memory by asynchronous copies and
 from there straight into the tensor cores, which get weights as their left operand (its 64 rows are always full) and
-tokens as their right one (8, 16, 32 or 64 columns). Products are therefore transposed, [rows, tokens].
+tokens as their right one (16, 32 or 64 columns). Products are therefore transposed, [rows, tokens].
 
 Parameters come as inputs, 32-bit integers, outputs, because that is the order in which TensorRT passes them. Offsets
 are 64 bits wide: a weight may have 2**33 elements. Nothing needs to be zero, or anything else, before the first launch.
@@ -278,7 +278,7 @@ def down(
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,  # width is a multiple of DEPTH
 ):
-    """Down and residual. Program (i, j) multiplies tile i of rows with part j of the width.
+    """Down and residual. Program (i, j) multiplies tile i of rows with part j of the width, one step of DEPTH or more.
 
     The last to arrive at a tile adds up all its parts, in order: the result does not depend on who was last.
     """
@@ -317,10 +317,13 @@ def down(
 
     inner_rows = inner + token.to(tl.int64)[:, None] * width
     offsets = tl.minimum(row, hidden - 1).to(tl.int64)[:, None] * width  # as in `gate_up`
-    steps = tl.cdiv(tl.cdiv(width, DEPTH), splits)
-    stop = tl.minimum((split + 1) * steps * DEPTH, width)
+    steps = tl.cdiv(width, DEPTH)
+    first = split * steps // splits * DEPTH
+    stop = tl.minimum((split + 1) * steps // splits * DEPTH, width)
+    # With a way around the loop the assembler would have each tensor-core instruction wait for the one before it.
+    tl.assume(first < stop)
     total = tl.zeros([ROWS, TOKENS], tl.int32 if operand == tl.int8 else tl.float32)
-    for start in range(split * steps * DEPTH, stop, DEPTH):
+    for start in range(first, stop, DEPTH):
         k = start + tl.arange(0, DEPTH)
         if EVEN:
             values = tl.load(inner_rows + k[None, :], mask=is_token[:, None], other=0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from plugins.wide_ffn import kernels
-from plugins.wide_ffn.configs import NORM_ELEMENTS, Config, ceil_div, config_for, norm_by_rule
+from plugins.wide_ffn.configs import Config, ceil_div, config_for, norm_by_rule, norm_depth
 
 
 def wide_ffn_by_kernels(
@@ -44,6 +44,8 @@ def wide_ffn_by_kernels(
             multiprocessors=torch.cuda.get_device_properties(x.device).multi_processor_count,
         )
     first, second = config.gate_up, config.down
+    if config.splits > ceil_div(width, second.depth):
+        raise AssertionError(f"Bug: {config.splits} programs of `down` share {width} columns in steps of {second.depth}")
     if config.norm == "before":
         normed = x.new_empty(tokens, hidden, dtype=x.dtype if activations == "none" else gate.dtype)
         scales = None if activations == "none" else x.new_empty(tokens, dtype=torch.float32)
@@ -90,7 +92,7 @@ def wide_ffn_by_kernels(
         TOKENS=config.tokens,
         ROWS=first.rows,
         DEPTH=first.depth,
-        NORM_DEPTH=NORM_ELEMENTS // config.tokens,
+        NORM_DEPTH=norm_depth(config.tokens, first.warps),
         EVEN=hidden % first.depth == 0,
         num_warps=first.warps,
         num_stages=first.stages,

@@ -20,7 +20,7 @@ H200_BYTES_PER_SECOND = 4.8e12  # of HBM3e, by the data sheet
 
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 _BRANCH = re.compile(r"\bBRA\b.*\b(0x[0-9a-f]+)$")
-_TENSOR_CORES = re.compile(r"\b[HQI]GMMA\b")
+_TENSOR_CORES = re.compile(r"\b[HQI]G?MMA\b")  # of a warp group, or of a warp
 
 
 def disassemble(cubin: bytes) -> str:

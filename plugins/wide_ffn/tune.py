@@ -31,6 +31,7 @@ from plugins.wide_ffn.configs import (
     FOLDER,
     ITEMSIZE,
     MATRICES,
+    MOST_REGISTERS,
     REGISTERS,
     SCHEMA,
     SHARED_BYTES,
@@ -50,7 +51,7 @@ KERNELS: tuple[KernelName, ...] = ("gate_up", "down")
 PROGRAMS = (1, 2, 3)  # of `gate_up` per multiprocessor
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 ROWS = (32, 64, 128, 256)
-WARPS = (4, 8)
+WARPS = (2, 4, 8)
 STAGES = (3, 4, 5, 6, 8)
 
 
@@ -91,12 +92,16 @@ class Problem:
 
 
 def tiles(problem: Problem, kernel: KernelName, base: Tiling) -> list[Tiling]:
-    """Every tile of the base's depth that whole warp groups multiply, in every number of stages that may fit."""
+    """Every tile of the base's depth that the tensor cores take, in every number of stages that may fit.
+
+    Two warps are half a warp group: Triton then multiplies with mma.sync, which pays where codes become bfloat16.
+    """
     bucket = bucket_of(problem.tokens)
     return [
-        Tiling(rows, base.depth, warps, stages)
+        Tiling(rows, base.depth, warps, stages, MOST_REGISTERS if warps == 2 else None)
         for rows, warps, stages in product(ROWS, WARPS, STAGES[::2])
         if MATRICES[kernel] * rows >= 16 * warps
+        and (warps > 2 or (problem.weights != "bfloat16" and problem.activations == "none"))
         and MATRICES[kernel] * rows * bucket <= 128 * 32 * warps  # sums in registers: 128 of each thread
         and _step_bytes(problem, MATRICES[kernel] * rows, base.depth) * stages <= SHARED_BYTES
     ]
