@@ -77,7 +77,7 @@ def pass_per_block(graph: Any, tokens: np.ndarray) -> np.ndarray:
     count = len(graph.blocks)
 
     def contributions(removed: int | None) -> list[torch.Tensor]:
-        x = next(iter(reference.residuals(ids, None)))
+        x = reference.embed(ids)
         found = []
         for index in range(count):
             if index == removed:

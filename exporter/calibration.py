@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from exporter.dtypes import FLOAT32
 from exporter.errors import FuselageError
@@ -34,15 +35,21 @@ from exporter.graph import (
     structure,
     weights,
 )
-from exporter.hidden_states import HiddenStates, check_finite, states_folder
+from exporter.hidden_states import (
+    DEFAULT_BATCH,
+    DEFAULT_BUDGET_BYTES,
+    HiddenStates,
+    Progress,
+    check_finite,
+    states_folder,
+)
 from exporter.lazy import LazyTensor, array, concat, full
+from exporter.manifests import validated
 from exporter.ranges import DOWN_PROJ, BlockRanges, Ranges, SublayerRanges
 from exporter.reference import Reference
 from exporter.safetensors_io import SkippedTensor, read_json, read_safetensors
 from exporter.writers.files import Content, json_bytes
 
-DEFAULT_BUDGET_BYTES = 4 << 30
-DEFAULT_BATCH = 8  # windows that go through a block at a time
 RANGES_FILE = "ranges.safetensors"
 CALIBRATION_FILE = "calibration.json"
 
@@ -94,6 +101,7 @@ def calibrate(
     Raises:
         CalibrationError: a quantized graph, or a percentile out of range.
         CheckpointError: a weight is NaN or infinite; names the tensor.
+        OutputError: `work` is the folder of something else, or the disk is full.
     """
     if percentile is not None and not 50 <= percentile <= 100:
         raise CalibrationError("a percentile of activations", expected="50 to 100", found=percentile)
@@ -106,21 +114,21 @@ def calibrate(
     key = hashlib.sha256(f"{identity} {percentile} {dtype} {shape}".encode() + tokens.tobytes()).hexdigest()
     with states_folder(work, 4 * math.prod(shape), budget_bytes) as folder:
         states = HiddenStates(shape, dtype, folder, key)
-        found: dict[str, np.ndarray] = {}
         slices = [slice(start, start + batch) for start in range(0, len(tokens), batch)]
         saved = states.progress()
         if saved is None:
+            saved = Progress(0, {})
             for part in slices:
-                states.write("x", part, next(iter(reference.residuals(torch.from_numpy(tokens[part]), None))))
+                states.write("x", part, reference.embed(torch.from_numpy(tokens[part])))
             states.commit(0, {})
-        else:
-            found = {name: np.asarray(values, np.float32) for name, values in saved["sums"].items()}
+        found = saved.found
         span = reference.span((1, tokens.shape[1]), None)
-        for index in range(0 if saved is None else saved["next_block"], len(graph.blocks)):
+        for index in range(saved.next_block, len(graph.blocks)):
             if progress is not None:
                 progress(index, len(graph.blocks))
-            found |= _measured_block(reference, index, states, slices, span, percentile, tokens.size)
-            states.commit(index + 1, {name: values.tolist() for name, values in found.items()} if folder else {})
+            of_block = _measured_block(reference, index, states, slices, span, percentile, tokens.size)
+            states.commit(index + 1, of_block)
+            found |= of_block
     if progress is not None:
         progress(len(graph.blocks), len(graph.blocks))
     return Calibration(fingerprint=identity, text=text, tokens=tokens.size, percentile=percentile, ranges=found)
@@ -236,12 +244,9 @@ def _range(calibration: Calibration, name: str, size: int) -> LazyTensor:
             found=f"nothing for {name}",
             hint="calibrate this model, or the one it was made from",
         )
-    if len(values) > size:  # an FFN that was measured with its padding
-        if values[size:].any():
-            raise CalibrationError(f"the range of {name} has another size", expected=size, found=len(values))
-        values = values[:size]
-    if len(values) != size:
+    if len(values) < size or values[size:].any():  # zeros: an FFN was measured with its padding
         raise CalibrationError(f"the range of {name} has another size", expected=size, found=len(values))
+    values = values[:size]
     if not np.isfinite(values).all() or (values < 0).any():
         raise CalibrationError(f"the range of {name} is not made of finite numbers", found=values.max())
     return array(values)
@@ -258,16 +263,22 @@ def check_belongs(calibration: Calibration, *graphs: ModelGraph) -> None:
         )
 
 
+class _Described(BaseModel):
+    """What CALIBRATION_FILE says."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    fingerprint: str
+    text: str
+    tokens: int
+    percentile: float | None
+
+
 def calibration_files(calibration: Calibration) -> dict[str, Content | bytes]:
     """The files of a calibration folder: a small safetensors file and a JSON file."""
     from safetensors.numpy import save
 
-    described = {
-        "fingerprint": calibration.fingerprint,
-        "text": calibration.text,
-        "tokens": calibration.tokens,
-        "percentile": calibration.percentile,
-    }
+    described = {name: getattr(calibration, name) for name in _Described.model_fields}
     return {CALIBRATION_FILE: json_bytes(described), RANGES_FILE: save(dict(calibration.ranges))}
 
 
@@ -277,19 +288,11 @@ def read_calibration(folder: Path) -> Calibration:
     Raises:
         CalibrationError, CheckpointError: a file is missing or malformed.
     """
-    described = read_json(folder / CALIBRATION_FILE)
+    path = folder / CALIBRATION_FILE
+    described = validated(read_json(path), _Described, "calibration", file=path, error=CalibrationError)
     ranges = {}
     for name, tensor in read_safetensors(folder / RANGES_FILE).items():
         if isinstance(tensor, SkippedTensor) or tensor.dtype != FLOAT32 or len(tensor.shape) != 1:
             raise CalibrationError("a range is a row of float32 numbers", file=folder / RANGES_FILE, tensor=name)
         ranges[name] = tensor.numpy()
-    try:
-        return Calibration(
-            fingerprint=str(described["fingerprint"]),
-            text=str(described["text"]),
-            tokens=int(described["tokens"]),
-            percentile=None if described["percentile"] is None else float(described["percentile"]),
-            ranges=ranges,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CalibrationError(f"malformed calibration ({error!r})", file=folder / CALIBRATION_FILE) from error
+    return Calibration(**described.model_dump(), ranges=ranges)

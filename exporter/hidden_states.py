@@ -9,28 +9,43 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from exporter.errors import CheckpointError, OutputError
 from exporter.graph import ModelGraph, weights
 from exporter.lazy import is_finite, leaves
-from exporter.writers.files import size_text
+from exporter.writers.files import size_text, try_lock
 
+DEFAULT_BUDGET_BYTES = 4 << 30  # hidden states beyond this go to files
+DEFAULT_BATCH = 8  # windows that go through a block at a time
 PROGRESS_FILE = "progress.json"
-OWN_FILES = re.compile(r"progress\.(json|new)|.+\.[01]\.float32")
+PROGRESS_SCHEMA = 2  # the first had no number, and all that had been found so far in every new progress.json
+OWN_FILES = re.compile(r"progress\.(json|new)|found\.\d+\.safetensors|.+\.[01]\.float32")
 # Without its blocks, a mapped file kills the process where the disk is full. macOS cannot reserve them.
 RESERVE = getattr(os, "posix_fallocate", lambda fd, offset, size: os.ftruncate(fd, offset + size))
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far an interrupted run came."""
+
+    next_block: int
+    found: dict[str, np.ndarray]  # what all its commits were given, by name
 
 
 class HiddenStates:
     """Hidden states [N, S, D] by name: in memory, or in two files each, of which one is complete at any time.
 
     With files, what `write` gives for block k is read only after `commit(k + 1)`; a run that is killed in between
-    reads the file of the commit before.
+    reads the file of the commit before. What a commit was given to keep lies in a file of its own, so that every
+    number is written once. It counts when progress.json says so, and that changes in one rename.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None, key: str) -> None:
@@ -39,11 +54,11 @@ class HiddenStates:
         self._folder = folder  # None: in memory
         self._commits = 0
 
-    def progress(self) -> dict[str, Any] | None:
-        """What the last commit of an interrupted run said, None if there was none.
+    def progress(self) -> Progress | None:
+        """What the commits of an interrupted run left, None if there was none.
 
         Raises:
-            OutputError: it was another run.
+            OutputError: it was another run, or one of another version of Fuselage; or a file is damaged or missing.
         """
         if self._folder is None or not (self._folder / PROGRESS_FILE).exists():
             return None
@@ -55,8 +70,22 @@ class HiddenStates:
             raise OutputError(
                 "the folder holds hidden states of another measurement", file=self._folder, hint="give another folder"
             )
+        if saved.get("schema") != PROGRESS_SCHEMA:
+            raise OutputError(
+                "the folder is of another version of Fuselage, which this one cannot go on from",
+                file=self._folder,
+                hint="remove the folder and measure again, or give another one",
+            )
         self._commits = saved["commits"]
-        return saved
+        found: dict[str, np.ndarray] = {}
+        for commit in range(1, self._commits + 1):
+            path = self._found_file(self._folder, commit)
+            try:
+                found |= load(path.read_bytes())
+            except (OSError, SafetensorError) as error:
+                hint = "remove the folder and measure again"
+                raise OutputError(f"cannot be read ({error})", file=path, hint=hint) from error
+        return Progress(saved["next_block"], found)
 
     def read(self, name: str, part: slice, device: torch.device) -> torch.Tensor:
         if self._folder is None:
@@ -71,24 +100,45 @@ class HiddenStates:
             return
         self._mapped(name, self._commits + 1, "r+")[part] = values.float().cpu().numpy()
 
-    def commit(self, next_block: int, sums: Mapping[str, Any]) -> None:
+    def commit(self, next_block: int, found: Mapping[str, np.ndarray]) -> None:
+        """Make all that was written since the last commit count, and keep `found`, arrays under names of their own.
+
+        Raises:
+            OutputError: the disk is full.
+        """
         self._commits += 1
         if self._folder is None:
             return
         path = self._folder / PROGRESS_FILE
         temporary = path.with_suffix(".new")
-        temporary.write_text(
-            json.dumps({"key": self._key, "next_block": next_block, "commits": self._commits, "sums": sums})
-        )
-        os.replace(temporary, path)
+        described = {
+            "schema": PROGRESS_SCHEMA, "key": self._key, "next_block": next_block, "commits": self._commits
+        }  # fmt: skip
+        try:
+            self._found_file(self._folder, self._commits).write_bytes(save(dict(found)))
+            temporary.write_text(json.dumps(described))
+            os.replace(temporary, path)
+        except OSError as error:
+            hint = "free some space, and run again to go on from the last block that was finished"
+            raise OutputError(f"cannot hold progress: {error.strerror}", file=self._folder, hint=hint) from error
+
+    @staticmethod
+    def _found_file(folder: Path, commit: int) -> Path:
+        return folder / f"found.{commit}.safetensors"
 
     def _mapped(self, name: str, commit: int, mode: Literal["r", "r+"]) -> np.memmap:
         if self._folder is None:
             raise AssertionError("Bug: hidden states in memory have no files")
         path = self._folder / f"{name}.{commit % 2}.float32"
-        if mode == "r+" and not path.exists():
-            _make_file(path, 4 * math.prod(self._shape))
-        return np.memmap(path, np.float32, mode, shape=self._shape)
+        size = 4 * math.prod(self._shape)
+        if mode == "r+" and not (path.exists() and path.stat().st_size == size):
+            _make_file(path, size)
+        try:
+            return np.memmap(path, np.float32, mode, shape=self._shape)
+        except (OSError, ValueError) as error:  # ValueError: it was cut short
+            raise OutputError(
+                f"cannot be read ({error})", file=path, hint="remove the folder and measure again"
+            ) from error
 
 
 def _make_file(path: Path, size: int) -> None:
@@ -112,16 +162,17 @@ def states_folder(work: Path | None, needed_bytes: int, budget_bytes: int) -> It
     `work` keeps its files when the measurement is interrupted and loses them, and itself, when it is done.
 
     Raises:
-        OutputError: `work` holds something else, or cannot be made.
+        OutputError: `work` holds something else, is in use by another run, or cannot be made.
     """
     if work is not None:
-        _make_own(work)
-        yield work
-        for name in os.listdir(work):
-            if OWN_FILES.fullmatch(name):
-                (work / name).unlink()
-        with contextlib.suppress(OSError):  # a link to a folder, or somebody else uses it by now
-            work.rmdir()
+        with _own(work):
+            yield work
+            (work / PROGRESS_FILE).unlink()  # first: it means nothing without the others
+            for name in os.listdir(work):
+                if OWN_FILES.fullmatch(name):
+                    (work / name).unlink()
+            with contextlib.suppress(OSError):  # a link to a folder, or somebody else uses it by now
+                work.rmdir()
     elif needed_bytes > budget_bytes:
         with tempfile.TemporaryDirectory(prefix="fuselage-states-") as folder:
             yield Path(folder)
@@ -129,14 +180,26 @@ def states_folder(work: Path | None, needed_bytes: int, budget_bytes: int) -> It
         yield None
 
 
-def _make_own(folder: Path) -> None:
+@contextlib.contextmanager
+def _own(folder: Path) -> Iterator[None]:
+    """Make the folder, or see that nobody else's files are in it, and keep every other run out of it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         others = sorted(n for n in os.listdir(folder) if not OWN_FILES.fullmatch(n) and not n.startswith("."))
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise OutputError(f"cannot be a folder for hidden states: {error.strerror}", file=folder) from error
-    if others:
-        raise OutputError("the folder to resume from holds something else", file=folder, found=", ".join(others[:5]))
+    try:
+        if others:
+            raise OutputError(
+                "the folder to resume from holds something else", file=folder, found=", ".join(others[:5])
+            )
+        if not try_lock(lock):
+            hint = "wait for it, or give another folder"
+            raise OutputError("another run is using the folder to resume from", file=folder, hint=hint)
+        yield
+    finally:
+        os.close(lock)
 
 
 def check_finite(y: torch.Tensor, graph: ModelGraph, index: int) -> None:

@@ -26,13 +26,11 @@ import torch.nn.functional as F
 
 from exporter.errors import PlanError
 from exporter.graph import ModelGraph, ParallelBlocks, members, structure
-from exporter.hidden_states import HiddenStates, check_finite, states_folder
+from exporter.hidden_states import DEFAULT_BATCH, DEFAULT_BUDGET_BYTES, HiddenStates, check_finite, states_folder
 from exporter.reference import LOGITS_TOGETHER, LoadedBlock, Reference
 
 Kind = Literal["block", "attention", "ffn"]
 KINDS: tuple[Kind, ...] = ("block", "attention", "ffn")
-DEFAULT_BUDGET_BYTES = 4 << 30
-DEFAULT_BATCH = 8  # windows that go through a block at a time
 TOKENS_TOGETHER = 4096  # of several variants: so many tokens go through a block in one call, if there are as many
 
 
@@ -177,23 +175,19 @@ class _Run:
         self._tokens = torch.from_numpy(tokens)
         self._slices = [slice(start, start + batch) for start in range(0, len(tokens), batch)]
         self._span = reference.span((1, tokens.shape[1]), None)
-        count = last - first + 1
-        # Sums over tokens; JSON data, because that is how an interrupted run finds them again.
-        self._sums: dict[str, Any] = {
-            "matrices": {kind: np.full((count, count), math.nan).tolist() for kind in KINDS},
-            "curves": np.full((3, count), math.nan).tolist(),
-        }
+        # Of every block of the range: its column of each kind's matrix, "<kind>.<index>" [n], and of the three curves,
+        # "curves.<index>" [3].
+        self._columns: dict[str, np.ndarray] = {}
 
     def remaining(self, stop: int) -> range:
         saved = self._states.progress()
         if saved is None:
             for part in self._slices:
-                embedded = next(iter(self._reference.residuals(self._tokens[part], None)))
-                self._states.write("base", part, embedded)
-            self._states.commit(0, self._sums)
+                self._states.write("base", part, self._reference.embed(self._tokens[part]))
+            self._states.commit(0, {})
             return range(stop)
-        self._sums = saved["sums"]
-        return range(saved["next_block"], stop)
+        self._columns = saved.found
+        return range(saved.next_block, stop)
 
     @torch.inference_mode()
     def block(self, index: int) -> None:
@@ -231,28 +225,26 @@ class _Run:
             for removal in fresh:
                 self._states.write(removal.name, part, _without(block, removal.kind, x, attention, self._span))
             self._states.write("base", part, y)
+        columns: dict[str, np.ndarray] = {}
         if in_range:
-            column = index - self._first
             count = self._tokens.numel()
+            columns = {f"{kind}.{index}": np.full(self._last - self._first + 1, math.nan) for kind in KINDS}
             for removal, distance in distances.items():
-                self._sums["matrices"][removal.kind][removal.block - self._first][column] = distance / count
-            for row in range(3):
-                self._sums["curves"][row][column] = curves[row] / count
-        self._states.commit(index + 1, self._sums)
+                columns[f"{removal.kind}.{index}"][removal.block - self._first] = distance / count
+            columns[f"curves.{index}"] = curves / count
+        self._states.commit(index + 1, columns)
+        self._columns |= columns
 
     @torch.inference_mode()
     def result(self, *, importance: bool, kl: bool) -> Dependency:
         count = self._last - self._first + 1
-        output, contribution, relative = (np.array(row) for row in self._sums["curves"])
+        output, contribution, relative = self._matrix("curves")
         result = Dependency(
             source_layers=[list(entry.source_layers) for entry in self._graph.blocks],
             first=self._first,
             last=self._last,
             tokens=self._tokens.numel(),
-            matrices={
-                kind: np.array(self._sums["matrices"][kind])
-                for kind in dict.fromkeys(removal.kind for removal in self._removals)
-            },
+            matrices={kind: self._matrix(kind) for kind in dict.fromkeys(removal.kind for removal in self._removals)},
             distance_of_output=output,
             distance_of_contribution=contribution,
             relative_contribution=relative,
@@ -271,6 +263,9 @@ class _Run:
             if kl:
                 result.kl.setdefault(removal.kind, np.full(count, math.nan))[column] = divergence / tokens
         return result
+
+    def _matrix(self, name: str) -> np.ndarray:
+        return np.stack([self._columns[f"{name}.{index}"] for index in range(self._first, self._last + 1)], axis=1)
 
     def _kl(self, base: torch.Tensor, variant: torch.Tensor) -> float:
         """Sum over tokens of KL(base || variant), of last hidden states [n, S, D]."""

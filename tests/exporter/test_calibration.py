@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +37,7 @@ from exporter.safetensors_io import FileTensor
 from exporter.writers.files import save_folder
 from tests.tiny import quantized_graph, tiny_graph
 
+ROOT = Path(__file__).parent.parent.parent
 TOKENS = np.random.default_rng(1).integers(0, 97, (5, 16))
 
 
@@ -177,6 +181,84 @@ def test_resumes_where_it_was_interrupted(tmp_path: Path) -> None:
     assert all(np.allclose(again.ranges[name], whole.ranges[name], rtol=1e-6) for name in whole.ranges)
 
 
+# Calibrates in a child process that is killed before its first, second, ... file-system call, and then once more in
+# the same folder. Prints for every kill the block that the second run began with.
+VICTIMS = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np, torch
+from exporter.calibration import calibrate
+from tests.tiny import tiny_graph
+
+torch.set_num_threads(1)
+graph = tiny_graph("AF - F")
+tokens = np.random.default_rng(1).integers(0, 97, (5, 16))
+folder = Path(sys.argv[1])
+
+def measure(work, progress=None):
+    return calibrate(graph, tokens, text="random", percentile=99.0, work=work, progress=progress).ranges
+
+CALLS = ("open", "mmap.__new__", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.mkdir")
+calls = 0
+
+def trap(fatal):
+    def hook(event, arguments):
+        global calls
+        calls += event in CALLS
+        if event in CALLS and calls == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+
+whole = measure(folder / "whole")
+for fatal in range(1, 1000):
+    work = folder / str(fatal)
+    pid = os.fork()
+    if pid == 0:
+        trap(fatal)
+        measure(work)
+        os._exit(0)
+    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != -signal.SIGKILL:
+        break
+    begun = []
+    again = measure(work, lambda done, total: begun.append(done))
+    assert again.keys() == whole.keys()
+    assert all((again[name] == whole[name]).all() for name in whole), fatal
+    assert not work.exists(), fatal
+    print(begun[0], flush=True)
+"""
+
+
+def test_killed_before_every_single_call(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-c", VICTIMS, str(tmp_path)]
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment)
+    assert result.returncode == 0, result.stderr
+    begun = [int(line) for line in result.stdout.split()]
+    assert len(begun) > 30  # as many kills
+    finished = begun.index(3)
+    assert begun[:finished] == sorted(begun[:finished])
+    assert set(begun) == {0, 1, 2, 3}  # a block that was finished is not done again
+    assert set(begun[finished:]) == {0, 3}  # and once the folder is being emptied, all of them are, or none
+
+
+def test_a_commit_writes_what_is_new(tmp_path: Path) -> None:
+    """Every range is written once: what a commit writes does not grow with the blocks before it."""
+    before: dict[str, os.stat_result] = {}
+    written: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        if done == total:
+            return
+        files = {path.name: path.stat() for path in tmp_path.iterdir() if path.suffix != ".float32"}
+        written.append(sum(now.st_size for name, now in files.items() if now != before.get(name)))
+        before.update(files)
+
+    calibrate(tiny_graph(" ".join(["F"] * 20)), TOKENS, text="random", work=tmp_path, progress=progress)
+    by_commit = written[1:]  # the first commits the embeddings
+    assert len(by_commit) == 19
+    assert (64 + 256) * 4 < min(by_commit) <= max(by_commit) < (64 + 256) * 4 + 500
+
+
 def interrupted(work: Path) -> None:
     """Leave in `work` what a run over TOKENS leaves there when it is killed in its second block."""
 
@@ -195,6 +277,54 @@ NOT_OURS: dict[str, tuple[Callable[[Path], object], str]] = {
     "somebody else's progress": (lambda work: (work / "progress.json").write_text("[]"), "another measurement"),
     "rubbish": (lambda work: (work / "progress.json").write_text("{"), "progress.json: malformed"),
 }
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def progress(done: int, _total: int) -> None:
+        if done == 1:
+            with pytest.raises(OutputError) as caught:
+                calibrate(tiny_graph("AF F"), TOKENS, text="random", work=tmp_path / "w")
+            refused.append(str(caught.value))
+
+    calibrate(tiny_graph("AF F"), TOKENS, text="random", work=tmp_path / "w", progress=progress)
+    assert "another run is using the folder" in refused[0]
+    assert not (tmp_path / "w").exists()
+
+
+def first_schema(work: Path) -> None:
+    """progress.json as the version wrote it that kept all ranges in it."""
+    saved = json.loads((work / "progress.json").read_text())
+    del saved["schema"]
+    (work / "progress.json").write_text(json.dumps(saved | {"sums": {"0.ffn.norm": [1.0] * 64}}))
+
+
+DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "of the version before": (first_schema, "of another version of Fuselage.*Remove the folder"),
+    "ranges are missing": (
+        lambda work: (work / "found.2.safetensors").unlink(),
+        r"found\.2\.safetensors: cannot be read",
+    ),
+    "hidden states are missing": (lambda work: (work / "x.0.float32").unlink(), r"x\.0\.float32: cannot be read"),
+    "hidden states are cut short": (
+        lambda work: os.truncate(work / "x.0.float32", 8),
+        r"x\.0\.float32: cannot be read",
+    ),
+    "ranges are cut short": (
+        lambda work: os.truncate(work / "found.2.safetensors", 100),
+        r"found\.2\.safetensors: cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_progress_that_cannot_be_gone_on_from(case: str, tmp_path: Path) -> None:
+    interrupted(tmp_path)
+    change, message = DAMAGED[case]
+    change(tmp_path)
+    with pytest.raises(OutputError, match=message):
+        calibrate(tiny_graph("AF F"), TOKENS, text="random", work=tmp_path)
 
 
 @pytest.mark.parametrize("case", NOT_OURS)
@@ -218,6 +348,15 @@ def test_a_full_disk_is_found_before_it_is_written_to(tmp_path: Path, monkeypatc
     with pytest.raises(OutputError, match=f"No space left on device: expected {size}"):
         calibrate(tiny_graph("AF F"), TOKENS, text="random", work=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_with_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OutputError, match=r"cannot hold progress: No space left on device\. Free some space"):
+        calibrate(tiny_graph("AF F"), TOKENS, text="random", work=tmp_path)
 
 
 def test_codes_are_not_calibrated() -> None:
@@ -281,10 +420,17 @@ def test_a_percentile_that_is_none(percentile: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"{}", b"[]", b'{"fingerprint": 1, "text": "", "tokens": "x", "percentile": null}']
+    "content",
+    [
+        b"{}",
+        b"[]",
+        b'{"fingerprint": "1", "text": "", "tokens": "x", "percentile": null}',
+        b'{"fingerprint": "1", "text": "", "tokens": 1, "percentile": 1' + b"0" * 400 + b"}",  # beyond a float
+    ],
+    ids=["empty", "a list", "a string", "a huge number"],
 )
 def test_malformed_files(content: bytes, tmp_path: Path) -> None:
     files = calibration_files(calibrate(tiny_graph("AF"), TOKENS, text="random"))
     save_folder(tmp_path / "c", {**files, "calibration.json": content}.items(), kind="calibration", details={})
-    with pytest.raises(CalibrationError, match="malformed"):
+    with pytest.raises(CalibrationError, match=r"malformed calibration \(\w*: (Input|Field)"):
         read_calibration(tmp_path / "c")
