@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -57,22 +58,33 @@ class Content(Protocol):
 
 
 class FileCopy:
-    """The bytes of an existing file."""
+    """The bytes of an existing file.
+
+    Raises:
+        CheckpointError: it is not there, cannot be read or changes its size while it is.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.nbytes = path.stat().st_size
+        with self._reading():
+            self.nbytes = path.stat().st_size
 
     def chunks(self) -> Iterator[Any]:
-        """Yield the file's bytes.
+        """Yield the file's bytes."""
+        copied = 0
+        with self._reading(), self._path.open("rb", buffering=0) as file:
+            while piece := file.read(COPY_CHUNK):
+                copied += len(piece)
+                yield piece
+        if copied != self.nbytes:
+            raise CheckpointError(
+                "file changed while it was read", file=self._path, expected=f"{self.nbytes} bytes", found=copied
+            )
 
-        Raises:
-            CheckpointError: the file cannot be read.
-        """
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
         try:
-            with self._path.open("rb", buffering=0) as file:
-                while piece := file.read(COPY_CHUNK):
-                    yield piece
+            yield
         except OSError as error:
             raise CheckpointError(f"cannot be read ({error.strerror or error})", file=self._path) from error
 
@@ -146,20 +158,20 @@ def save_file(output: Path, content: bytes, *, force: bool = False) -> None:
         OutputError: it exists (and not `force`), or cannot be written.
     """
     refuse_existing_file(output, force=force)
-    temporary = output.absolute().parent / f".{output.name}.partial-{os.getpid()}"
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(output)
-        _fsync_folder(output.absolute().parent)
+        with _parent_of(output) as parent:
+            temporary = parent / f".{output.name}.partial-{os.getpid()}"
+            try:
+                with temporary.open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(output)
+                _fsync_folder(parent)
+            finally:
+                temporary.unlink(missing_ok=True)
     except OSError as error:
         raise _output_error(error, output) from error
-    finally:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            temporary.unlink()
 
 
 def refuse_existing_file(output: Path, *, force: bool) -> None:
@@ -180,13 +192,14 @@ def refuse_existing(output: Path, *, force: bool) -> None:
     _refuse_unwritable_parent(output)
 
 
-def refuse_foreign(output: Path) -> None:
+def refuse_foreign(output: Path, *, deeper: str) -> None:
     """Raise OutputError if folders of ours cannot be put into `output`, or would lie there among other people's files.
 
-    It need not exist; if it holds any file, then one of the folders in it, or in these, is ours or was to become it.
+    It need not exist; if it holds any file, then one of the folders in it, in these, or where the pattern `deeper`
+    leads is ours or was to become it.
     """
     _refuse_unwritable_parent(output / MANIFEST)
-    ours = (f"{folders}/{name}" for folders in ("*", "*/*") for name in (MANIFEST, MARKER))
+    ours = (f"{folders}/{name}" for folders in ("*", "*/*", deeper) for name in (MANIFEST, MARKER))
     if any(path.is_file() for path in output.rglob("*")) and not any(any(output.glob(pattern)) for pattern in ours):
         raise OutputError(
             "refusing to write into a folder of something else",
@@ -202,6 +215,8 @@ def _refuse_unwritable_parent(output: Path) -> None:
         raise OutputError("output cannot be created: not a folder", file=parent)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError("output cannot be created: no write permission", file=parent)
+    if len(os.fsencode(output.name)) > os.pathconf(parent, "PC_NAME_MAX") - len("..partial-12345678"):
+        raise OutputError("output cannot be created: its name is too long", file=output)
 
 
 def refuse_incomplete(folder: Path) -> None:
@@ -215,6 +230,11 @@ def refuse_incomplete(folder: Path) -> None:
 def bytes_of(content: Content | bytes) -> int:
     """How large a file of this content is; reads nothing."""
     return len(content) if isinstance(content, bytes) else content.nbytes
+
+
+def sizes_of(contents: Iterable[tuple[str, Content | bytes]]) -> dict[str, int]:
+    """How large the files of a folder are, by name; reads nothing."""
+    return {name: bytes_of(content) for name, content in contents}
 
 
 def size_text(nbytes: int) -> str:
@@ -323,37 +343,42 @@ def json_bytes(value: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def _partial_folder(output: Path, needed: int) -> Iterator[Path]:
-    """Give a marked and locked temporary folder beside `output`; remove it unless it was published."""
+def _parent_of(output: Path) -> Iterator[Path]:
+    """Make the folders above `output`, and remove those again if what is done in them fails."""
     parent = output.absolute().parent
     made = [path for path in (parent, *parent.parents) if not os.path.lexists(path)]
-    prefix = f".{output.name}.partial-"
-    partial: Path | None = None
-    lock = -1
-    published = False
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(parent, prefix)
-        free = shutil.disk_usage(parent).free
-        if needed > free:
-            raise OutputError(
-                "not enough disk space", file=parent, expected=f"{size_text(needed)} free", found=size_text(free)
-            )
-        partial, lock = _make_locked(parent, prefix)
-        (partial / MARKER).touch()
-        yield partial
-        published = True
+        yield parent
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):  # somebody else may use it by now
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _partial_folder(output: Path, needed: int) -> Iterator[Path]:
+    """Give a marked and locked temporary folder beside `output`; remove it unless it was published."""
+    prefix = f".{output.name}.partial-"
+    try:
+        with _parent_of(output) as parent:
+            _remove_stale(parent, prefix)
+            free = shutil.disk_usage(parent).free
+            if needed > free:
+                raise OutputError(
+                    "not enough disk space", file=parent, expected=f"{size_text(needed)} free", found=size_text(free)
+                )
+            partial, lock = _make_locked(parent, prefix)
+            try:
+                (partial / MARKER).touch()
+                yield partial
+            finally:
+                if os.path.isdir(partial):  # a failed write, or the folder that --force replaced
+                    _remove_folder(partial)
+                os.close(lock)
     except OSError as error:
         raise _output_error(error, output) from error
-    finally:
-        if partial is not None and os.path.isdir(partial):  # a failed write, or the folder that --force replaced
-            _remove_folder(partial)
-        if lock >= 0:
-            os.close(lock)
-        if not published:
-            for folder in made:
-                with contextlib.suppress(OSError):  # somebody else may use it by now
-                    folder.rmdir()
 
 
 def _make_locked(parent: Path, prefix: str) -> tuple[Path, int]:
@@ -362,13 +387,13 @@ def _make_locked(parent: Path, prefix: str) -> tuple[Path, int]:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         with contextlib.suppress(FileNotFoundError):  # another run took the folder for a stale one before we locked it
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            if _try_lock(lock) and os.path.isdir(folder):
+            if try_lock(lock) and os.path.isdir(folder):
                 return folder, lock
             os.close(lock)
 
 
-def _try_lock(fd: int) -> bool:
-    """False if another process holds the lock. Where a file system has no locks, nobody is locked out."""
+def try_lock(fd: int) -> bool:
+    """Lock an open folder until it is closed. False if another process has; without locks there, nobody is kept out."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -519,15 +544,22 @@ class _Flushing:
 
 def _publish(partial: Path, output: Path, *, force: bool) -> None:
     for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
-        folder.chmod(0o755)
         _fsync_folder(folder)
+    partial.chmod(_mode_of_folders(partial))
     (partial / MARKER).unlink()
     _fsync_folder(partial)
+    refuse_existing(output, force=force)  # again: hours may have gone by since
     if force and os.path.lexists(output):
         _exchange(partial, output)  # now `partial` is the old folder, which the caller removes
     else:
         partial.rename(output)
     _fsync_folder(output.absolute().parent)
+
+
+def _mode_of_folders(partial: Path) -> int:
+    """The mode that mkdir would have given to `partial`, which `tempfile` made for its owner alone."""
+    of_files = stat.S_IMODE((partial / MARKER).stat().st_mode)  # 0o666 without the umask
+    return of_files | (of_files & 0o444) >> 2 | (partial.stat().st_mode & stat.S_ISGID)
 
 
 def _exchange(new: Path, old: Path) -> None:

@@ -28,7 +28,7 @@ from exporter.architectures.base import (
 )
 from exporter.architectures.quantization import HF_QUANT_CONFIG, MODELOPT, Layout
 from exporter.dtypes import DType
-from exporter.errors import FuselageError, TargetError, differences, raise_all
+from exporter.errors import FuselageError, TargetError, raise_all
 from exporter.graph import (
     FFN,
     Activation,
@@ -49,7 +49,8 @@ from exporter.lazy import LazyTensor, concat, full, pad
 from exporter.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from exporter.safetensors_io import INDEX_FILE, shard_tensors
 from exporter.writers import hf_quantization
-from exporter.writers.files import Content, FileCopy, bytes_of, json_bytes
+from exporter.writers.files import Content, FileCopy, json_bytes
+from exporter.writers.model_wide import differences
 
 CONFIG = "config.json"
 NEMOTRON_NAS = nemotron_nas.FAMILY.name
@@ -79,17 +80,8 @@ def check(graph: ModelGraph, options: Options) -> list[FuselageError]:
     return [*_problems(graph), *hf_quantization.check(graph, options.quantization_layout)]
 
 
-def plan(graph: ModelGraph, options: Options) -> dict[str, int]:
-    """Return the bytes of every file that `emit` would give, by name; reads no weight.
-
-    Raises:
-        TargetError: `check` finds a problem.
-    """
-    return {name: bytes_of(content) for name, content in emit(graph, options)}
-
-
 def emit(graph: ModelGraph, options: Options) -> Iterator[tuple[str, Content | bytes]]:
-    """Return the folder's files: config, code, weights in the order of the forward pass, assets.
+    """Return the folder's files: config, code, weights in the order of the forward pass, assets. Reads no weight yet.
 
     Raises:
         TargetError: `check` finds a problem; at once, not at the first file.

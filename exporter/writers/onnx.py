@@ -27,7 +27,7 @@ from exporter.network import (
 )
 from exporter.safetensors_io import Shards
 from exporter.wide_ffn import wide_ffn_problems
-from exporter.writers.files import Content, bytes_of, json_bytes
+from exporter.writers.files import Content, json_bytes
 from exporter.writers.onnx_graph import Form, NetworkBuilder, cache_slots
 from exporter.writers.onnx_options import (
     NETWORK_DTYPES,
@@ -79,11 +79,6 @@ def check_structure(graph: ModelGraph, options: Options) -> list[FuselageError]:
     for file in sorted({file for file in files if files.count(file) > 1}):
         problems.append(TargetError("two networks have one name", found=file, hint="give each network its own name"))
     return problems
-
-
-def plan(graph: ModelGraph, options: Options) -> dict[str, int]:
-    """Return the files that `emit` would write and their sizes in bytes; no tensor is read."""
-    return {name: bytes_of(content) for name, content in emit(graph, options)}
 
 
 def emit(graph: ModelGraph, options: Options) -> Iterator[tuple[str, Content | bytes]]:
@@ -275,5 +270,4 @@ __all__ = [
     "check_structure",
     "emit",
     "options_for",
-    "plan",
 ]

@@ -25,12 +25,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from exporter.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
-from exporter.errors import FuselageError, TargetError, differences, raise_all
+from exporter.errors import FuselageError, TargetError, raise_all
 from exporter.graph import FFN, Activation, Attention, LinearSublayer, ModelGraph, RMSNorm, linears, weights
 from exporter.lazy import LazyTensor, cast, pad, slice_rows
 from exporter.safetensors_io import SafetensorsFile
 from exporter.writers import trtllm_formats
-from exporter.writers.files import Content, FileCopy, bytes_of, json_bytes
+from exporter.writers.files import Content, FileCopy, json_bytes
+from exporter.writers.model_wide import differences
 from exporter.writers.trtllm_config import (
     CHECKPOINT_FILE,
     CONFIG,
@@ -79,17 +80,8 @@ def check(graph: ModelGraph, options: Options) -> list[FuselageError]:
     return problems or list(_format_problems(_mapped(graph, options)))
 
 
-def plan(graph: ModelGraph, options: Options) -> dict[str, int]:
-    """Return the bytes of every file that `emit` would give, by name; reads no weight.
-
-    Raises:
-        TargetError: `check` finds a problem.
-    """
-    return {name: bytes_of(content) for name, content in emit(graph, options)}
-
-
 def emit(graph: ModelGraph, options: Options) -> Iterator[tuple[str, Content | bytes]]:
-    """Return the folder's files: config, model class if it needs ours, one weight file per rank.
+    """Return the folder's files: config, model class if it needs ours, one weight file per rank. Reads no weight yet.
 
     Raises:
         TargetError: `check` finds a problem; at once, not at the first file.

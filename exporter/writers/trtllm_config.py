@@ -25,6 +25,7 @@ from exporter.manifests import manifest_from_json
 from exporter.network import Count, FileName, Positive
 from exporter.rope import LinearScaling, Llama3Scaling, Rope
 from exporter.safetensors_io import read_json
+from exporter.structure import StructureJson
 from exporter.writers.files import json_bytes
 from exporter.writers.trtllm_formats import KV_ALGOS, Format, exclude_modules
 from exporter.writers.trtllm_layout import Layer, Module, Rank, modules_of, stages
@@ -66,7 +67,7 @@ class CheckpointManifest(_Strict):
     vocab_size: Positive
     max_positions: Positive
     ranks: tuple[RankFile, ...] = Field(min_length=1)
-    structure: dict[str, Any]  # see exporter.graph.structure
+    structure: StructureJson
 
 
 def read_checkpoint_manifest(folder: Path) -> CheckpointManifest:

@@ -92,7 +92,22 @@ def test_a_folder_is_saved_with_its_manifest(workers: int, tmp_path: Path) -> No
     assert sum(written) == sum(map(len, EXPECTED.values()))
     assert check_folder(output, "checkpoint", hashes=True) == manifest == read_manifest(output)
     assert os.listdir(output.parent) == ["out"]
-    assert output.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002, 0o027])
+def test_folders_have_the_permissions_that_mkdir_gives(umask: int, tmp_path: Path) -> None:
+    """Also the bit that makes new files belong to the group of a shared folder."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o2777)
+    before = os.umask(umask)
+    try:
+        (shared / "by mkdir").mkdir()
+        save(shared / "out")
+    finally:
+        os.umask(before)
+    assert shared.joinpath("out").stat().st_mode == shared.joinpath("by mkdir").stat().st_mode
+    assert shared.joinpath("out", "weights").stat().st_mode == shared.joinpath("by mkdir").stat().st_mode
 
 
 def test_the_fingerprint_is_of_names_and_contents(tmp_path: Path) -> None:
@@ -165,7 +180,7 @@ def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
 
 
 def test_a_name_that_no_file_system_takes(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="its name is too long"):
         save(tmp_path / ("x" * 300))
     assert os.listdir(tmp_path) == []
 
@@ -231,6 +246,18 @@ def test_a_source_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read \(No such file"):
         save(tmp_path / "out", [("tokenizer.json", copy)])
     assert os.listdir(tmp_path) == []
+
+
+def test_a_source_that_changes_is_named(tmp_path: Path) -> None:
+    source = tmp_path / "tokenizer.json"
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read \(No such file"):
+        FileCopy(source)
+    source.write_bytes(b"x" * 100)
+    copy = FileCopy(source)
+    source.write_bytes(b"x" * 99)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: file changed.*expected 100 bytes, found 99"):
+        save(tmp_path / "out", [("tokenizer.json", copy)])
+    assert os.listdir(tmp_path) == ["tokenizer.json"]
 
 
 def test_a_failure_in_one_thread_stops_the_others(tmp_path: Path) -> None:
@@ -424,9 +451,39 @@ def test_two_runs_for_one_output_the_second_loses(tmp_path: Path) -> None:
     def overtake(index: int) -> None:
         save(output, [("first", b"1")])
 
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="output exists"):
         save(output, [("second", Pieces([b"2"], 1, overtake))])
     assert set(listing(tmp_path)) == {"out/first", f"out/{MANIFEST}"}
+
+
+def somebody_elses_folder(output: Path) -> None:
+    output.mkdir()
+    (output / "thesis.tex").write_text("years")
+
+
+def link_to_a_folder_of_ours(output: Path) -> None:
+    save(output.parent / "elsewhere")
+    output.symlink_to(output.parent / "elsewhere")
+
+
+MEANWHILE: dict[str, Callable[[Path], None]] = {
+    "somebody else's folder": somebody_elses_folder,
+    "a link": link_to_a_folder_of_ours,
+    "a file": lambda output: output.write_text("years") and None,
+}
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("case", MEANWHILE)
+def test_what_appears_at_the_output_meanwhile_stays(case: str, force: bool, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    content = Pieces([b"2"], 1, lambda index: MEANWHILE[case](output))
+    with pytest.raises(OutputError, match=r"output exists|refusing to replace"):
+        save(output, [("a", content)], force=force)
+    (tmp_path / "expected").mkdir()
+    MEANWHILE[case](tmp_path / "expected" / "out")
+    expected = listing(tmp_path / "expected")
+    assert {name: raw for name, raw in listing(tmp_path).items() if not name.startswith("expected/")} == expected
 
 
 # --- leftovers of dead runs
@@ -616,3 +673,8 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
         save_file(path, b"four", force=True)
     assert path.read_bytes() == b"three"
     assert os.listdir(path.parent) == ["results.json"]
+    with pytest.raises(OutputError, match="No space left"):
+        save_file(tmp_path / "newer" / "still" / "results.json", b"five")
+    with pytest.raises(OutputError, match="its name is too long"):
+        save_file(tmp_path / "newer" / ("x" * 250), b"six")
+    assert sorted(os.listdir(tmp_path)) == ["folder", "new"]

@@ -31,8 +31,8 @@ from exporter.passes.quantize_linears import quantize_linears
 from exporter.pipeline import checkpoint_writing
 from exporter.quantization import QuantizationRecipe
 from exporter.read import open_model
-from exporter.writers.files import save_folder
-from exporter.writers.hf import NEMOTRON_NAS, Options, as_written, check, config_of, emit, layout_of, plan
+from exporter.writers.files import save_folder, sizes_of
+from exporter.writers.hf import NEMOTRON_NAS, Options, as_written, check, config_of, emit, layout_of
 from exporter.writers.hf_quantization import layout_to_keep, scheme_of
 from exporter.writers.hf_readers import QUANTIZATION_RULES, READERS, Severity, check_for
 from tests.exporter.writers.test_hf import differences
@@ -224,7 +224,7 @@ def test_a_plain_model_stays_plain_and_a_fused_one_keeps_its_code(tmp_path: Path
     assert layout_of(QUANTIZED["fp8"], Options()) == "llama"
     fused = quantized_graph(FUSED, "fp8-rowwise")
     assert layout_of(fused, Options()) == NEMOTRON_NAS
-    assert {"modeling_decilm.py", "configuration_decilm.py"} <= set(plan(fused, Options()))
+    assert {"modeling_decilm.py", "configuration_decilm.py"} <= set(sizes_of(emit(fused, Options())))
     assert "quantization_config" not in config_of(PLAIN, Options(quantization_layout="modelopt"))
 
 
@@ -366,7 +366,7 @@ def test_structure_alone(tmp_path: Path) -> None:
         assert not structure.has_bytes
         assert structure.weight_bytes == full.weight_bytes == QUANTIZED["fp8"].weight_bytes
         options = Options(quantization_layout=layout)
-        assert plan(structure, options) == plan(full, options)
+        assert sizes_of(emit(structure, options)) == sizes_of(emit(full, options))
 
 
 # --- what is refused
@@ -468,7 +468,7 @@ def test_checking_computes_no_scale_that_is_shared() -> None:
     graph = with_linears(SMALL, **dict.fromkeys(names, with_scale))
     assert check(graph, Options()) == []
     assert {p.reader.name for p in check_for(graph, Options(), READERS)} == {"transformers", "mlx-lm", "sglang"}
-    plan(graph, Options())
+    sizes_of(emit(graph, Options()))
 
 
 # --- who reads what

@@ -25,11 +25,11 @@ from exporter.network import network_manifest_from_json
 from exporter.rope import Llama3Scaling, Rope
 from exporter.safetensors_io import read_safetensors
 from exporter.writers import onnx as writer
-from exporter.writers.files import save_folder
+from exporter.writers.files import save_folder, sizes_of
 from exporter.writers.onnx import PRESETS, Network, Options, options_for
 from exporter.writers.onnx_graph import IR_VERSION, OPS, OPSET
 from exporter.writers.onnx_options import stored_dtype
-from exporter.writers.onnx_weights import RopeTable
+from exporter.writers.onnx_weights import RopeTable, WeightStore
 from tests.tiny import quantized_graph, tiny_graph
 
 SMALL_BYTES = 64  # constants of shapes, axes and splits may be in the .onnx file; kv_pos is the one larger exception
@@ -207,7 +207,7 @@ def interface(values: object) -> dict[str, tuple[int, list[int | str]]]:
 
 def test_plan_announces_what_emit_writes(graph: ModelGraph, options: Options, folder: Path) -> None:
     written = {path.name: path.stat().st_size for path in folder.iterdir() if "manifest" not in path.name}
-    assert writer.plan(graph, options) == written
+    assert sizes_of(writer.emit(graph, options)) == written
 
 
 def test_tensorrt_has_fixed_sizes_and_no_shape_arithmetic(tmp_path: Path) -> None:
@@ -222,9 +222,24 @@ def test_one_network_per_batch_over_one_weight_file(tmp_path: Path) -> None:
     graph = GRAPHS["llama"]()
     one = options_for({"tensorrt": BFLOAT16}, max_positions=64)
     networks = tuple(replace(one.networks[0], batch=batch, name=f"batch_{batch}") for batch in (1, 4))
-    plan = writer.plan(graph, replace(one, networks=networks))
+    plan = sizes_of(writer.emit(graph, replace(one, networks=networks)))
     assert set(plan) == {"network.json", "batch_1.onnx", "batch_4.onnx", "weights.safetensors"}
-    assert plan["weights.safetensors"] == writer.plan(graph, one)["weights.safetensors"]
+    assert plan["weights.safetensors"] == sizes_of(writer.emit(graph, one))["weights.safetensors"]
+
+
+@pytest.mark.parametrize("order", [(FLOAT16, BFLOAT16), (BFLOAT16, FLOAT16), (FLOAT32, BFLOAT16, FLOAT16)], ids=str)
+def test_parts_of_several_dtypes_lose_nothing(order: tuple[DType, ...]) -> None:
+    """float16 has the finer steps and bfloat16 the wider range: only float32 holds a stack of both."""
+    values = np.array([[1 + 2.0**-10, -3e38, 2.0**-100, 65504.0]])
+    with np.errstate(over="ignore"):
+        parts = [array(values.astype(np.float32).astype(dtype.numpy)) for dtype in order]
+    store = WeightStore(lambda dtype: dtype)
+    reference = store.parameter("packed", parts)
+    [file] = store.shards(1 << 20).files.values()
+    stored = b"".join(bytes(piece) for piece in file.chunks())[file.offsets["packed"] :]
+    expected = np.concatenate([part.numpy().astype(np.float32) for part in parts])
+    assert (reference.dtype, reference.shape) == (FLOAT32, expected.shape)
+    np.testing.assert_array_equal(np.frombuffer(stored, np.float32).reshape(expected.shape), expected)
 
 
 def test_weights_in_shards(tmp_path: Path) -> None:

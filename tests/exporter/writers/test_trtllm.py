@@ -40,8 +40,8 @@ from exporter.read import open_model
 from exporter.reference import Reference
 from exporter.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from exporter.writers import hf
-from exporter.writers.files import save_folder
-from exporter.writers.trtllm import Options, check, emit, plan, tensors_of_ranks
+from exporter.writers.files import save_folder, sizes_of
+from exporter.writers.trtllm import Options, check, emit, tensors_of_ranks
 from exporter.writers.trtllm_config import read_checkpoint_manifest
 from tests.exporter.writers.trtllm_loader import Assembled, assembled, expected_tensors, load, logits
 from tests.tiny import quantized_graph, tiny_graph
@@ -263,7 +263,7 @@ def test_kv_cache_scales(dtype: DType, k_amax: float, expected: float, tmp_path:
     assert assembled(loaded).kv_scales == pytest.approx({0: expected, 2: expected})
     manifest = read_checkpoint_manifest(tmp_path / "out")
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
-    assert sizes == plan(graph, Options(tp_size=2))
+    assert sizes == sizes_of(emit(graph, Options(tp_size=2)))
     assert manifest.ranks[0].kv_bytes_per_token == 2 * 2 * 1 * 16  # two layers, k and v, one head, one byte
 
 
