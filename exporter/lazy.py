@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from exporter.dtypes import BFLOAT16, BY_NAME, FLOAT8_E4M3FN, FLOAT32, FLOAT64, DType
+from exporter.dtypes import BFLOAT16, BY_NAME, FLOAT8_E4M3FN, FLOAT16, FLOAT32, FLOAT64, DType
 from exporter.errors import CheckpointError, GraphError
 
 # Small enough for the arithmetic nodes to stay in a core's L2 cache, large enough to hide a system call.
@@ -154,6 +154,16 @@ class Derived(LazyTensor):
     def widest_row_nbytes(self) -> int:
         return max(self.row_nbytes, *(source.widest_row_nbytes for source in self.sources))
 
+    def _rounded(self, values: np.ndarray) -> np.ndarray:
+        """What was computed from the first source, in this dtype; an error names the tensor of a file that this is."""
+        try:
+            return _rounded(values, self.dtype)
+        except CheckpointError as error:
+            leaf, *others = leaves(self.sources[0])
+            if not others:
+                error.tensor, error.file = getattr(leaf, "name", None), getattr(leaf, "path", None)
+            raise
+
 
 class _ConcatRows(Derived):
     __slots__ = ()
@@ -243,7 +253,7 @@ class _Scale(Derived):
             product *= factors.rows(0, factors.num_rows).astype(wide.numpy)
         else:
             product *= factors.rows(start, stop).astype(wide.numpy)[:, None]
-        return _rounded(product, self.dtype)
+        return self._rounded(product)
 
     def cut_columns(self, start: int, stop: int) -> LazyTensor:
         source, factors = self.sources
@@ -269,7 +279,7 @@ class _Cast(Derived):
     __slots__ = ()
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        return _rounded(self.sources[0].rows(start, stop), self.dtype)
+        return self._rounded(self.sources[0].rows(start, stop))
 
     def cut_columns(self, start: int, stop: int) -> LazyTensor:
         return cast(slice_columns(self.sources[0], start, stop), self.dtype)
@@ -311,7 +321,7 @@ class _Computed(Derived):
 
 
 def _rounded(values: np.ndarray, dtype: DType) -> np.ndarray:
-    """Round once, to nearest even; an integer format saturates and has 0 for NaN.
+    """Round once, to nearest even; an integer format saturates and has 0 for NaN, and float16 gets no new infinities.
 
     ml_dtypes takes float64 to its formats by way of float32, which would round twice: the step to float32 rounds to
     odd here, which keeps the second rounding right (Boldo and Melquiond, "When double rounding is odd").
@@ -327,8 +337,26 @@ def _rounded(values: np.ndarray, dtype: DType) -> np.ndarray:
         bits -= np.abs(nearest) > np.abs(values)  # towards zero
         bits |= nearest != values  # and to odd, where something was cut off
         values = nearest
+    if dtype == FLOAT16:
+        return _rounded_to_float16(values)
     with np.errstate(over="ignore"):
         return values.astype(dtype.numpy, copy=False)
+
+
+def _rounded_to_float16(values: np.ndarray) -> np.ndarray:
+    if values.dtype.itemsize < FLOAT32.itemsize:
+        values = values.astype(np.float32)  # exact; ml_dtypes' own conversion does not say when it overflows
+    try:
+        with np.errstate(over="raise"):
+            return values.astype(np.float16)
+    except FloatingPointError:
+        largest = float(np.abs(values[np.isfinite(values)]).max())
+        raise CheckpointError(
+            "a value is beyond float16, where it would be infinite",
+            expected=f"at most {np.finfo(np.float16).max:g}",
+            found=f"{largest:g}",
+            hint="ask for bfloat16",
+        ) from None
 
 
 def leaves(tensor: LazyTensor) -> Iterator[LazyTensor]:
@@ -355,7 +383,7 @@ def array(values: np.ndarray) -> LazyTensor:
     dtype = BY_NAME.get(values.dtype.name)
     if dtype is None:
         raise GraphError("an array of this dtype cannot be a weight", expected=", ".join(BY_NAME), found=values.dtype)
-    return _Array(values, dtype)
+    return _Array(values.astype(dtype.numpy, copy=False), dtype)  # a copy where the bytes are in the other order
 
 
 def full(shape: Sequence[int], value: float, dtype: DType) -> LazyTensor:
@@ -440,7 +468,11 @@ def add(tensors: Sequence[LazyTensor]) -> LazyTensor:
 
 
 def cast(tensor: LazyTensor, dtype: DType) -> LazyTensor:
-    """The same values in another dtype, rounded to nearest even."""
+    """The same values in another dtype, rounded to nearest even.
+
+    Raises:
+        CheckpointError: when it is read, if a number is beyond float16.
+    """
     return tensor if tensor.dtype == dtype else _Cast(tensor.shape, dtype, tensor)
 
 

@@ -88,6 +88,8 @@ def quantize(values: np.ndarray, scale: np.ndarray, dtype: DType) -> np.ndarray:
     Raises:
         CheckpointError: a value is NaN or infinite.
     """
+    if values.ndim == 0:
+        return quantize(values.reshape(1), scale, dtype).reshape(())
     codes = np.empty(values.shape, dtype.numpy)
     scale = np.asarray(scale, np.float32)
 
@@ -95,8 +97,6 @@ def quantize(values: np.ndarray, scale: np.ndarray, dtype: DType) -> np.ndarray:
         divisor = scale[rows, None] if scale.ndim else scale
         codes[rows] = _codes(values[rows], divisor, dtype)
 
-    if values.ndim == 0:
-        return _codes(values, scale, dtype)
     _by_slab(values, slab)
     return codes
 
@@ -137,7 +137,8 @@ def _codes_of_bfloat16() -> np.ndarray:
 def dequantize(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """codes * scale in float32; `scale` is float32 [] or, one per row, [rows]."""
     scale = np.asarray(scale, np.float32)
-    return codes.astype(np.float32) * (scale[:, None] if scale.ndim else scale)
+    with np.errstate(over="ignore"):  # a hostile scale: who needs finite numbers checks for them
+        return codes.astype(np.float32) * (scale[:, None] if scale.ndim else scale)
 
 
 def _by_slab(values: np.ndarray, work: Callable[[slice], T]) -> list[T]:

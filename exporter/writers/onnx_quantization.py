@@ -14,21 +14,26 @@ Why this form:
     step. For TensorRT none has: before 11.0 it refuses a DQ that has both a zero point and `output_dtype`.
   - The bias is added to the product, not in it: a Gemm with a float bias stays float in ONNX Runtime.
   - Nothing stands between a DQ and its product, for the same reason in both.
-  - Scales of FP8 are rounded to T, which is what TensorRT's FP8 kernels take (2^-9 at most in bfloat16); scales of int8
-    stay float32.
+  - Scales of int8 stay float32; those of FP8 are rounded to T. TensorRT's rules allow a float32 scale under a 16-bit
+    output, but NVIDIA's own builders say that FP8 products do not compile with one, and cast. That changes a row by
+    2^-8 at most in bfloat16, 2^-11 in float16, where a code is off by up to 2^-4: over Gaussian weights and inputs the
+    error of a W8A8 product goes from 3.734 to 3.738 %. Scales that float16 cannot hold: see `_RoundedScale`.
+    ModelOpt's ONNX export also rounds them, has one per tensor, and divides weights by the rounded one
+    (`modelopt/torch/quantization/export_onnx.py`, `modelopt/onnx/export/fp8_exporter.py`); here codes are the graph's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from exporter.dtypes import FLOAT8_E4M3FN, FLOAT32, INT8, DType
+from exporter.dtypes import BFLOAT16, FLOAT8_E4M3FN, FLOAT32, INT8, DType
 from exporter.errors import TargetError
 from exporter.graph import InputQuantization, Linear, ModelGraph, Quantization, linear_names
-from exporter.lazy import LazyTensor, cast
+from exporter.lazy import Derived, LazyTensor
 from exporter.numerics import LARGEST, SMALLEST_SCALE
 from exporter.writers.onnx_nodes import Nodes
 from exporter.writers.onnx_weights import Stack
@@ -144,7 +149,41 @@ def _scale(
     """(Rows of) a scale of codes of `dtype`."""
     wanted = _scale_dtype(nodes, dtype)
     suffix = "" if wanted == FLOAT32 else f".{wanted.name}"
-    return nodes.tensor(stored + suffix, [cast(part, wanted) for part in parts], rows, (name or stored) + suffix)
+    if wanted != FLOAT32:
+        parts = [_RoundedScale(part, wanted, LARGEST[dtype], stored) for part in parts]
+    return nodes.tensor(stored + suffix, parts, rows, (name or stored) + suffix)
+
+
+class _RoundedScale(Derived):
+    """Scales of codes in a 16-bit dtype, as long as it can say what they are.
+
+    A scale below the smallest number of 8 significant bits (2^-17 in float16) loses more than bfloat16 would take, and
+    soon is 0, which no runtime accepts; one that takes the largest code beyond the dtype makes infinite weights.
+    """
+
+    __slots__ = ("_largest_code", "_name")
+
+    def __init__(self, scale: LazyTensor, dtype: DType, largest_code: float, name: str) -> None:
+        super().__init__(scale.shape, dtype, scale)
+        self._largest_code = largest_code
+        self._name = name
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        scales = self.sources[0].rows(start, stop)
+        limits = ml_dtypes.finfo(self.dtype.numpy)
+        smallest, largest = float(limits.smallest_subnormal) * 2**7, float(limits.max) / self._largest_code
+        with np.errstate(over="ignore"):
+            rounded = scales.astype(self.dtype.numpy)
+        wrong = scales[(scales < smallest) | (rounded.astype(np.float32) > largest)]
+        if wrong.size:
+            raise TargetError(
+                f"a network in {self.dtype} cannot hold this scale",
+                tensor=self._name,
+                expected=f"{smallest:.3g} to {largest:.3g}",
+                found=f"{wrong.flat[0]:.3g}",
+                hint="give the target as tensorrt:bfloat16" if self.dtype != BFLOAT16 else None,
+            )
+        return rounded
 
 
 def _quantization(linear: Linear) -> Quantization:

@@ -11,6 +11,7 @@ cache, attention, and quantization. Weights in external files are never read.
 from __future__ import annotations
 
 import enum
+import os.path
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,9 +183,9 @@ def networks_to_check(network: Path) -> dict[str, Path]:
     Raises:
         CheckpointError: neither a file nor a network folder.
     """
-    if network.is_file():
+    if os.path.isfile(network):
         return {network.name: network}
-    if not (network / NETWORK_FILE).is_file():
+    if not os.path.isfile(network / NETWORK_FILE):
         raise CheckpointError("no network to check", file=network, expected="an .onnx file, or a folder that has them")
     manifest = network_manifest_from_json(read_json(network / NETWORK_FILE), network / NETWORK_FILE)
     return {file: network / file for file in files_for_tensorrt(manifest.networks)}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from exporter.dtypes import INT8, DType
+from exporter.dtypes import FLOAT32, INT8, DType
 from exporter.graph import Linear
 from exporter.lazy import LazyTensor, cast, concat, full
 from exporter.rope import Rope
@@ -51,9 +51,12 @@ class WeightStore:
         self._zero_points = 0  # how many int8 zeros the longest reference to them wants
 
     def parameter(self, name: str, parts: Sequence[LazyTensor], rows: tuple[int, int] | None = None) -> Reference:
-        """Refer to (rows of) a parameter: the concatenation of `parts` along axis 0, in the stored dtype."""
+        """Refer to (rows of) a parameter: the concatenation of `parts` along axis 0, in the stored dtype.
+
+        Parts that would be stored in different ones are stored in float32, which holds float16 and bfloat16 exactly.
+        """
         dtypes = {self._stored_dtype(part.dtype) for part in parts}
-        dtype = dtypes.pop() if len(dtypes) == 1 else max(dtypes, key=lambda dtype: dtype.itemsize)
+        dtype = dtypes.pop() if len(dtypes) == 1 else FLOAT32
         return self.tensor(name, [cast(part, dtype) for part in parts], rows)
 
     def tensor(self, name: str, parts: Sequence[LazyTensor], rows: tuple[int, int] | None = None) -> Reference:

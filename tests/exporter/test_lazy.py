@@ -8,12 +8,14 @@ import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from exporter.dtypes import BFLOAT16, BY_NAME, FLOAT8_E4M3FN, FLOAT16, FLOAT32, FLOAT64, INT8, DType
 from exporter.errors import CheckpointError, GraphError
@@ -33,6 +35,7 @@ from exporter.lazy import (
     slice_columns,
     slice_rows,
 )
+from exporter.safetensors_io import read_safetensors
 
 DTYPE_NAMES = sorted(BY_NAME)
 FLOATS = [name for name in DTYPE_NAMES if BY_NAME[name].is_float]
@@ -174,6 +177,29 @@ def test_rounding_happens_once(dtype: DType, half: float, step: float) -> None:
     np.testing.assert_array_equal(product, expected[:5])
 
 
+# The largest number of a format that rounds to one of float16: 65520 is halfway to what would be the next.
+WIDE = {"float64": 65519.999, "float32": 65519.996, "bfloat16": 65280.0}
+
+
+@pytest.mark.parametrize(("source", "largest"), WIDE.items(), ids=WIDE)
+def test_float16_gets_no_new_infinities(source: str, largest: float) -> None:
+    kept = np.array([[-largest, largest, np.inf, -np.inf, np.nan, 1e-30]]).astype(BY_NAME[source].numpy)
+    np.testing.assert_array_equal(cast(array(kept), FLOAT16).numpy(), kept.astype(np.float64).astype(np.float16))
+    for beyond in (65520 if source != "bfloat16" else 65536, -1e6, 3e38):
+        values = np.array([[1, beyond]]).astype(BY_NAME[source].numpy)
+        with pytest.raises(CheckpointError, match=r"beyond float16.*expected at most 65504, found .*Ask for bfloat16"):
+            cast(array(values), FLOAT16).numpy()
+
+
+def test_a_product_beyond_float16_names_its_tensor(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"gate": np.full((2, 3), 60000, np.float16)}, path)
+    gate = read_safetensors(path)["gate"]
+    assert isinstance(gate, LazyTensor)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: gate: a value is beyond float16"):
+        scale_columns(gate, array(np.array([1, 2, 1], np.float32))).numpy()
+
+
 def test_cast_to_int8_rounds_to_even_and_saturates() -> None:
     values = np.array([0.5, 1.5, 2.5, -0.5, -1.5, 126.7, 127.6, 1000, -1000, np.inf, -np.inf, np.nan], np.float32)
     expected = [0, 2, 2, 0, -2, 127, 127, 127, -128, 127, -128, 0]
@@ -201,6 +227,14 @@ def test_odd_shapes(shape: tuple[int, ...]) -> None:
     made = full(shape, 3.0, BFLOAT16)
     assert made.numpy().shape == shape
     assert bits(made.numpy()) == bits(np.full(shape, 3.0, ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+def test_an_array_of_the_other_byte_order_is_swapped(dtype: str) -> None:
+    """A chunk's bytes go into files as they are."""
+    values = np.arange(6, dtype=dtype).reshape(2, 3)
+    [piece] = array(values.astype(values.dtype.newbyteorder())).chunks()
+    assert piece.tobytes() == values.tobytes()
 
 
 def test_chunks_of_an_empty_tensor_with_many_rows_end_at_once() -> None:

@@ -87,6 +87,15 @@ def test_ranges_that_are_none(bad: float) -> None:
         scale_from_amax(np.array([1.0, bad]), INT8)
 
 
+@pytest.mark.parametrize("dtype", [FLOAT8_E4M3FN, INT8], ids=str)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4), (0, 3), (3, 0)], ids=str)
+def test_one_scale_for_any_shape(shape: tuple[int, ...], dtype: DType) -> None:
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    codes = quantize(values, np.float32(0.01), dtype)
+    assert (codes.shape, codes.dtype) == (shape, dtype.numpy)
+    np.testing.assert_array_equal(codes.ravel(), quantize(values.reshape(1, -1), np.float32(0.01), dtype)[0])
+
+
 @pytest.mark.parametrize("slab_bytes", [64, 1 << 30])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
 def test_slabs_change_nothing(slab_bytes: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from exporter.quantization import read_quantization
 from exporter.ranges import BlockRanges
 from exporter.safetensors_io import read_safetensors
 from exporter.writers import onnx as writer
-from exporter.writers.files import save_folder
+from exporter.writers.files import save_folder, sizes_of
 from exporter.writers.onnx import PRESETS, Options, options_for
 from exporter.writers.onnx_quantization import number_format
 from tests.tiny import quantized_graph, tiny_graph
@@ -151,6 +151,59 @@ def test_scales_keep_their_bits_where_weights_lose_theirs(tmp_path: Path) -> Non
         assert tensors["blocks.0.ffn.norm.weight"].dtype == BFLOAT16
 
 
+TRT_FP16 = options_for({"tensorrt": FLOAT16}, max_positions=64)
+
+
+def with_down_proj_scale(scales: np.ndarray) -> ModelGraph:
+    """A graph of FP8 with these scales, [64], in one linear, and its codes as they were."""
+    graph = quantized("fp8-rowwise")
+    ffn = graph.blocks[0].ffn
+    quantization = replace(ffn.down_proj.quantization, weight_scale=array(scales.astype(np.float32)))
+    ffn = replace(ffn, down_proj=replace(ffn.down_proj, quantization=quantization))
+    return replace(graph, blocks=(replace(graph.blocks[0], ffn=ffn),))
+
+
+ROUNDED = {  # options -> dtype of scales, smallest and largest that it holds, largest error
+    "float16": (TRT_FP16, FLOAT16, 2.0**-17, 146.125, 2.0**-8),
+    "float16, normal numbers": (TRT_FP16, FLOAT16, 2.0**-14, 1.0, 2.0**-11),
+    "bfloat16": (TRT_BF16, BFLOAT16, 2.0**-126, 2.0**119, 2.0**-8),
+}
+
+
+@pytest.mark.parametrize("case", ROUNDED)
+def test_rounded_scales(case: str, tmp_path: Path) -> None:
+    """Every row's values in the network against those of the graph, over all scales that the dtype holds."""
+    options, dtype, smallest, largest, error = ROUNDED[case]
+    scales = np.geomspace(smallest, largest, 64).clip(smallest, largest)
+    exported(with_down_proj_scale(scales), options, tmp_path / "network")
+    tensors: dict[str, Any] = read_safetensors(tmp_path / "network" / "weights.safetensors")
+    name = "blocks.0.ffn.down_proj"
+    codes, stored = tensors[f"{name}.weight"].numpy(), tensors[f"{name}.weight_scale.{dtype}"].numpy()
+    assert stored.dtype == dtype.numpy
+    expected = quantized("fp8-rowwise").blocks[0].ffn.down_proj.weight.numpy().astype(np.float64) * scales[:, None]
+    found = codes.astype(np.float64) * stored.astype(np.float64)[:, None]
+    np.testing.assert_allclose(found, expected, rtol=error * 1.0001)
+    with np.errstate(over="raise"):
+        assert np.isfinite((stored * dtype.numpy.type(448)).astype(np.float32)).all()
+
+
+UNHELD = {
+    "too small to be precise": (TRT_FP16, 2.0**-18, "expected 7.63e-06 to 146, found 3.81e-06.*tensorrt:bfloat16"),
+    "0 in float16": (TRT_FP16, 1e-9, "found 1e-09"),
+    "weights beyond float16": (TRT_FP16, 146.2, "found 146"),
+    "weights beyond bfloat16": (TRT_BF16, 1e36, r"bfloat16 cannot hold this scale: .*found 1e\+36$"),
+}
+
+
+@pytest.mark.parametrize("case", UNHELD)
+def test_refuses_scales_that_the_network_cannot_hold(case: str, tmp_path: Path) -> None:
+    options, scale, message = UNHELD[case]
+    graph = with_down_proj_scale(np.r_[np.ones(63), scale])
+    with pytest.raises(TargetError, match=rf"^blocks\.0\.ffn\.down_proj\.weight_scale: .*{message}"):
+        save_folder(tmp_path / "network", writer.emit(graph, options), kind=writer.KIND, details={})
+    assert not list(tmp_path.iterdir())
+
+
 class Unread(LazyTensor):
     """A weight that must not be read."""
 
@@ -166,7 +219,7 @@ def test_plan_reads_no_weights(format_name: str) -> None:
     graph = replace(graph, blocks=(replace(graph.blocks[0], ffn=replace(ffn, **unread)),))
     ranges = (BlockRanges({}, {"norm": full((64,), 1.0, FLOAT32), "down_proj": full((256,), 1.0, FLOAT32)}),)
     graph = quantize_linears(graph, read_quantization(format_name), ranges)
-    assert writer.plan(graph, replace(ORT, networks=(*ORT.networks, *TRT.networks), max_positions=64))
+    assert sizes_of(writer.emit(graph, replace(ORT, networks=(*ORT.networks, *TRT.networks), max_positions=64)))
 
 
 def with_attention(**changes: Any) -> ModelGraph:
