@@ -11,7 +11,7 @@ AdamW (decoupled weight decay, on matrices only), gradients clipped to norm 1, a
 to zero. Weights, gradients and optimizer state are float32; with dtype bfloat16 the products are not. Zero padding of
 fused FFNs stays zero: every gradient there has a factor that is zero.
 
-Shape letters: N = windows of text, S = tokens per window, V = vocab_size, D = hidden_size.
+Shape letters: N = windows of text, S = tokens per window, D = hidden_size.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from exporter.distill_loss import head_divergence, hidden_distance
 from exporter.distill_model import (
     Decoder,
     DistillError,
@@ -126,7 +126,7 @@ def distill(
         CheckpointError, OutputError: see `exporter.distill_state`.
     """
     processes = processes or Processes(0, 1, torch.device("cpu"))
-    raise_all(list(_problems(student, teacher, settings, blocks, processes)))
+    check_distillation(student, teacher, settings, blocks=blocks, processes=processes.count)
     if processes.count > 1 and folder is None:
         raise DistillError(
             "several processes put their weights together in a folder",
@@ -154,17 +154,16 @@ def distill(
     return Distilled(graph=with_tensors(student, trained), settings=settings, losses=losses)
 
 
-def kl_divergence(teacher: torch.Tensor, student: torch.Tensor, temperature: float) -> torch.Tensor:
-    """T^2 KL(p_T || q_T) in nats, mean over tokens, of logits [..., V]; taken in float32 (float64 if they are)."""
-    wide = torch.promote_types(student.dtype, torch.float32)
-    log_p, log_q = (F.log_softmax(x.flatten(0, -2).to(wide) / temperature, dim=-1) for x in (teacher, student))
-    return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-
-
-def hidden_distance(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """|s - t|^2 / |t|^2, mean over tokens, of residual streams [..., D]; taken in float32."""
-    t, s = teacher.float(), student.float()
-    return ((s - t).pow(2).sum(-1) / t.pow(2).sum(-1)).mean()
+def check_distillation(
+    student: ModelGraph,
+    teacher: ModelGraph,
+    settings: Settings,
+    *,
+    blocks: Sequence[int] | None = None,
+    processes: int = 1,
+) -> None:
+    """Raise DistillError where arguments of `distill` do not go together; cheap, for use before long work."""
+    raise_all(list(_problems(student, teacher, settings, blocks, processes)))
 
 
 def matching_blocks(student: ModelGraph, teacher: ModelGraph) -> list[tuple[int, int]]:
@@ -184,13 +183,7 @@ def learning_rate(step: int, settings: Settings) -> float:
 
 
 def steps_of(epochs: float, windows: int, batch: int) -> int:
-    """How many steps go over all windows so many times, at least one.
-
-    Raises:
-        DistillError: `epochs` is not finite.
-    """
-    if not math.isfinite(epochs):
-        raise DistillError("epochs are a finite number", found=epochs)
+    """How many steps go over all windows so many times, at least one."""
     return max(1, round(epochs * windows / batch))
 
 
@@ -219,7 +212,7 @@ class _Trainer:
         self._settings, self._processes = settings, processes
         pairs = matching_blocks(student, teacher) if settings.hidden_weight else []
         self._student_keeps, self._teacher_keeps = [s for s, _ in pairs], [t for _, t in pairs]
-        dtype = getattr(torch, settings.dtype)
+        self._dtype = dtype = getattr(torch, settings.dtype)
         # Sharded parameters are cast when they are gathered; whole ones when a product needs them.
         self._autocasts = dtype != torch.float32 and processes.count == 1
         self._student = Decoder(student, torch.float32, recompute=settings.recompute)
@@ -270,8 +263,15 @@ class _Trainer:
         with torch.no_grad():
             targets, theirs = self._teacher(input_ids, self._teacher_keeps)
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self._autocasts):
-            logits, ours = self._student(input_ids, self._student_keeps)
-        kl = kl_divergence(targets, logits, self._settings.temperature)
+            states, ours = self._student(input_ids, self._student_keeps)
+        kl = head_divergence(
+            self._teacher.head,
+            targets,
+            self._student.head,
+            states,
+            temperature=self._settings.temperature,
+            dtype=self._dtype,
+        )
         distances = [hidden_distance(t, s) for t, s in zip(theirs, ours, strict=True)]
         return kl, torch.stack(distances).mean() if distances else torch.zeros_like(kl)
 
@@ -321,7 +321,7 @@ def _problems(
     teacher: ModelGraph,
     settings: Settings,
     blocks: Sequence[int] | None,
-    processes: Processes,
+    processes: int,
 ) -> Iterator[FuselageError]:
     """Everything that does not go together; no tensor is read."""
     if student.vocab_size != teacher.vocab_size:
@@ -329,15 +329,14 @@ def _problems(
             "student and teacher have different vocabularies", expected=teacher.vocab_size, found=student.vocab_size
         )
     quantized = next((index for index, entry in enumerate(student.blocks) if _is_quantized(entry)), None)
-    if quantized is not None:
+    if quantized is not None or _is_quantized(student.lm_head):
         yield DistillError(
             "a quantized model cannot be trained", block=quantized, hint="distill first, then quantize the result"
         )
-    pieces = settings.accumulate * processes.count
+    pieces = settings.accumulate * processes
     if settings.batch % pieces:
         yield DistillError(
-            f"the windows of a step do not divide into {settings.accumulate} pieces for each of {processes.count} "
-            "processes",
+            f"the windows of a step do not divide into {settings.accumulate} pieces for each of {processes} processes",
             expected=f"a multiple of {pieces}",
             found=settings.batch,
         )

@@ -29,7 +29,7 @@ from exporter.errors import FuselageError
 from exporter.graph import Block, Linear, ModelGraph, ParallelBlocks, weights
 from exporter.lazy import LazyTensor, cast, slice_rows
 from exporter.lazy_quantized import dequantized
-from exporter.reference import Reference, Span, apply_linear, contributions, rms_norm, torch_from_lazy
+from exporter.reference import LoadedLinear, Reference, Span, contributions, rms_norm, torch_from_lazy
 
 
 class DistillError(FuselageError):
@@ -64,12 +64,7 @@ def joined_processes(device: str) -> Iterator[Processes]:
         DistillError: this machine has fewer devices than processes.
     """
     kind, local_rank = torch.device(device).type, int(os.environ.get("LOCAL_RANK", 0))
-    if kind == "cuda" and torch.cuda.device_count() <= local_rank:
-        raise DistillError(
-            "every process on this machine needs a CUDA device of its own",
-            expected=f"at least {local_rank + 1}",
-            found=torch.cuda.device_count(),
-        )
+    check_devices(kind, local_rank + 1)
     if not dist.is_torchelastic_launched():
         yield Processes(0, 1, torch.device(device))
         return
@@ -81,6 +76,16 @@ def joined_processes(device: str) -> Iterator[Processes]:
         yield Processes(dist.get_rank(), dist.get_world_size(), here)
     finally:
         dist.destroy_process_group()
+
+
+def check_devices(kind: str, processes: int = 1) -> None:
+    """Raise DistillError if this machine has fewer devices of a kind, "cuda" or "cpu", than processes on it need."""
+    if kind == "cuda" and torch.cuda.device_count() < processes:
+        raise DistillError(
+            "every process on this machine needs a CUDA device of its own",
+            expected=f"at least {processes}",
+            found=torch.cuda.device_count(),
+        )
 
 
 class _Part(nn.Module):
@@ -137,7 +142,8 @@ class Decoder(_Part):
             keep: indices of entries of `graph.blocks`.
 
         Returns:
-            Logits [B, S, V], and the residual stream [B, S, D] after each of the entries in `keep`.
+            The final states, normed, that `head` makes logits of, and the residual stream after each of the entries in
+            `keep`; [B, S, D] each.
         """
         x = F.embedding(input_ids, self.embedding)
         span = Reference(self._graph, device=x.device, dtype=x.dtype).span(input_ids.shape, None)
@@ -146,10 +152,12 @@ class Decoder(_Part):
             x = block(x, span, self._recompute)
             if index in keep:
                 kept.append(x)
-        normed = rms_norm(x, self.norm.weight, self.norm.eps)
-        if self.lm_head is None:
-            return F.linear(normed, self.embedding), kept
-        return apply_linear(self.lm_head, normed), kept
+        return rms_norm(x, self.norm.weight, self.norm.eps), kept
+
+    @property
+    def head(self) -> Any:
+        """What `apply_linear` takes to logits, [..., D] -> [..., V]. Sharded, it is whole after a forward pass only."""
+        return LoadedLinear(self.embedding) if self.lm_head is None else self.lm_head
 
 
 def shard(decoder: Decoder, compute_dtype: torch.dtype) -> None:
@@ -158,7 +166,7 @@ def shard(decoder: Decoder, compute_dtype: torch.dtype) -> None:
     for block in decoder.blocks:
         if next(block.parameters(), None) is not None:
             fully_shard(block, mp_policy=policy)
-    fully_shard(decoder, mp_policy=policy)
+    fully_shard(decoder, mp_policy=policy, reshard_after_forward=False)  # the loss begins with its head
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ def find_run(folder: Path, key: str) -> SavedRun | None:
         raise CheckpointError(
             "the folder to resume from belongs to another run: models, plan, text and settings must be the same",
             file=folder,
-            hint="repeat that run's options, or give another folder",
+            hint="repeat that run's options, give another folder, or remove this one",
         )
     return run
 
@@ -115,7 +115,8 @@ def open_step(folder: Path, run: SavedRun, shapes: Mapping[str, tuple[int, ...]]
 
 def remove_run(folder: Path) -> None:
     """Remove what `save_step` left, once its result is safe elsewhere."""
-    (folder / RUN_FILE).unlink(missing_ok=True)
+    for path in (*folder.glob(RUN_FILE), *folder.glob(f".{RUN_FILE}.*")):  # also what was to become it, of a killed run
+        path.unlink()
     for step in folder.glob(f"{STEP_PREFIX}*"):
         shutil.rmtree(step)
     if not any(folder.iterdir()):

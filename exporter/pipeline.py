@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os.path
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter.errors import CheckpointError, GraphError, OutputError, PlanError, raise_all
 from exporter.graph import ModelGraph
+from exporter.manifests import PLAN_FILE
 from exporter.passes.drop_attention import drop_attention
 from exporter.passes.drop_ffn import drop_ffn
 from exporter.passes.fuse_ffn import NormRule, fuse_ffn
@@ -19,22 +21,29 @@ from exporter.plan import Plan
 from exporter.read import Checkpoint
 from exporter.writers import hf, hf_readers, trtllm
 from exporter.writers.files import (
+    MANIFEST,
     Content,
+    FileEntry,
     Manifest,
     Progress,
-    bytes_of,
     check_folder,
+    json_bytes,
     read_manifest,
     refuse_existing,
     save_folder,
+    sha256_of,
+    sizes_of,
 )
 from exporter.writers.hf_quantization import layout_to_keep
 from exporter.writers.trtllm_config import CHECKPOINT_KIND
 
 if TYPE_CHECKING:
+    from exporter.distill import Distilled
     from exporter.writers.onnx_options import Options as OnnxOptions
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
+DISTILL_FILE = "distill.json"
+HASHED_BYTES = 1 << 20
 
 Pass = Callable[[ModelGraph], ModelGraph]
 
@@ -86,7 +95,7 @@ class Writing:
     @property
     def plan(self) -> dict[str, int]:
         """File name -> bytes."""
-        return {name: bytes_of(content) for name, content in self.files.items()}
+        return sizes_of(self.files.items())
 
     @property
     def total_bytes(self) -> int:
@@ -139,6 +148,20 @@ def checkpoint_writing(
     return Writing(output=output, kind="checkpoint", files=dict(hf.emit(graph, options)), details=details, force=force)
 
 
+def distilled_writing(
+    checkpoint: Checkpoint, distilled: Distilled, output: Path, *, details: Mapping[str, Any], force: bool = False
+) -> Writing:
+    """Prepare to write a trained graph, made from `checkpoint`, as a Hugging Face folder with its losses beside it.
+
+    Raises:
+        OutputError, TargetError: as for `checkpoint_writing`.
+    """
+    summary = {**details, **distilled.summary}
+    writing = checkpoint_writing(checkpoint, distilled.graph, output, details=summary, force=force)
+    record = json_bytes({**summary, **distilled.to_json()})
+    return replace(writing, files={**writing.files, DISTILL_FILE: record})
+
+
 def network_writing(
     checkpoint: Checkpoint,
     graph: ModelGraph,
@@ -185,10 +208,10 @@ def _refuse_output(checkpoint: Checkpoint, output: Path, force: bool) -> None:
 
 
 def refuse_overlap(source: Path, output: Path) -> None:
-    """Raise OutputError if writing `output` would replace or mix with the folder that is read."""
-    read, written = source.resolve(), output.resolve()
+    """Raise OutputError if writing `output` would replace or mix with another folder that is read or written."""
+    read, written = (Path(os.path.realpath(path)) for path in (source, output))  # also of a loop of links
     if read == written or read.is_relative_to(written) or written.is_relative_to(read):
-        raise OutputError("output and input are the same folder or inside each other", file=output, found=source)
+        raise OutputError("two folders of this command are the same or inside each other", file=output, found=source)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +251,40 @@ def finished(step: Step) -> Manifest | None:
         # An altered or interrupted folder is made again; save_folder refuses to replace one that is not ours.
         return None
     return manifest if manifest.details.get("step_key") == step.key else None
+
+
+def refuse_edited(folder: Path) -> None:
+    """Raise OutputError if a file of a step's folder was changed or added since: it would be lost, or be believed.
+
+    Files of more than a MiB are taken to be unchanged if their size is: nobody edits weights.
+    """
+    try:
+        manifest = read_manifest(folder) if folder.is_dir() else None
+    except CheckpointError:  # as in `finished`: it is made again
+        return
+    if manifest is None:
+        return
+    for path in _visible(folder):
+        name = path.relative_to(folder).as_posix()
+        written = manifest.files.get(name)
+        if name == MANIFEST or (written is not None and _is_as_written(path, written)):
+            continue
+        if written is None:
+            way_out = "move it elsewhere"
+        elif name == PLAN_FILE:
+            way_out = f"copy it beside the recipe, name it there (`plan: {name}`), and remove the folder"
+        else:
+            way_out = "keep a copy elsewhere, and remove the folder"
+        raise OutputError(
+            f"the file was {'added' if written is None else 'changed'} by hand, and `run` replaces whole folders",
+            file=path,
+            hint=way_out,
+        )
+
+
+def _is_as_written(path: Path, written: FileEntry) -> bool:
+    size = path.stat().st_size
+    return size == written.bytes and (size > HASHED_BYTES or sha256_of(path) == written.sha256)
 
 
 def source_fingerprint(model: Path) -> dict[str, Any]:

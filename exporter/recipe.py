@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from exporter.errors import PlanError
-from exporter.plan import Plan, plan_from_data, read_plan, read_yaml, validation_error
+from exporter.manifests import shown
+from exporter.plan import LayerOrRange, Plan, plan_from_data, read_plan, read_yaml, validation_error
 from exporter.quantization import QuantizationRecipe, read_quantization
 from exporter.writers.onnx_options import PRESETS
 
@@ -88,6 +89,34 @@ def _network(value: Any) -> Any:
 Network = Annotated[NetworkRecipe | TensorRtLlmRecipe, Field(discriminator="to"), BeforeValidator(_network)]
 
 
+class WindowsRecipe(_Table):
+    """How a text is cut."""
+
+    context: Annotated[int, Field(ge=2, le=1 << 20)] = 512  # tokens per window
+    max_windows: Count | None = None  # None: all of the text
+
+
+class DistillRecipe(WindowsRecipe):
+    """How a variant is trained on the logits of the recipe's model; see `distill --help`."""
+
+    text: Annotated[Path, BeforeValidator(_path)]
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    steps: Count | None = None  # instead of epochs
+    batch: Count = 8
+    accumulate: Count = 1
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
+    warmup: Annotated[int, Field(ge=0)] | None = None  # steps; None: one in twenty
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    hidden_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    blocks: Annotated[list[LayerOrRange], Field(min_length=1)] | None = None  # source layers; None: everything
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    recompute: bool = False
+    device: Literal["cpu", "cuda"] = "cpu"
+    seed: Annotated[int, Field(ge=0)] = 0
+    save_every: Count = 100
+
+
 class VariantRecipe(_Table):
     """One model to compare: the source itself, or what a plan makes of it."""
 
@@ -96,6 +125,7 @@ class VariantRecipe(_Table):
     norm: Literal["fold", "last"] = "fold"
     checkpoint: bool = True  # also write a Hugging Face folder; it cannot hold parallel blocks
     bench: bool = True  # False: only evaluated, without network and engine
+    distill: DistillRecipe | None = None  # train what the plan gives, before anything else is made of it
     quantize: QuantizationRecipe | None = None  # in the file: a name of `quantize --format`, or a recipe's path
     dtype: NetworkDType | None = None  # of its ONNX network; None: the recipe's
 
@@ -114,6 +144,11 @@ class BenchRecipe(_Table):
     one_at_a_time: bool = False  # load an engine only when the one before is closed; rounds are not interleaved then
     profile: bool = False  # first run every engine under its runtime's profiler, at the first combination
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request, input and output."""
+        return max(self.input_len) + max(self.output_len)
+
 
 class PredictRecipe(_Table):
     """Where the latency model is to see the benchmarked engines, for a section of the report."""
@@ -122,13 +157,6 @@ class PredictRecipe(_Table):
     tp: list[Count] = [1]
     batch: list[Count] | None = None  # None: those of the benchmark
     dtype: Literal["float32", "float16", "bfloat16"] | None = None  # of what is not quantized; None: the network's
-
-
-class WindowsRecipe(_Table):
-    """How a text is cut."""
-
-    context: Annotated[int, Field(ge=2, le=1 << 20)] = 512  # tokens per window
-    max_windows: Count | None = None  # None: all of the text
 
 
 class EvaluateRecipe(WindowsRecipe):
@@ -189,21 +217,23 @@ def read_recipe(path: Path) -> Recipe:
     data = read_yaml(path)
     if not isinstance(data, dict):
         raise PlanError(
-            "not a recipe", file=path, expected=f"keys {', '.join(Recipe.model_fields)}", found=str(data)[:60]
+            "not a recipe", file=path, expected=f"keys {', '.join(Recipe.model_fields)}", found=shown(data, 60)
         )
     folder = path.absolute().parent
     evaluate = data.get("evaluate")
     paths = [(data, "model"), (evaluate, "text"), (evaluate, "include_path")]
     paths += [(data.get(section), "text") for section in ("analysis", "calibration")]
     paths.append((data.get("engine"), "timing_cache"))
+    variants = data.get("variants")
+    variants = [variant for variant in variants if isinstance(variant, dict)] if isinstance(variants, list) else []
+    paths += [(variant.get("distill"), "text") for variant in variants]
     for table, key in paths:
         if isinstance(table, dict) and isinstance(table.get(key), str):
             table[key] = str(_found_from(folder, table[key]))
-    variants = data.get("variants")
-    for variant in variants if isinstance(variants, list) else []:
-        if isinstance(variant, dict) and "plan" in variant:
+    for variant in variants:
+        if "plan" in variant:
             variant["plan"] = _plan(variant["plan"], folder, path)
-        if isinstance(variant, dict) and isinstance(variant.get("quantize"), str):
+        if isinstance(variant.get("quantize"), str):
             name = variant["quantize"]
             variant["quantize"] = read_quantization(
                 _found_from(folder, name) if name.endswith((".yaml", ".yml")) else name
@@ -224,6 +254,11 @@ def read_recipe(path: Path) -> Recipe:
         raise PlanError("evaluate: there is nothing to evaluate on", file=path, expected="a text, tasks or both")
     _check_engine(recipe, path)
     _check_bench(recipe, path)
+    _check_variants(recipe, path)
+    return recipe
+
+
+def _check_variants(recipe: Recipe, path: Path) -> None:
     for variant in recipe.variants:
         if not variant.bench and recipe.evaluate is None:
             raise PlanError(
@@ -234,10 +269,14 @@ def read_recipe(path: Path) -> Recipe:
             raise PlanError(f"variant {variant.name!r}: the baseline cannot go without a benchmark", file=path)
         if not variant.checkpoint and variant.plan != Plan() and recipe.evaluate is not None and recipe.evaluate.tasks:
             raise PlanError(f"variant {variant.name!r}: tasks are run on a Hugging Face folder", file=path)
-        if variant.quantize is not None and not variant.checkpoint:
+        if variant.distill is not None and variant.plan == Plan():
             raise PlanError(
-                f"variant {variant.name!r}: what is quantized is written as a Hugging Face folder", file=path
+                f"variant {variant.name!r}: what is distilled is what a plan makes of the model, and there is no plan",
+                file=path,
             )
+        if not variant.checkpoint and (variant.distill is not None or variant.quantize is not None):
+            what = "distilled" if variant.distill is not None else "quantized"
+            raise PlanError(f"variant {variant.name!r}: what is {what} is written as a Hugging Face folder", file=path)
         if variant.quantize is not None and recipe.calibration is None:
             raise PlanError(f"variant {variant.name!r}: quantize needs a section `calibration`", file=path)
         if variant.plan == "auto" and recipe.analysis is None:
@@ -248,7 +287,6 @@ def read_recipe(path: Path) -> Recipe:
                 file=path,
                 hint="add `checkpoint: false` to the variant; its network is then exported without one",
             )
-    return recipe
 
 
 def _check_engine(recipe: Recipe, path: Path) -> None:
@@ -284,13 +322,12 @@ def _check_bench(recipe: Recipe, path: Path) -> None:
             found=bench.batch,
             hint="give network.batch, and one recipe for each",
         )
-    longest = max(bench.input_len) + max(bench.output_len)
-    if room is not None and longest > room:
+    if room is not None and bench.longest > room:
         raise PlanError(
             "bench: input and output are longer than the networks' sequences",
             file=path,
             expected=f"at most {room} tokens",
-            found=longest,
+            found=bench.longest,
             hint="give more network.max_positions, or max_seq_len for TensorRT-LLM",
         )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from exporter.analysis.dependency import DEFAULT_BUDGET_BYTES, Dependency, measure_dependency
+from exporter.analysis.dependency import Dependency, measure_dependency
 from exporter.analysis.pictures import pictures_of
 from exporter.analysis.plan import (
     Constraints,
@@ -23,6 +23,7 @@ from exporter.analysis.plan import (
 from exporter.analysis.plan_text import Gain, plan_text, suggested_plan
 from exporter.errors import PlanError
 from exporter.graph import ModelGraph
+from exporter.hidden_states import DEFAULT_BUDGET_BYTES
 from exporter.manifests import DEPENDENCY_FILE, PLAN_FILE
 from exporter.passes.drop_attention import drop_attention
 from exporter.plan import Plan

@@ -1,22 +1,46 @@
-"""What a recipe's run refuses before its first step."""
+"""A recipe's run: what it refuses before its first step, and the steps that no test of the command line has."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
+import torch
 
 from engines.run import run_recipe
-from exporter.errors import FuselageError
-from exporter.recipe import Recipe
+from engines.run_engines import engine_step
+from exporter.distill import _Trainer
+from exporter.errors import FuselageError, OutputError
+from exporter.read import open_model
+from exporter.recipe import Recipe, read_recipe
 from exporter.writers import hf
 from exporter.writers.files import save_folder
+from tests.command_line import done
 from tests.exporter.analysis.test_evaluate import word_tokenizer
+from tests.exporter.test_distill import everything
 from tests.tiny import tiny_graph
 
+
+def save_model(folder: Path, pattern: str) -> None:
+    save_folder(folder, hf.emit(tiny_graph(pattern), hf.Options()), kind="checkpoint", details={})
+    word_tokenizer(folder, 320)
+
+
 VARIANTS = [{"name": "a"}, {"name": "b", "plan": "auto"}]
+
+
+def distilling(plan: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    """A recipe's keys for one variant that is distilled."""
+    plan = {"drop_attention": [0]} if plan is None else plan
+    return {"variants": [{"name": "a", "plan": plan, "distill": {"text": "text.txt", **options}}]}
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "text_missing": ({"evaluate": {"text": "nowhere.txt"}}, "out", "nowhere.txt: no such text"),
     "calibration_missing": ({"calibration": {"text": "nowhere.txt"}}, "out", "nowhere.txt: no such text"),
@@ -25,6 +49,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "output_in_the_model": ({}, "model/out", "inside each other"),
     "model_in_a_step": ({"model": "out/report"}, "out", "inside each other"),
     "model_in_a_variant": ({"model": "out/a/checkpoint"}, "out", "inside each other"),
+    "nothing_left": (
+        {"variants": [{"name": "a"}, {"name": "b", "plan": {"drop_attention": [0, 2], "drop_ffn": [0, 1, 2]}}]},
+        "out",
+        "no layer to write",
+    ),
+    "requests_too_long": ({"bench": {"input_len": [500], "output_len": [13]}}, "out", "at most 512 tokens, found 513"),
+    "distillation_text_missing": (distilling(text="nowhere.txt"), "out", "nowhere.txt: no such text"),
+    "distillation_context": (distilling(context=5000), "out", "longer than the model was made for"),
+    "distillation_pieces": (distilling(batch=4, accumulate=3), "out", "expected a multiple of 3, found 4"),
+    "distillation_warmup": (distilling(steps=3, warmup=3), "out", "leaves no steps to train"),
+    "distillation_warmup_of_an_epoch": (distilling(max_windows=16, warmup=2), "out", "leaves no steps to train"),
+    "distillation_layer": (distilling(blocks=[[1, 3]]), "out", "layer 3 is not in the model"),
+    "distillation_of_nothing": (distilling({"drop_attention": [0], "drop_ffn": [0]}, blocks=[0]), "out", "are empty"),
+    "distillation_gpu": (distilling(device="cuda"), "out", "a CUDA device of its own: expected at least 1, found 0"),
 }
 
 
@@ -34,12 +72,209 @@ def test_what_can_be_known_beforehand_is_refused_beforehand(
 ) -> None:
     keys, output, message = REFUSED[case]
     monkeypatch.chdir(tmp_path)
-    for folder in ("model", "bare"):
-        save_folder(Path(folder), hf.emit(tiny_graph("AF F AF"), hf.Options()), kind="checkpoint", details={})
-    word_tokenizer(Path("model"), 320)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    save_folder(Path("bare"), hf.emit(tiny_graph("AF F AF"), hf.Options()), kind="checkpoint", details={})
+    save_model(Path("model"), "AF F AF")
     Path("text.txt").write_text("w1 w2 w3 " * 50)
     before = sorted(os.walk(tmp_path))
     defaults = {"model": "model", "variants": VARIANTS, "analysis": {"text": "text.txt"}}
     with pytest.raises(FuselageError, match=message):
         run_recipe(Recipe.model_validate(defaults | keys), Path(output))
     assert sorted(os.walk(tmp_path)) == before
+
+
+PLAN = "drop_attention: [1, 2]\nfuse: [[1, 2]]\n"
+TRAINING = {"text": "text.txt", "context": 16, "steps": 6, "batch": 4, "lr": 3e-3, "temperature": 2.0, "save_every": 2}
+RECIPE = f"""
+model: model
+calibration: {{text: text.txt, context: 16}}
+variants:
+  - name: trained
+    plan: plan.yaml
+    distill: {json.dumps(TRAINING)}
+  - name: rounded
+    plan: plan.yaml
+    distill: {json.dumps({**TRAINING, "blocks": [[1, 2], 3]})}
+    quantize: int8-smoothquant
+evaluate: {{text: text.txt, context: 16}}
+bench: null
+"""
+STEPS = [
+    "trained: distillation",
+    "trained: network",
+    "trained: engine",
+    "trained: evaluation",
+    "rounded: distillation",
+    "rounded: calibration",
+    "rounded: quantization",
+    "rounded: checkpoint",
+    "rounded: network",
+    "rounded: engine",
+    "rounded: evaluation",
+]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe with two variants that are distilled, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    save_model(Path("model"), "AF AF AF AF AF")
+    words = np.random.default_rng(0).integers(0, 320, 800)
+    Path("text.txt").write_text(" ".join(f"w{word}" for word in words))
+    Path("plan.yaml").write_text(PLAN)
+    Path("recipe.yaml").write_text(RECIPE)
+    return Path("recipe.yaml")
+
+
+def steps_made(recipe: Path) -> list[str]:
+    """Run a recipe; returns the steps that were made now."""
+    made: list[str] = []
+    run_recipe(read_recipe(recipe), Path("out"), notify=lambda step, now: made.append(step) if now else None)
+    return made
+
+
+def assert_same_model(found: Path, expected: Path) -> None:
+    ours, theirs = (everything(open_model(folder, need_weights=True).graph) for folder in (found, expected))
+    assert ours.keys() == theirs.keys()
+    for name, values in theirs.items():
+        np.testing.assert_array_equal(ours[name], values, err_msg=name)
+
+
+def test_a_variant_is_distilled_and_quantized_as_the_commands_would_do_it(recipe: Path) -> None:
+    assert steps_made(recipe) == STEPS
+    assert steps_made(recipe) == []
+    out = Path("out")
+    assert sorted(path.name for path in out.iterdir()) == ["rounded", "trained"]  # no ranges of the original
+    options = [("--" + name.replace("_", "-"), value) for name, value in TRAINING.items()]
+    command = ["distill", "model", "--teacher", "model", "--plan", "plan.yaml", *(x for pair in options for x in pair)]
+    done(*command, "-o", "a")
+    assert_same_model(out / "trained" / "distilled", Path("a"))
+    assert (out / "trained" / "distilled" / "distill.json").is_file()
+    done(*command, "--blocks", "1-2,3-3", "-o", "b")
+    assert_same_model(out / "rounded" / "distilled", Path("b"))
+    text = ["--text", "text.txt", "--context", 16]
+    done("quantize", "b", "--format", "int8-smoothquant", *text, "-o", "c")
+    assert_same_model(out / "rounded" / "checkpoint", Path("c"))
+    done("evaluate", "c", "--reference", "model", *text, "-o", "c.json")
+    found, expected = (
+        json.loads(path.read_text()) for path in (out / "rounded/evaluation/evaluation.json", Path("c.json"))
+    )
+    assert found["kl_divergence"] == expected["kl_divergence"]
+
+
+def test_an_interrupted_distillation_goes_on_from_its_last_save(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps_made(recipe)
+    Path("out").rename("expected")
+    taken: list[int] = []
+    take_step = _Trainer.step
+
+    def step(trainer: _Trainer, number: int, windows: np.ndarray) -> tuple[float, float]:
+        taken.append(number)
+        if taken == [0, 1, 2, 3, 4]:
+            raise KeyboardInterrupt
+        return take_step(trainer, number, windows)
+
+    def remove_run(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Trainer, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        steps_made(recipe)
+    assert [path.name for path in Path("out/trained").iterdir()] == ["distilling"]
+    with monkeypatch.context() as patch:
+        patch.setattr("exporter.distill_state.remove_run", remove_run)
+        with pytest.raises(KeyboardInterrupt):
+            steps_made(recipe)
+    assert taken == [0, 1, 2, 3, 4, 4, 5]
+    Path("out/trained/distilling/.run.json.partial-1").touch()  # as a killed run leaves it
+    assert steps_made(recipe) == STEPS[1:]
+    assert not [path for path in Path("out").rglob("*") if path.name.startswith(("distilling", "."))]
+    assert_same_model(Path("out/trained/distilled"), Path("expected/trained/distilled"))
+
+
+def test_a_saved_run_of_other_settings_is_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(_Trainer, "check_weights", Mock(side_effect=[None, KeyboardInterrupt]))
+        with pytest.raises(KeyboardInterrupt):
+            steps_made(recipe)
+    recipe.write_text(recipe.read_text().replace('"lr": 0.003', '"lr": 1e-3'))
+    with pytest.raises(FuselageError, match=r"distilling: .* belongs to another run.* or remove this one"):
+        steps_made(recipe)
+
+
+@pytest.mark.parametrize("changes", [{"lr": 1e-3}, {"save_every": 3, "recompute": True, "accumulate": 2}])
+def test_what_only_the_machine_sees_does_not_train_again(recipe: Path, changes: dict[str, Any]) -> None:
+    recipe.write_text(RECIPE[: RECIPE.index("  - name: rounded")] + "bench: null\n")
+    assert steps_made(recipe) == STEPS[:3]
+    changed = json.dumps({**TRAINING, **changes})
+    recipe.write_text(recipe.read_text().replace(json.dumps(TRAINING), changed))
+    assert steps_made(recipe) == (STEPS[:3] if "lr" in changes else [])
+
+
+SUGGESTED = "drop_attention: [1]\n"
+COPY = r"Copy it beside the recipe, name it there \(`plan: plan.yaml`\), and remove the folder"
+EDITS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "longer": (
+        lambda folder: (folder / "plan.yaml").write_text(SUGGESTED + "fuse: [[1, 2]]\n"),
+        rf"plan.yaml: the file was changed by hand.*{COPY}",
+    ),
+    "as_long": (
+        lambda folder: (folder / "plan.yaml").write_text(SUGGESTED.replace("1", "2")),
+        rf"plan.yaml: the file was changed by hand.*{COPY}",
+    ),
+    "another_file": (
+        lambda folder: (folder / "dependency.json").write_text("[]"),
+        r"dependency.json: the file was changed by hand.*Keep a copy elsewhere, and remove the folder",
+    ),
+    "added": (
+        lambda folder: (folder / "mine.yaml").write_text(SUGGESTED),
+        r"mine.yaml: the file was added by hand.*Move it elsewhere",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EDITS)
+def test_a_file_that_people_edited_is_neither_lost_nor_believed(case: str, recipe: Path) -> None:
+    edit, message = EDITS[case]
+    folder = Path("out/analysis")
+    files = [("plan.yaml", SUGGESTED.encode()), ("dependency.json", b"{}")]
+    save_folder(folder, files, kind="analysis", details={})
+    edit(folder)
+    before = sorted((path, path.read_bytes()) for path in folder.iterdir())
+    with pytest.raises(OutputError, match=message):
+        steps_made(recipe)
+    assert sorted((path, path.read_bytes()) for path in folder.iterdir()) == before
+    assert [path.name for path in Path("out").iterdir()] == ["analysis"]
+
+
+def test_other_windows_set_aside_choose_alpha_again(recipe: Path) -> None:
+    variant = "{name: a, quantize: int8-smoothquant, bench: false}"
+    recipe.write_text(
+        f"model: model\ncalibration: {{text: text.txt, context: 16}}\nvariants: [{variant}]\n"
+        "evaluate: {text: other.txt, context: 16}\nbench: null\n"
+    )
+    words = Path("text.txt").read_text().split()
+    Path("other.txt").write_text(" ".join(words))
+    made = ["calibration", "a: quantization", "a: checkpoint", "a: evaluation"]
+    assert steps_made(recipe) == made
+    Path("text.txt").write_text(" ".join([*words[:-1], "w1" if words[-1] != "w1" else "w2"]))
+    assert steps_made(recipe)[:2] == made[:2]  # the ranges are the same, byte by byte
+
+
+@pytest.mark.parametrize("changes", [{"max_batch": 64}, {"max_num_tokens": 512}, {"low_latency": True}], ids=str)
+def test_other_settings_build_an_engine_again(changes: dict[str, Any], tmp_path: Path) -> None:
+    backend, variant, network = Mock(), Mock(folder=tmp_path), Mock(fingerprint="of the same files")
+    backend.name, variant.name = "tensorrt-llm", "a"
+    keys = set()
+    for settings in ({}, changes):
+        described = {"model": "model", "network": {"to": "trtllm", **settings}, "variants": [{"name": "a"}]}
+        keys.add(engine_step(Recipe.model_validate(described), backend, variant, network).key)
+    assert len(keys) == 2
+
+
+def test_a_file_that_people_removed_is_made_again(recipe: Path) -> None:
+    recipe.write_text("model: model\nvariants: [{name: a}]\nbench: null\n")
+    assert steps_made(recipe) == ["a: network", "a: engine"]
+    assert steps_made(recipe) == []
+    Path("out/a/engine/engine.json").unlink()
+    assert steps_made(recipe) == ["a: engine"]

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
-from engines import tensorrt_build
+from engines import tensorrt_build, tensorrt_llm
 from engines.backends import BACKENDS
 from engines.settings import Setting, range_problems, settings_of
-from exporter.recipe import TensorRtEngineRecipe
+from exporter.recipe import TensorRtEngineRecipe, TensorRtLlmRecipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,25 @@ def test_defaults_are_in_range(backend: str) -> None:
     assert list(range_problems(settings())) == []
 
 
-def test_a_recipe_has_the_settings_of_tensorrt() -> None:
-    """By the same names; the batch is that of the recipe's network."""
-    settings = {setting.name for setting in settings_of(tensorrt_build.BuildSettings)}
-    assert TensorRtEngineRecipe.model_fields.keys() == settings - {"max_batch_size"} | {"backend"}
+# By the names of options, since a network has a batch and a maximum, too; how many GPUs build is the machine's affair.
+SECTIONS: dict[str, tuple[type[BaseModel], type, set[str], set[str]]] = {
+    "tensorrt": (TensorRtEngineRecipe, tensorrt_build.BuildSettings, {"max_batch"}, {"backend"}),
+    "tensorrt-llm": (TensorRtLlmRecipe, tensorrt_llm.BuildSettings, {"workers"}, {"to", "tp", "pp", "split_embedding"}),
+}
+
+
+@pytest.mark.parametrize("backend", SECTIONS)
+def test_a_recipe_has_the_settings_of_a_backend(backend: str) -> None:
+    section, settings, left_out, own = SECTIONS[backend]
+    declared = {(setting.option or "").replace("-", "_"): setting for setting in settings_of(settings)}
+    assert section.model_fields.keys() - own == declared.keys() - left_out
+    known = section.model_validate({"to": "trtllm"} if "to" in own else {"backend": backend})
+    assert section.model_validate(known.model_dump()) == known
+    for key in declared.keys() - left_out:
+        setting, default = declared[key], getattr(settings(), declared[key].name)
+        assert getattr(known, key) in (default, None), key
+        below = [] if setting.least is None else [setting.least - 1]
+        above = [] if setting.most is None else [setting.most + 1]
+        for value in below + above:
+            with pytest.raises(ValidationError):
+                section.model_validate({**known.model_dump(), key: value})

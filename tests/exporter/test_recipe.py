@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from commands.models import distill
 from exporter.errors import PlanError
 from exporter.plan import Plan, read_plan
 from exporter.recipe import read_recipe
@@ -59,6 +60,30 @@ def test_paths_may_begin_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.
     assert read_recipe(written(tmp_path, "model: ~nobody-of-that-name/m\nvariants: [{name: a}]\n")).model == (
         tmp_path / "~nobody-of-that-name" / "m"
     )
+
+
+def test_a_distillation_has_the_options_and_defaults_of_the_command(tmp_path: Path) -> None:
+    text = "model: m\nvariants: [{name: a, plan: {drop_ffn: [1]}, distill: {text: t, lr: 1e-4}}]\n"
+    found = read_recipe(written(tmp_path, text)).variants[0].distill
+    assert found is not None
+    assert found.text == tmp_path / "t"
+    command = distill.make_context("distill", ["m", "--teacher", "m", "--text", "t", "-o", "o"])
+    chosen = {option.opts[0]: command.params[option.name or ""] for option in distill.params}
+    others = (
+        "model",
+        "--teacher",
+        "--plan",
+        "--norm",
+        "--text",
+        "--resume",
+        "-o",
+        "--output",
+        "--force",
+        "-q",
+        "--quiet",
+    )
+    expected = {name[2:].replace("-", "_"): value for name, value in chosen.items() if name not in others}
+    assert {name: value for name, value in found if name != "text"} == expected
 
 
 REFUSED = {
@@ -121,6 +146,16 @@ REFUSED = {
         "variant 'b': tasks are run on a Hugging Face folder",
     ),
     "auto": ("model: m\nvariants: [{name: a, plan: auto}]\n", "needs a section `analysis`"),
+    "distilled_without_plan": (
+        "model: m\nvariants: [{name: a, distill: {text: t}}]\n",
+        "variant 'a': what is distilled .* there is no plan",
+    ),
+    "distilled_without_folder": (
+        "model: m\nvariants: [{name: a, plan: {drop_ffn: [1]}, checkpoint: false, distill: {text: t}}]\n",
+        "variant 'a': what is distilled is written as a Hugging Face folder",
+    ),
+    "distilled_without_text": ("model: m\nvariants: [{name: a, distill: {}}]\n", "distill.text: key is missing"),
+    "rate": ("model: m\nvariants: [{name: a, distill: {text: t, lr: .inf}}]\n", "distill.lr: .*finite"),
     "alias": ("model: &m x\nvariants: [{name: *m}]\n", "aliases"),
 }
 
