@@ -107,6 +107,8 @@ def main() -> None:
                 cpus=cpus_for(args.threads),
                 worker=worker,
             )
+            if not results.is_complete:
+                sys.exit("a worker failed: " + "; ".join(e.stopped.problem for e in results.engines if e.stopped))
             loads.append(results)
             print(f"load {load + 1} of {args.loads} done", flush=True)
 

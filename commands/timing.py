@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os.path
 import re
 import sys
 from collections.abc import Iterator
@@ -78,11 +79,14 @@ def bench(
     """Time engines against each other; the first is the baseline.
 
     All are loaded, and rounds are interleaved, so that whatever slows the machine down slows down all of them.
+
+    If an engine fails or Ctrl-C is pressed after the first kept request, what was measured is written all the same, the
+    engine marked as incomplete, and the exit code is 4.
     """
     from engines.bench import bench_engines, request_grid
     from engines.cpp_program import worker_for
     from engines.machine import cpus_for
-    from engines.results import json_from_results
+    from engines.results import json_from_results, refuse_incomplete
     from engines.results_table import results_table
     from exporter.writers.files import refuse_existing_file, save_file
 
@@ -106,6 +110,7 @@ def bench(
     if not quiet:
         wide_console().print(results_table(results))
     say_written(quiet, output)
+    refuse_incomplete(results, output)
 
 
 @click.command(
@@ -130,7 +135,7 @@ def import_bench(
     from exporter.writers.files import refuse_existing_file, save_file
 
     refuse_existing_file(output, force=force)
-    label = engine_label(label, model.resolve())
+    label = engine_label(label, Path(os.path.realpath(model)))
     results = results_from_trtllm_bench(report, requests, model, label=label, warmup=warmup)
     save_file(output, json_from_results(results), force=force)
     say_written(quiet, output)
@@ -232,8 +237,12 @@ def report(
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
     from engines.report import names_of, report_from_results
+    from exporter.pipeline import refuse_overlap
     from exporter.writers.files import refuse_existing, save_folder
 
+    for folder in [*errors, *([] if analysis is None else [analysis])]:
+        if os.path.lexists(output):  # it would be replaced
+            refuse_overlap(folder, output)
     refuse_existing(output, force=force)
     wanted = None
     if gpu_names or calibrate is not None:

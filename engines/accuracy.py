@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 from engines.intervals import RatioInterval
 from engines.report_words import Unit, Value, compared, formatted
-from engines.results import EngineResult, EvaluatedModel, FFNShape, ParallelShape, Structure, ratio
+from engines.results import EngineResult, EvaluatedModel, ratio
 from engines.structure_strip import layers_text
+from exporter.structure import FFNShape, ParallelShape, Structure
 
 Model = EngineResult | EvaluatedModel
 

@@ -6,7 +6,7 @@ Shape letters: B = batch (sequences side by side), S = tokens of one call, V = v
 from __future__ import annotations
 
 import os.path
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from exporter.errors import EngineError
 from exporter.manifests import Model, manifest_from_json, validated
 from exporter.network import CacheSlot, Count, FileName, Positive
 from exporter.safetensors_io import read_json
+from exporter.writers.files import Content, json_bytes, save_folder
 
 ENGINE_KIND = "engine"  # of the folder's manifest
 ENGINE_FILE = "engine.json"
@@ -70,6 +71,32 @@ def read_engine_manifest(engine: Path) -> EngineManifest:
         file=path,
         error=EngineError,
     )
+
+
+def save_engine(
+    output: Path,
+    manifest: EngineManifest,
+    files: Iterable[tuple[str, Content | bytes]],
+    *,
+    details: Mapping[str, Any] | None,
+    force: bool,
+) -> Path:
+    """Write an engine folder, `files` (name, content) beside its manifest; returns `output`.
+
+    `details` are those of `Backend.build`; None: backend, label and network.
+
+    Raises:
+        OutputError: the output is in the way or cannot be written.
+    """
+    if details is None:
+        details = {
+            "backend": manifest.backend,
+            "label": manifest.label,
+            "network_sha256": manifest.network_sha256,
+        }
+    contents = [(ENGINE_FILE, json_bytes(manifest.model_dump(mode="json"))), *files]
+    save_folder(output, contents, kind=ENGINE_KIND, details=details, force=force)
+    return output
 
 
 def backend_options(manifest: EngineManifest, model: type[Model], file: object) -> Model:

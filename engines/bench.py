@@ -3,6 +3,8 @@
 Why processes: load time and peak memory are then one engine's own. Why interleaved: a machine that slows down, or a
 neighbour that comes and goes, hurts every engine alike; the order rotates so that no engine always runs after the same
 one. What a worker is does not matter here, only the lines it speaks (`engines.worker`).
+
+An engine whose worker fails once there are samples is left out of further turns; what was measured is kept.
 """
 
 from __future__ import annotations
@@ -14,27 +16,27 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from engines.base import EngineManifest, read_engine_manifest
 from engines.machine import cpu_name
-from engines.profile import Profile
 from engines.profiling import profile_engine, profiler_problems
 from engines.results import (
+    MAX_TEXT,
     MAX_TOKENS,
     Cell,
     EngineResult,
     Environment,
     RequestShape,
     Results,
+    Stopped,
     Structure,
     check_same_model,
     validation_problems,
@@ -47,6 +49,7 @@ MAX_REPLY_BYTES = 64 * 2**20
 STDERR_TAIL_BYTES = 2000
 # Runtimes that answer whole requests have workers of their own; threads and CPUs are then not ours to choose.
 REQUEST_WORKERS = {"tensorrt-llm": "engines.tensorrt_llm_worker"}
+KNOWN_WHEN_READY = {"device", "runtime", "program", "load_time_s"}  # fields of a result that `Ready` has
 GOODBYE_S = 10.0  # a worker that said it is done gets this long to exit
 
 Message = TypeVar("Message", bound=BaseModel)
@@ -91,6 +94,9 @@ def bench_engines(
 ) -> Results:
     """Time every engine at every request shape and keep all samples.
 
+    An engine that fails before the first sample of any engine is an error. After it the others go on, and what is known
+    of the failed one is marked as `stopped`; so are all that are not done where the user interrupts.
+
     Args:
         engines: engine folders; the first is what reports take as the baseline.
         grid: request shapes, see `request_grid`.
@@ -108,7 +114,8 @@ def bench_engines(
 
     Raises:
         FuselageError: a folder, a label, a shape or a setting is wrong (all problems at once, before anything starts).
-        EngineError: a worker failed or died.
+        EngineError: a worker failed or died before there was a sample to keep.
+        KeyboardInterrupt: likewise.
     """
     began = datetime.now(timezone.utc)
     problems = _setting_problems(grid, rounds=rounds, warmup=warmup, threads=threads, cpus=cpus, seed=seed)
@@ -131,36 +138,46 @@ def bench_engines(
     report = progress if progress is not None else lambda done, total, text: None
     total = len(engines) * (1 + len(grid) * (warmup + rounds) + profile)
     steps = itertools.count()
-    samples: dict[tuple[str, RequestShape], list[Sample]] = defaultdict(list)
+    record = _Record(described, grid, rounds)
 
     # Profiles come first: what fails in them would else cost the samples.
-    profiles: list[tuple[Profile, ...]] = [()] * len(engines)
-    for index, manifest in enumerate(manifests if profile else ()):
+    for engine, manifest in zip(engines, manifests, strict=True) if profile else ():
         report(next(steps), total, f"profiling {manifest.label}")
-        profiles[index] = profile_engine(engines[index], manifest, grid[0], threads=threads, cpus=cpus, seed=seed)
-    served: list[_Worker] = []
-    farewells: list[Closed] = []
+        profiles = profile_engine(engine, manifest, grid[0], threads=threads, cpus=cpus, seed=seed)
+        record.learn(manifest.label, profiles=profiles)
     folders = list(zip(engines, manifests, strict=True))
-    for together in [[one] for one in folders] if one_at_a_time else [folders]:
-        with ExitStack() as stack:
-            workers = []
-            for engine, manifest in together:  # one after the other: loading is timed
-                report(next(steps), total, f"loading {manifest.label}")
-                command = worker(engine.resolve(), manifest, threads, cpus)
-                workers.append(stack.enter_context(_Worker(manifest.label, command)))
-            for shape, round_index, turn in _turns(grid, warmup + rounds, workers):
-                report(next(steps), total, f"{turn.label}, {shape}")
-                run = Run(batch=shape.batch, input_len=shape.input_len, output_len=shape.output_len, seed=seed)
-                sample = turn.time(run)
-                if round_index >= warmup:
-                    samples[turn.label, shape].append(sample)
-            farewells += [turn.ask(Close(), Closed) for turn in workers]
-            served += workers
+    try:
+        for together in [[one] for one in folders] if one_at_a_time else [folders]:
+            with ExitStack() as stack:
+                workers: list[_Worker] = []
+                for engine, manifest in together:  # one after the other: loading is timed
+                    report(next(steps), total, f"loading {manifest.label}")
+                    with record.stopping(manifest.label):
+                        command = worker(engine.resolve(), manifest, threads, cpus)
+                        turn = stack.enter_context(_Worker(manifest.label, command))
+                        workers.append(turn)
+                        record.opened(turn.label, turn.ready)
+                for shape, round_index, turn in _turns(grid, warmup + rounds, workers):
+                    report(next(steps), total, f"{turn.label}, {shape}")
+                    run = Run(batch=shape.batch, input_len=shape.input_len, output_len=shape.output_len, seed=seed)
+                    with record.stopping(turn.label):
+                        sample = turn.time(run)
+                        if round_index >= warmup:
+                            record.keep(turn.label, shape, sample)
+                for turn in workers:
+                    if not turn.is_ended:
+                        with record.stopping(turn.label):
+                            closed = turn.ask(Close(), Closed)
+                            record.learn(turn.label, peak_memory_gib=closed.peak_memory_gib)
+    except KeyboardInterrupt:
+        if not record.has_samples:
+            raise
+        record.interrupt()
     report(total, total, "done")
 
     return Results(
         environment=environment_here(
-            clock=", ".join(sorted({turn.ready.clock for turn in served})),
+            clock=", ".join(sorted(record.clocks)),
             threads=threads,
             pinned_cpus=None if cpus is None else tuple(cpus),
             warmup_rounds=warmup,
@@ -168,31 +185,85 @@ def bench_engines(
             interleaved=not one_at_a_time,
             utc=began,
         ),
-        engines=tuple(
-            engine.model_copy(
-                update={
-                    "device": turn.ready.device,
-                    "runtime": turn.ready.runtime,
-                    "program": turn.ready.program,
-                    "load_time_s": turn.ready.load_time_s,
-                    "peak_memory_gib": farewell.peak_memory_gib,
-                    "profiles": found,
-                }
-            )
-            for engine, turn, farewell, found in zip(described, served, farewells, profiles, strict=True)
-        ),
-        cells=tuple(_cell(turn.label, shape, samples[turn.label, shape]) for shape in grid for turn in served),
+        engines=record.engines,
+        cells=record.cells,
     )
 
 
 def _turns(
     grid: Sequence[RequestShape], rounds: int, workers: Sequence[_Worker]
 ) -> Iterator[tuple[RequestShape, int, _Worker]]:
-    """Yield whose turn it is at which request, round by round; each round begins with the next of the workers."""
+    """Yield whose turn it is at which request, round by round; each round begins with the next of the workers.
+
+    A worker that has ended meanwhile has no more turns.
+    """
     for shape, round_index in itertools.product(grid, range(rounds)):
-        first = round_index % len(workers)
-        for turn in (*workers[first:], *workers[:first]):
+        present = [turn for turn in workers if not turn.is_ended]
+        first = round_index % max(1, len(present))
+        for turn in (*present[first:], *present[:first]):
             yield shape, round_index, turn
+
+
+class _Record:
+    """What a benchmark has found so far."""
+
+    def __init__(self, engines: Sequence[EngineResult], grid: Sequence[RequestShape], rounds: int) -> None:
+        self._engines = {engine.label: engine for engine in engines}
+        self._grid = grid
+        self._rounds = rounds
+        self._samples: dict[tuple[str, RequestShape], list[Sample]] = {}
+        self.clocks: set[str] = set()
+
+    @property
+    def engines(self) -> tuple[EngineResult, ...]:
+        return tuple(self._engines.values())
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        keys = itertools.product(self._grid, self._engines)
+        return tuple(
+            _cell(label, shape, self._samples[label, shape]) for shape, label in keys if (label, shape) in self._samples
+        )
+
+    @property
+    def has_samples(self) -> bool:
+        return bool(self._samples)
+
+    def learn(self, label: str, **fields: Any) -> None:
+        """Fill in fields of an engine's result."""
+        self._engines[label] = self._engines[label].model_copy(update=fields)
+
+    def opened(self, label: str, ready: Ready) -> None:
+        """Take down what a worker says once its engine is open."""
+        self.learn(label, **ready.model_dump(include=KNOWN_WHEN_READY))
+        self.clocks.add(ready.clock)
+
+    def keep(self, label: str, shape: RequestShape, sample: Sample) -> None:
+        """Keep the sample of an engine's next round."""
+        self._samples.setdefault((label, shape), []).append(sample)
+
+    @contextmanager
+    def stopping(self, label: str) -> Iterator[None]:
+        """Mark the engine as stopped if it fails inside the block; with no sample to keep, let the error pass."""
+        try:
+            yield
+        except FuselageError as error:
+            if not self.has_samples:
+                raise
+            self._stop(label, str(error))
+
+    def interrupt(self) -> None:
+        """Mark the engines as stopped that have not said goodbye."""
+        for engine in self.engines:
+            if engine.peak_memory_gib is None and engine.stopped is None:
+                self._stop(engine.label, "interrupted")
+
+    def _stop(self, label: str, problem: str) -> None:
+        kept = {shape: len(self._samples.get((label, shape), ())) for shape in self._grid}
+        # Shapes follow one another; an engine may also fail after the last of its rounds.
+        shape = next((shape for shape in self._grid if kept[shape] < self._rounds), self._grid[-1])
+        stopped = Stopped(**shape._asdict(), rounds=kept[shape], rounds_asked=self._rounds, problem=problem[:MAX_TEXT])
+        self.learn(label, stopped=stopped)
 
 
 class _Worker:
@@ -231,8 +302,16 @@ class _Worker:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._end(patience_s=GOODBYE_S if error is None else 0)
 
+    @property
+    def is_ended(self) -> bool:
+        return self._stderr.closed
+
     def ask(self, order: BaseModel, reply: type[Message]) -> Message:
-        """Send one order and wait for its reply."""
+        """Send one order and wait for its reply; ends the worker where this is not what it answers.
+
+        Raises:
+            EngineError: it failed or died, or does not speak the protocol.
+        """
         assert self._process.stdin is not None
         # A worker that is dead or dying does not read; what it said before that is read next, and explains why.
         with suppress(BrokenPipeError):
@@ -241,43 +320,42 @@ class _Worker:
         return self._reply(reply)
 
     def time(self, run: Run) -> Sample:
-        """Have one request timed."""
+        """Have one request timed; fails like `ask`."""
         sample = self.ask(run, Sample)
-        for times, wanted, what in (
-            (sample.step_ms, run.output_len - 1, "decode steps"),
-            (sample.run_ms, run.output_len, "calls of the runtime"),
-            (sample.device_ms, run.output_len, "calls on the device"),
-        ):
-            if times is not None and len(times) != wanted:
-                raise EngineError(
-                    f"the worker of {self.label!r} timed another request than asked",
-                    expected=f"{wanted} {what}",
-                    found=len(times),
-                )
+        shape = RequestShape(run.batch, run.input_len, run.output_len)
+        try:
+            _cell(self.label, shape, [sample])
+        except ValidationError as error:
+            raise self._failure(
+                "timed another request than asked", expected=str(shape), found=validation_problems(error)
+            ) from error
         return sample
 
     def _reply(self, expected: type[Message]) -> Message:
         assert self._process.stdout is not None
         line = self._process.stdout.readline(MAX_REPLY_BYTES)
         if not line:
-            raise EngineError(f"the worker of {self.label!r} {self._end_in_words()}{self._stderr_tail()}")
+            raise self._failure(f"{self._end_in_words()}{self._stderr_tail()}")
         try:
             message = Reply.validate_json(line)
         except ValidationError as error:
-            raise EngineError(
-                f"the worker of {self.label!r} does not speak the protocol: {validation_problems(error)}",
+            raise self._failure(
+                f"does not speak the protocol: {validation_problems(error)}",
                 expected="JSON lines as in engines/worker.py",
                 found=repr(line[:100]),
             ) from error
         if isinstance(message, Failure):
-            raise EngineError(f"the worker of {self.label!r} failed: {message.problem}")
+            raise self._failure(f"failed: {message.problem}")
         if not isinstance(message, expected):
-            raise EngineError(
-                f"the worker of {self.label!r} answered out of turn",
-                expected=expected.model_fields["event"].default,
-                found=message.event,
+            raise self._failure(
+                "answered out of turn", expected=expected.model_fields["event"].default, found=message.event
             )
         return message
+
+    def _failure(self, problem: str, *, expected: object = None, found: object = None) -> EngineError:
+        """End the process, which holds memory and may still compute, and return the error to raise."""
+        self._end()
+        return EngineError(f"the worker of {self.label!r} {problem}", expected=expected, found=found)
 
     def _end_in_words(self) -> str:
         try:
@@ -296,6 +374,8 @@ class _Worker:
         return f"; the end of what it printed:\n{tail}" if tail else "; it printed nothing"
 
     def _end(self, *, patience_s: float = 0) -> None:
+        if self.is_ended:
+            return
         if patience_s:
             with suppress(subprocess.TimeoutExpired):  # then it is killed like any other
                 self._process.wait(timeout=patience_s)
@@ -391,7 +471,7 @@ def _described(engine: Path, manifest: EngineManifest) -> EngineResult:
             # An engine that imitates a number format which its hardware lacks says so in its backend's options.
             kind="emulated" if manifest.options.get("emulated") else "measured",
             backend=manifest.backend,
-            device="cpu",
+            device=str(manifest.options.get("device", "cpu")),  # device and runtime are the build's until it is open
             runtime=manifest.runtime,
             dtype=manifest.dtype,
             number_format=manifest.number_format,

@@ -14,7 +14,7 @@ import numpy as np
 
 from engines.report_words import digits, named, shortened
 from engines.results import EngineResult, Spread
-from engines.structure_strip import Strip, roles_of
+from engines.structure_strip import TARGET_WIDTH, Strip, roles_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -234,14 +234,15 @@ def structure_images(drawings: Sequence[tuple[str, Strip]]) -> tuple[bytes, byte
         from matplotlib.patches import Rectangle
 
         strips = [strip for _, strip in drawings]
-        inches = 9 / strips[0].width
+        width = max(strips[0].width, TARGET_WIDTH)
+        inches = 9 / width
         titles = [textwrap.wrap(name, int(9 * CHARACTERS_PER_INCH)) for name, _ in drawings]
         lines = sum(map(len, titles))
         figure = new_figure(9, sum(strip.height * inches for strip in strips) + 0.15 * (lines + len(titles)) + 0.5)
         heights = [strip.height for strip in strips]
         rows = figure.subplots(len(strips), squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
         for title, strip, axes in zip(titles, strips, rows, strict=True):
-            axes.set_xlim(0, strip.width)
+            axes.set_xlim(0, width)
             axes.set_ylim(strip.bottom, strip.top)
             axes.set_axis_off()
             axes.set_title("\n".join(title), loc="left", fontsize=9)

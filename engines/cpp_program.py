@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,9 @@ from exporter.writers.files import NO_LOCKS, check_folder
 SOURCES = Path(__file__).parent / "cpp"
 PROGRAM = "fuselage-bench"
 SERVED = ("onnxruntime", "tensorrt")  # backends that it opens; the others keep their own workers
+CUDA_INCLUDE_DIR = "/usr/local/cuda/include"  # if none is named, as in CMakeLists.txt
 SHOWN_LINES = 20  # of what a failed build printed
+CUDA_HINT = "set CUDA_INCLUDE_DIR to the folder of cuda_runtime_api.h"
 HINT = "use --runtime python (in a recipe: `runtime: auto`) to time with the Python program"
 
 Runtime = Literal["cpp", "python", "auto"]  # auto: C++ where it can be built, else Python
@@ -143,20 +146,41 @@ def library_options(manifest: EngineManifest) -> list[str]:
     """Return the program's options that name the runtime's library, as it lies in the Python packages.
 
     Empty where it lies in none: the program then asks the system's loader for the usual name.
+
+    Raises:
+        EngineError: CUDA's headers do not say which runtime the program was compiled for.
     """
     if manifest.backend == "onnxruntime":
         return _library_option("--library", "onnxruntime", "capi/libonnxruntime.so.*")
     library = _library_option("--library", "tensorrt_libs", "libnvinfer.so.*")
     if not library and manifest.options.get("lean"):
         library = _library_option("--library", "tensorrt_lean_libs", "libnvinfer_lean.so.*")
-    return [*library, *_library_option("--cuda-library", "nvidia", "cu*/lib/libcudart.so.*")]
+    # The headers decide: structures and names of functions differ from one major version of CUDA to the next. TensorRT
+    # brings a runtime of its own, and shares streams with this one through the driver.
+    return [*library, *_library_option("--cuda-library", "nvidia", f"cu*/lib/libcudart.so.{_cuda_major()}")]
+
+
+def _cuda_header() -> Path:
+    return Path(os.environ.get("CUDA_INCLUDE_DIR") or CUDA_INCLUDE_DIR, "cuda_runtime_api.h")
+
+
+def _cuda_major() -> int:
+    """The major version of the CUDA runtime that the program is compiled for, e.g. 13."""
+    header = _cuda_header()
+    try:
+        found = re.search(r"#define\s+CUDART_VERSION\s+(\d+)", header.read_text(errors="replace"))
+    except OSError as error:
+        raise EngineError(f"CUDA's headers cannot be read ({error.strerror})", file=header, hint=CUDA_HINT) from error
+    if found is None:
+        raise EngineError("CUDA's headers do not say their version", file=header, hint=CUDA_HINT)
+    return int(found[1]) // 1000
 
 
 def _library_option(option: str, package: str, pattern: str) -> list[str]:
     spec = importlib.util.find_spec(package)  # imports nothing: the package is not a submodule
     folders = spec.submodule_search_locations if spec is not None else None
     found = [path for folder in folders or () for path in Path(folder).glob(pattern)]
-    # Of several the latest: "libcudart.so.13" before "libcudart.so.12".
+    # Of several the latest: "libnvinfer.so.11" before "libnvinfer.so.10".
     return [option, str(max(found, key=lambda path: path.name))] if found else []
 
 
@@ -196,8 +220,10 @@ def _digest(settings: Mapping[str, str]) -> str:
     digest.update(version.stdout)
     for name, value in sorted(settings.items()):
         digest.update(f"{name}={value}\n".encode())
-    headers = Path(settings.get("TENSORRT_INCLUDE_DIR", os.devnull), "NvInferVersion.h")
-    for path in [*sorted(SOURCES.rglob("*")), headers]:
+    headers = []
+    if settings.get("TENSORRT_INCLUDE_DIR"):
+        headers = [Path(settings["TENSORRT_INCLUDE_DIR"], "NvInferVersion.h"), _cuda_header()]
+    for path in [*sorted(SOURCES.rglob("*")), *headers]:
         if path.is_file():
             content = path.read_bytes()
             digest.update(f"{path.name} {len(content)}\n".encode() + content)

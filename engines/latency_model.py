@@ -22,12 +22,12 @@ from functools import lru_cache
 from typing import Literal
 
 from engines.hardware import Gpu
-from engines.results import AttentionShape, FFNShape, LinearShape, ParallelShape, Structure
 from exporter.dtypes import BY_NAME, FLOAT8_E4M3FN, INT8, DType
 from exporter.errors import EngineError, PlanError
 from exporter.graph import ModelGraph, linear_names
 from exporter.graph import structure as structure_of_graph
 from exporter.quantization import QuantizationRecipe, dtype_of, format_names, read_quantization
+from exporter.structure import AttentionShape, FFNShape, LinearShape, ParallelShape, Structure
 
 USABLE_MEMORY = 0.9  # of a GPU's; the rest is the CUDA context, graphs and the allocator's loss
 PREFILL_TOKENS = 8192  # at a time; longer prompts are read in chunks, as serving runtimes do

@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 from pydantic import BaseModel, ConfigDict
 
-from engines.base import ENGINE_FILE, ENGINE_KIND, EngineManifest, backend_options, read_engine_manifest
+from engines.base import ENGINE_KIND, EngineManifest, backend_options, read_engine_manifest, save_engine
 from engines.machine import cpu_name, version_numbers
 from engines.onnxruntime_kernels import (
     QuantizedLinear,
@@ -46,7 +46,7 @@ from exporter.network import (
     network_manifest_from_json,
 )
 from exporter.safetensors_io import read_json
-from exporter.writers.files import Content, FileCopy, Manifest, check_folder, json_bytes, refuse_existing, save_folder
+from exporter.writers.files import FileCopy, Manifest, check_folder, refuse_existing
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -103,12 +103,8 @@ class OnnxRuntime:
         linears = quantized_linears(network / variant.file)
         manifest = _engine_manifest(contract, variant, folder, label or output.name, linears)
         _prove(manifest, network, linears)
-        contents: list[tuple[str, Content | bytes]] = [(ENGINE_FILE, json_bytes(manifest.model_dump(mode="json")))]
-        contents += [(name, FileCopy(network / name)) for name in (variant.file, *variant.weight_files)]
-        if details is None:
-            details = {"backend": NAME, "label": manifest.label, "network_sha256": manifest.network_sha256}
-        save_folder(output, contents, kind=ENGINE_KIND, details=details, force=force)
-        return output
+        files = [(name, FileCopy(network / name)) for name in (variant.file, *variant.weight_files)]
+        return save_engine(output, manifest, files, details=details, force=force)
 
     def open(self, engine: Path, *, threads: int | None, profile: Path | None = None) -> OnnxRuntimeRunner:
         """See `engines.base.Backend`; with `profile`, ONNX Runtime's profiler writes a file whose name begins so."""
@@ -412,6 +408,12 @@ def _prove(manifest: EngineManifest, folder: Path, linears: Sequence[QuantizedLi
     path = folder / manifest.network_file
     batch = manifest.batch or 1
     tokens = min(2, manifest.max_positions)
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise EngineError(
+            "no temporary folder can be written", hint="is its disk full? TMPDIR names another folder"
+        ) from error
     with tempfile.TemporaryDirectory() as temporary:
         session = _session(manifest, folder, None, profile=Path(temporary, "profile"))
         runner = OnnxRuntimeRunner(manifest, session)
@@ -446,6 +448,7 @@ def _runtime_errors(problem: str, path: Path) -> Iterator[None]:
         state.NoSuchFile,
         state.NotImplemented,
         state.RuntimeException,
+        UnicodeDecodeError,  # its message quotes a name of the file that is no text
     )
     try:
         yield

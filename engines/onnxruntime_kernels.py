@@ -13,13 +13,13 @@ network under ONNX Runtime's profiler and refuses anything but this:
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from engines.onnxruntime_profile import events_of
 from exporter.errors import EngineError
 
 INTEGER_KERNELS = frozenset({"QGemm", "QLinearMatMul", "MatMulIntegerToFloat"})
@@ -116,9 +116,13 @@ def executed_format(number_format: str | None, linears: Sequence[QuantizedLinear
 
 
 def kernels_from_profile(profile: Path) -> dict[str, Kernel]:
-    """Read which kernel ran each node, by node name, from a file of ONNX Runtime's profiler."""
+    """Read which kernel ran each node, by node name, from a file of ONNX Runtime's profiler.
+
+    Raises:
+        EngineError: as `events_of`.
+    """
     kernels = {}
-    for event in json.loads(profile.read_bytes()):
+    for event in events_of(profile):
         name, _, kind = event["name"].rpartition("_kernel_")
         if event["cat"] == "Node" and kind == "time":
             arguments: Mapping[str, Any] = event["args"]

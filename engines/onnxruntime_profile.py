@@ -18,6 +18,21 @@ from exporter.errors import EngineError
 PROFILER = "ONNX Runtime's profiler"
 
 
+def events_of(profile: Path) -> list[dict[str, Any]]:
+    """Read what the profiler has recorded.
+
+    Raises:
+        EngineError: the file is cut short: the profiler does not say so where a disk is full.
+    """
+    try:
+        events: list[dict[str, Any]] = json.loads(profile.read_bytes())
+    except ValueError as error:
+        raise EngineError(
+            "the profile is cut short", file=profile, hint="is that disk full? TMPDIR names another folder"
+        ) from error
+    return events
+
+
 def profiles_of_calls(
     profile: Path, calls: Sequence[Phase | None], *, batch: int, input_len: int, slot_blocks: Sequence[int]
 ) -> tuple[Profile, ...]:
@@ -30,9 +45,9 @@ def profiles_of_calls(
         slot_blocks: see `engines.profile.place_of`.
 
     Raises:
-        EngineError: the file has another number of calls.
+        EngineError: the file is cut short, or has another number of calls.
     """
-    events = json.loads(profile.read_bytes())
+    events = events_of(profile)
     runs = sorted((event for event in events if event["name"] == "model_run"), key=lambda event: event["ts"])
     if len(runs) != len(calls):
         raise EngineError("the profile is of other calls", file=profile, expected=len(calls), found=len(runs))

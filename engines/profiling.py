@@ -1,4 +1,4 @@
-"""Profiles of engines for a results file: one process per engine, after the benchmark."""
+"""Profiles of engines for a results file: one process per engine, before the benchmark."""
 
 from __future__ import annotations
 

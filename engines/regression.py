@@ -173,7 +173,7 @@ def _notes(
     engines: dict[str, tuple[EngineResult, EngineResult]],
     pairs: Sequence[tuple[Cell, Cell]],
 ) -> Iterator[str]:
-    for what in ("cpu", "cores", "os", "threads", "pinned_cpus"):
+    for what in ("cpu", "cores", "os", "threads", "pinned_cpus", "clock", "interleaved"):
         old, new = getattr(before.environment, what), getattr(after.environment, what)
         if old != new:
             yield f"The runs differ in {what}: {old} before, {new} after."
@@ -183,6 +183,10 @@ def _notes(
         old, new = (f"{engine.backend} {engine.runtime}" for engine in (first, second))
         if old != new:
             yield f"Engine {label} ran in {old} before, in {new} after."
+    for name, results in (("before", before), ("after", after)):
+        for engine in results.engines:
+            if engine.stopped is not None:
+                yield f"Engine {engine.label} is incomplete in the run {name}: it stopped {engine.stopped.where}."
     shared = {(new.engine, new.shape) for _, new in pairs}
     for name, results in (("before", before), ("after", after)):
         for cell in results.cells:

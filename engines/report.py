@@ -5,6 +5,7 @@ This module chooses what is said and shown; `engines.report_pages` writes it dow
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,6 +47,7 @@ from engines.report_words import (
     joined,
     named,
     pace_of,
+    shortened,
     spread_text,
 )
 from engines.results import (
@@ -53,11 +55,9 @@ from engines.results import (
     EngineResult,
     Environment,
     EvaluatedModel,
-    FFNShape,
     RequestShape,
     Spread,
     Statistics,
-    Structure,
     comparison_from_results,
     ratio,
     read_results_bytes,
@@ -74,6 +74,7 @@ from engines.throughput import (
 from engines.time_chart import time_charts, time_images, time_layout, time_note
 from engines.tradeoff import Point, Tradeoff, tradeoff_images, tradeoff_layout
 from exporter.errors import EngineError
+from exporter.structure import FFNShape, Structure
 
 CPU_NOTE = (
     "These engines ran on a CPU, which at small batch is bound by reading weights from memory. Fusion saves sequential "
@@ -107,9 +108,11 @@ MEMORY_NOTE = (
 DEVICES_NOTE = "The engines are of different devices: ratios across them compare hardware as well as models."
 
 
+LONGEST_PROBLEM = 300  # characters of why an engine stopped; the results file has all of them
 STRUCTURES = 24  # drawn below each other
 CHARTED = 8  # engines in a chart, which has as many colours; tables have all
 TITLED = 6  # engines named in the headline
+LONGEST_TITLED = 120  # characters of their labels together, where there is more than one
 COLUMNS = 9  # engines side by side; a table of more has a line for each
 
 
@@ -213,7 +216,7 @@ def _rendered(
     parts += [(part.comparison, _figures(part.comparison), {}) for part in predicted]
     context: dict[str, Any] = {
         "comparison": comparison,
-        "title": title or "Latency of " + _few([engine.label for engine in comparison.engines], TITLED),
+        "title": title or _title([engine.label for engine in comparison.engines]),
         "summary": summary_sentence(comparison, figures, shape, intervals),
         "shape": shape,
         "tiles": [_tile(comparison, figures, shape, engine, intervals) for engine in charted.engines[1:]],
@@ -221,6 +224,7 @@ def _rendered(
         "memory_note": MEMORY_NOTE if _wide_ffn_takes_memory(comparison) else "",
         "rows": comparison_rows(comparison, figures, intervals, shape),
         "has_intervals": bool(intervals),
+        "interleaved": all(results.environment.interleaved for _, results in comparison.sources),
         "columns": COLUMNS,
         "charted": charted.engines,
         "accuracy": _accuracy_section(comparison, figures, shape, intervals),
@@ -282,6 +286,11 @@ def headline_shape(comparison: Comparison) -> RequestShape:
         return present, -shape.batch, shape.output_len, shape.input_len
 
     return max(comparison.shapes, key=preference)
+
+
+def _title(labels: Sequence[str]) -> str:
+    fitting = sum(length <= LONGEST_TITLED for length in itertools.accumulate(map(len, labels)))
+    return "Latency of " + _few(labels, max(1, min(fitting, TITLED)))
 
 
 def summary_sentence(comparison: Comparison, figures: Figures, shape: RequestShape, intervals: Intervals) -> str:
@@ -374,9 +383,28 @@ def _notes(comparison: Comparison, intervals: Intervals) -> list[str]:
         (len(environments) > 1, FILES_NOTE),
         (len(shown) > 1 and not all(one["interleaved"] for one in environments), TURNS_NOTE),
         (any(environment != environments[0] for environment in environments), MACHINES_NOTE),
-        (not intervals and len(comparison.engines) > 1 and comparison.baseline.kind == "measured", ROUNDS_NOTE),
+        (not intervals and _has_measured_ratios(comparison), ROUNDS_NOTE),
     )
-    return [note for holds, note in conditions if holds]
+    return [*_stopped_notes(comparison), *(note for holds, note in conditions if holds)]
+
+
+def _has_measured_ratios(comparison: Comparison) -> bool:
+    """Whether an engine and the baseline were both measured at one request shape."""
+    base = comparison.baseline
+    return base.kind == "measured" and any(
+        {(engine.label, shape), (base.label, shape)} <= comparison.cells.keys()
+        for engine, shape in itertools.product(comparison.engines[1:], comparison.shapes)
+        if have_comparable_times(engine, base)
+    )
+
+
+def _stopped_notes(comparison: Comparison) -> Iterator[str]:
+    for engine in comparison.engines:
+        if engine.stopped is not None:
+            yield (
+                f"{engine.label} is incomplete: it stopped {engine.stopped.where}, and its figures rest on the rounds "
+                f"until then. The cause: {shortened(engine.stopped.problem, LONGEST_PROBLEM)}"
+            )
 
 
 def _wide_ffn_takes_memory(comparison: Comparison) -> bool:

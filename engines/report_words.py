@@ -123,7 +123,8 @@ def pace_of(figures: Statistics | None) -> tuple[float | None, str]:
 
 
 def named(engine: EngineResult) -> str:
-    return engine.label if engine.kind == "measured" else f"{engine.label} ({engine.kind})"
+    unusual = engine.standing.removeprefix("measured").removeprefix(", ")
+    return f"{engine.label} ({unusual})" if unusual else engine.label
 
 
 def depth_text(model: EngineResult | EvaluatedModel) -> str:

@@ -9,7 +9,6 @@ gives the first, so a round has one `ttft_ms` and `output_len - 1` entries of `s
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Sequence
@@ -32,10 +31,13 @@ from pydantic import (
 from pydantic_core import from_json
 
 from engines.profile import Profile
-from exporter.errors import EngineError
+from exporter.errors import EngineError, IncompleteError
+from exporter.structure import Structure
 
-RESULTS_SCHEMA: Final = 1
+RESULTS_SCHEMA: Final = 2  # 2: engines may have `stopped`
+READ_SCHEMAS: Final = (1, 2)
 MAX_RESULTS_BYTES = 64 * 2**20
+MAX_TEXT = 10_000  # characters
 MAX_TOKENS = 1_000_000  # timed in one benchmark; with three numbers for each the file has some 40 MiB
 SHOWN_PROBLEMS = 5
 SHOWN_CHARACTERS = 200
@@ -43,7 +45,7 @@ SHOWN_CHARACTERS = 200
 Kind = Literal["measured", "emulated", "predicted"]
 # A label ends up in tables, file comments and terminals: one line, no control characters.
 Label = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
-Text = Annotated[str, StringConstraints(max_length=10_000)]
+Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
 # Of ms, s or GiB. The bounds are far from anything real, and keep finite whatever is computed from such numbers.
@@ -53,81 +55,6 @@ Amount = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _Open(BaseModel):
-    """Part of `exporter.graph.structure`, which may gain keys: those we do not know are kept."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-
-class AttentionShape(_Open):
-    kind: Literal["attention"]
-    num_attention_heads: Positive
-    num_key_value_heads: Positive
-    head_dim: Positive
-    sliding_window: Positive | None = None
-
-
-class LinearShape(_Open):
-    """One matrix in place of an attention or an FFN."""
-
-    kind: Literal["linear"]
-
-
-class SegmentShape(_Open):
-    source_layer: Count
-    width: Positive
-
-
-class FFNShape(_Open):
-    """A gated FFN; its segments lie in order from channel 0, `padding` channels of zeros follow."""
-
-    kind: Literal["gated"]
-    intermediate_size: Positive
-    segments: tuple[SegmentShape, ...] = Field(min_length=1, max_length=1024)
-    padding: Count
-
-    @model_validator(mode="after")
-    def _widths_add_up(self) -> FFNShape:
-        covered = sum(segment.width for segment in self.segments) + self.padding
-        if covered != self.intermediate_size:
-            raise ValueError(f"segments and padding cover {covered} of {self.intermediate_size} channels")
-        return self
-
-
-class BlockShape(_Open):
-    source_layers: tuple[Count, ...] = Field(min_length=1, max_length=1024)
-    attention: Annotated[AttentionShape | LinearShape, Field(discriminator="kind")] | None
-    ffn: Annotated[FFNShape | LinearShape, Field(discriminator="kind")] | None
-
-
-class ParallelShape(_Open):
-    parallel: tuple[BlockShape, ...] = Field(min_length=2, max_length=64)
-
-
-class Structure(_Open):
-    """What `exporter.graph.structure` says about a model, as a type."""
-
-    hidden_size: Positive
-    vocab_size: Positive
-    max_position_embeddings: Positive
-    tie_word_embeddings: bool
-    dtype: Text
-    num_parameters: Count
-    weight_bytes: Count
-    kv_bytes_per_token: Count
-    sequential_sublayers: Count
-    blocks: tuple[ParallelShape | BlockShape, ...] = Field(max_length=4096)
-
-    @functools.cached_property
-    def flat_blocks(self) -> tuple[BlockShape, ...]:
-        """All blocks in order, the members of parallel groups one after the other."""
-        return tuple(
-            block
-            for entry in self.blocks
-            for block in (entry.parallel if isinstance(entry, ParallelShape) else (entry,))
-        )
 
 
 class Environment(_Strict):
@@ -168,6 +95,22 @@ class Accuracy(_Strict):
     tasks: tuple[TaskScore, ...] = Field(default=(), max_length=1000)
 
 
+class Stopped(_Strict):
+    """Where the benchmark of an engine ended early, and why; the samples until then were kept."""
+
+    batch: Positive
+    input_len: Positive
+    output_len: Positive
+    rounds: Count  # kept at this request shape
+    rounds_asked: Positive
+    problem: Text
+
+    @property
+    def where(self) -> str:
+        shape = RequestShape(self.batch, self.input_len, self.output_len)
+        return f"after {self.rounds} of {self.rounds_asked} rounds at {shape}"
+
+
 class EngineResult(_Strict):
     """One engine, and what does not depend on the request; None is what does not apply (predicted figures)."""
 
@@ -190,6 +133,12 @@ class EngineResult(_Strict):
     structure: Structure
     accuracy: Accuracy | None = None
     profiles: tuple[Profile, ...] = Field(default=(), max_length=100)  # of runs apart from the timed ones
+    stopped: Stopped | None = None  # None: every request shape has all of its rounds
+
+    @property
+    def standing(self) -> str:
+        """What reports call its figures: their kind, and whether some are missing or rest on fewer rounds."""
+        return self.kind if self.stopped is None else f"{self.kind}, incomplete"
 
 
 class EvaluatedModel(_Strict):
@@ -265,7 +214,7 @@ class Cell(_Strict):
 class Results(_Strict):
     """A results file."""
 
-    results_schema: Literal[1] = RESULTS_SCHEMA
+    results_schema: Literal[1, 2] = RESULTS_SCHEMA
     environment: Environment
     engines: tuple[EngineResult, ...] = Field(min_length=1, max_length=1000)
     evaluated: tuple[EvaluatedModel, ...] = Field(default=(), max_length=1000)
@@ -284,6 +233,11 @@ class Results(_Strict):
                 raise ValueError(f"engine {cell.engine!r} has two cells for {cell.shape}")
             seen.add((cell.engine, cell.shape))
         return self
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every engine was timed to the end."""
+        return all(engine.stopped is None for engine in self.engines)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -393,7 +347,9 @@ def comparison_from_results(sources: Sequence[tuple[str, Results]], *, baseline:
             origin[model.label] = name
     cells = {(cell.engine, cell.shape): cell for _, results in sources for cell in results.cells}
     if not cells:
-        raise EngineError("there is nothing to report", file=", ".join(origin.values()) or None, found="no cells")
+        raise EngineError(
+            "there is nothing to report", file=", ".join(name for name, _ in sources) or None, found="no cells"
+        )
     first = next(iter(engines)) if baseline is None else baseline
     if first not in engines:
         raise EngineError(
@@ -460,18 +416,34 @@ def results_from_json(content: bytes, *, file: object = None) -> Results:
         raise EngineError(f"the results file is not JSON: {_clipped(error)}", file=file) from error
     if not isinstance(document, dict) or "results_schema" not in document:
         raise EngineError("this is not a results file", file=file, expected='an object with the key "results_schema"')
-    if document["results_schema"] != RESULTS_SCHEMA:
+    if document["results_schema"] not in READ_SCHEMAS:
         raise EngineError(
             "the results file has another schema version",
             file=file,
-            expected=RESULTS_SCHEMA,
+            expected=" or ".join(map(str, READ_SCHEMAS)),
             found=_clipped(document["results_schema"]),
             hint="write it again with this version's bench command",
         )
     try:
-        return Results.model_validate_json(content, strict=True)
+        results = Results.model_validate_json(content, strict=True)
     except ValidationError as error:
         raise EngineError(f"the results file is malformed: {validation_problems(error)}", file=file) from error
+    return results.model_copy(update={"results_schema": RESULTS_SCHEMA})  # as which it is written again
+
+
+def refuse_incomplete(results: Results, file: Path) -> None:
+    """Raise IncompleteError, which names `file`, if the benchmark of an engine ended early."""
+    stopped = [
+        f"  {engine.label} stopped {engine.stopped.where}: {engine.stopped.problem}\n"
+        for engine in results.engines
+        if engine.stopped is not None
+    ]
+    if stopped:
+        raise IncompleteError(
+            f"the benchmark is incomplete; what was measured is in this file:\n{''.join(stopped)}",
+            file=file,
+            hint="`report` shows what there is; where memory ran out, time the engines one at a time",
+        )
 
 
 def json_from_results(results: Results) -> bytes:

@@ -13,7 +13,6 @@ SHOWN = ("Time to first token", "Inter-token latency", "Output tokens/s in total
 
 def results_table(results: Results) -> Any:
     """The medians of every engine and request as a `rich` table: engines side by side, in the order they were given."""
-    from rich.markup import escape
     from rich.table import Table
 
     metrics = [metric for metric in TIMED if metric.name in SHOWN]
@@ -25,11 +24,11 @@ def results_table(results: Results) -> Any:
     engines = {engine.label: engine for engine in results.engines}
     figures = {(cell.shape, cell.engine): statistics(cell) for cell in results.cells}
     for shape in dict.fromkeys(cell.shape for cell in results.cells):
-        labels = [label for label in engines if (shape, label) in figures]
+        labels = [label for label in engines if (shape, label) in figures or engines[label].stopped is not None]
         columns = [
-            formatted([metric.value(engines[label], figures[shape, label]) for label in labels], metric.unit)[1]
+            formatted([metric.value(engines[label], figures.get((shape, label))) for label in labels], metric.unit)[1]
             for metric in metrics
         ]
         for label, *texts in zip(labels, *columns, strict=True):
-            table.add_row(escape(named(engines[label])), str(shape), *texts)
+            table.add_row(named(engines[label]), str(shape), *texts)
     return table

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engines.results import AttentionShape, BlockShape, FFNShape, ParallelShape, Structure
+from exporter.structure import AttentionShape, BlockShape, FFNShape, ParallelShape, Structure
 
 TARGET_WIDTH = 960.0  # what the widest model should take
 COLUMN_WIDTHS = (6.0, 60.0)  # least, most

@@ -15,15 +15,15 @@ import numpy as np
 import psutil
 
 from engines import tensorrt_library as library
-from engines.base import ENGINE_FILE, ENGINE_KIND, BuildProgress, EngineManifest, read_engine_manifest
+from engines.base import ENGINE_FILE, ENGINE_KIND, BuildProgress, EngineManifest, read_engine_manifest, save_engine
 from engines.machine import version_numbers
 from engines.tensorrt_build import BuildPlan, BuildSettings, build_engine, describe, fit_problems, plan_build
 from engines.tensorrt_engine import EngineOptions, engine_options
 from engines.tensorrt_library import Gpu
 from engines.tensorrt_runner import CudaDevice, TensorRtRunner
-from exporter.errors import EngineError, raise_all
+from exporter.errors import EngineError, IncompleteError, raise_all
 from exporter.network import NETWORK_KIND
-from exporter.writers.files import Content, FileCopy, check_folder, json_bytes, refuse_existing, save_folder
+from exporter.writers.files import FileCopy, check_folder, refuse_existing
 
 NAME = "tensorrt"
 PLAN_FILE = "engine.plan"
@@ -57,6 +57,7 @@ class TensorRt:
             TargetError: the network breaks a rule of TensorRT's importer.
             EngineError: TensorRT or a GPU is missing, the build is not expected to fit, or TensorRT refuses something.
             OutputError: the output is in the way or cannot be written.
+            IncompleteError: the engine is there, but the timing cache could not be extended.
         """
         raise_all([EngineError(problem) for problem in self.missing()])
         refuse_existing(output, force=force)
@@ -69,17 +70,15 @@ class TensorRt:
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.build-") as folder:
             built = Path(folder, PLAN_FILE)
-            timing_cache = build_engine(trt, plan, built, self._progress)
+            timing_cache, lost_timings = build_engine(trt, plan, built, self._progress)
             options = _options(plan, here, trt.__version__, timing_cache)
             manifest = _engine_manifest(plan, options, label or output.name)
             _prove(trt, manifest, options, built)
-            contents: list[tuple[str, Content | bytes]] = [
-                (ENGINE_FILE, json_bytes(manifest.model_dump(mode="json"))),
-                (PLAN_FILE, FileCopy(built)),
-            ]
-            if details is None:
-                details = {"backend": NAME, "label": manifest.label, "network_sha256": manifest.network_sha256}
-            save_folder(output, contents, kind=ENGINE_KIND, details=details, force=force)
+            save_engine(output, manifest, [(PLAN_FILE, FileCopy(built))], details=details, force=force)
+        if lost_timings is not None:
+            raise IncompleteError(
+                f"the engine is built, but its timings are not in the cache: {lost_timings}", file=output
+            ) from lost_timings
         return output
 
     def open(self, engine: Path, *, threads: int | None) -> TensorRtRunner:

@@ -271,16 +271,19 @@ def describe(plan: BuildPlan, output: Path, gpu: Gpu | None, available_host_byte
 
 def build_engine(
     trt: Any, plan: BuildPlan, engine_file: Path, progress: BuildProgress | None
-) -> Literal["none", "begun", "continued"]:
-    """Build a plan's engine into a file; returns what became of the timing cache.
+) -> tuple[Literal["none", "begun", "continued"], FuselageError | None]:
+    """Build a plan's engine into a file.
 
     Args:
         trt: the module `tensorrt`.
 
+    Returns:
+        What the timing cache was before, and what kept it from being extended: no reason to lose the engine.
+
     Raises:
         EngineError: TensorRT does not import or build the network, one problem for each error that its parser names;
             or the timing cache is another version's or another GPU's.
-        OutputError: the engine or the timing cache cannot be written.
+        OutputError: the engine cannot be written, or not the folder of the timing cache.
         KeyboardInterrupt: the build was interrupted.
     """
     logger = make_logger(trt)
@@ -321,9 +324,12 @@ def build_engine(
         )
         raise failure(logger, "TensorRT does not build the network", file=plan.network_file, hint=hint)
     if timings is None:
-        return "none"
-    timings.save()
-    return timings.state
+        return "none", None
+    try:
+        timings.save()
+    except FuselageError as error:
+        return timings.state, error
+    return timings.state, None
 
 
 def _setting_problems(settings: BuildSettings, variant: NetworkVariant) -> Iterator[EngineError]:

@@ -18,18 +18,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from engines.base import ENGINE_FILE, ENGINE_KIND, EngineManifest, Runner
+from engines.base import EngineManifest, Runner, save_engine
 from engines.machine import version_numbers
 from engines.settings import Setting, range_problems
 from exporter.errors import EngineError, OutputError, raise_all
 from exporter.safetensors_io import read_json
 from exporter.writers.files import (
-    Content,
     FileCopy,
     check_folder,
-    json_bytes,
     refuse_existing,
-    save_folder,
     size_text,
 )
 from exporter.writers.trtllm_config import (
@@ -129,14 +126,10 @@ class TensorRtLlm:
             command = build_command(network, Path(built), checkpoint, settings)
             _run(command, build_environment(network, checkpoint))
             manifest = _engine_manifest(checkpoint, folder.fingerprint, label or output.name, settings, command)
-            contents: list[tuple[str, Content | bytes]] = [(ENGINE_FILE, json_bytes(manifest.model_dump(mode="json")))]
-            contents += [(path.name, FileCopy(path)) for path in sorted(Path(built).iterdir()) if path.is_file()]
+            files = [(path.name, FileCopy(path)) for path in sorted(Path(built).iterdir()) if path.is_file()]
             if checkpoint.model_class is not None:
-                contents.append((MODEL_FILE, FileCopy(network / MODEL_FILE)))
-            if details is None:
-                details = {"backend": NAME, "label": manifest.label, "network_sha256": manifest.network_sha256}
-            save_folder(output, contents, kind=ENGINE_KIND, details=details, force=force)
-        return output
+                files.append((MODEL_FILE, FileCopy(network / MODEL_FILE)))
+            return save_engine(output, manifest, files, details=details, force=force)
 
     def open(self, engine: Path, *, threads: int | None) -> Runner:
         raise EngineError(

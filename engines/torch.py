@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 from pydantic import BaseModel, ConfigDict
 
-from engines.base import ENGINE_FILE, ENGINE_KIND, EngineManifest, backend_options, read_engine_manifest
+from engines.base import ENGINE_KIND, EngineManifest, backend_options, read_engine_manifest, save_engine
 from engines.machine import cpu_name
 from engines.sequences import Sequences
 from engines.settings import Setting
@@ -32,7 +32,7 @@ from exporter.pipeline import refuse_overlap, source_fingerprint
 from exporter.read import CONFIG, HF_QUANT_CONFIG, Checkpoint, open_model
 from exporter.safetensors_io import checkpoint_files, path_inside
 from exporter.wide_ffn import wide_ffn_problems
-from exporter.writers.files import Content, FileCopy, check_folder, json_bytes, refuse_existing, save_folder
+from exporter.writers.files import FileCopy, check_folder, refuse_existing
 
 if TYPE_CHECKING:
     from engines.torch_model import StaticCache, TorchModel
@@ -107,12 +107,8 @@ class Torch:
             )
         checkpoint = open_model(network, need_weights=True)
         manifest = _engine_manifest(checkpoint, self.settings, label or output.name)
-        contents: list[tuple[str, Content | bytes]] = [(ENGINE_FILE, json_bytes(manifest.model_dump(mode="json")))]
-        contents += [(name, FileCopy(path)) for name, path in _model_files(checkpoint).items()]
-        if details is None:
-            details = {"backend": NAME, "label": manifest.label, "network_sha256": manifest.network_sha256}
-        save_folder(output, contents, kind=ENGINE_KIND, details=details, force=force)
-        return output
+        files = [(name, FileCopy(path)) for name, path in _model_files(checkpoint).items()]
+        return save_engine(output, manifest, files, details=details, force=force)
 
     def open(self, engine: Path, *, threads: int | None) -> TorchRunner:
         import torch
@@ -150,13 +146,16 @@ class TorchRunner:
         self._room: _Room | None = None
 
     def start(self, batch: int, capacity: int) -> None:
+        import torch
+
         if self._model is None:
             raise AssertionError("Bug: a closed runner is used")
         self._sequences = None
         sequences = Sequences(self.manifest, batch, capacity)
         wanted = batch, self.manifest.capacity or max(1, capacity)
         if self._room is None or (self._room.batch, self._room.cache.capacity) != wanted:
-            self._room = None  # the old cache goes before the new one comes
+            self._room = None  # the old cache goes before the new one comes, and from PyTorch back to the GPU
+            torch.cuda.empty_cache()
             self._room = _Room(self._model, *wanted, self.manifest)
         self._sequences = sequences
 

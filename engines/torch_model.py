@@ -58,6 +58,7 @@ class Call:
     """What every attention of one call needs to know."""
 
     positions: torch.Tensor  # int64 [B, S], where keys and values go; the cache's capacity for padding
+    sequences: torch.Tensor  # int64 [B, 1], 0 to B - 1
     cos: torch.Tensor  # T [B, 1, S, d / 2]
     sin: torch.Tensor
     cache: StaticCache
@@ -65,7 +66,7 @@ class Call:
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> torch.Tensor:
-        """What is added to the scores, T [B, 1, S, C], or [B, 1, S, S] if `fresh`; made once per window."""
+        """What is added to the scores, T [B, 1, S, C], or [S, S] if `fresh`; made once per window."""
         if window not in self._masks:
             count = self.positions.shape[1] if self.fresh else len(self.cache.cos)
             keys = torch.arange(count, device=self.positions.device)
@@ -147,7 +148,8 @@ class TorchModel:
             Logits, float32 [B, V].
         """
         cos, sin = (table[positions][:, None] for table in (cache.cos, cache.sin))
-        call = Call(positions, cos, sin, cache, fresh)
+        sequences = torch.arange(len(positions), device=self.device)[:, None]
+        call = Call(positions, sequences, cos, sin, cache, fresh)
         x = F.embedding(input_ids.reshape(-1), self._embedding)  # [N, D], as every x below
         for blocks, slots in zip(self._blocks, self._slots, strict=True):
             x = _parallel(blocks, slots, x, call) if len(blocks) > 1 else _sequential(blocks[0], slots[0], x, call)
@@ -326,10 +328,9 @@ class _Attention:
         normed = self.norm(x)
         parts = [linear(normed) for linear in self.qkv]
         query, key, value = self._heads(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1), call)
-        rows = torch.arange(len(key), device=key.device)[:, None]
         keys, values = call.cache.keys[slot], call.cache.values[slot]
-        keys[rows, :, call.positions] = key.transpose(1, 2)
-        values[rows, :, call.positions] = value.transpose(1, 2)
+        keys[call.sequences, :, call.positions] = key.transpose(1, 2)
+        values[call.sequences, :, call.positions] = value.transpose(1, 2)
         mixed = self._mixed(query, key, value, call) if call.fresh else self._mixed(query, keys, values, call)
         return _onto(self.o(mixed.transpose(1, 2).reshape(len(x), -1)), residual)
 
@@ -352,11 +353,11 @@ class _Attention:
 
     def _mixed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call) -> torch.Tensor:
         """Attention of [B, n, S, d] over the keys there are, [B, n, S, d]."""
-        window = self.source.sliding_window
-        if call.fresh and window is None:
+        window, tokens = self.source.sliding_window, query.shape[2]
+        if call.fresh and (window is None or tokens <= window):  # no mask: GPUs have no fused kernel for many
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         mask = call.mask(window)
-        if query.shape[2] > 1:
+        if tokens > 1:
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
         # One token: the query heads of one key head are the rows of one product, and no key is repeated.
         grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])

@@ -8,6 +8,7 @@ Sources: TensorRT-LLM 1.2, `tensorrt_llm/bench/dataclasses/{reporting,statistics
 
 from __future__ import annotations
 
+import os.path
 from collections import defaultdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -132,7 +133,7 @@ def _engine_result(report: _Report, model: Path, label: str) -> EngineResult:
         "dtype": engine.dtype,
         "number_format": engine.quantization,
     }
-    if (model / ENGINE_FILE).is_file():
+    if os.path.isfile(model / ENGINE_FILE):
         manifest = read_engine_manifest(model)
         return EngineResult(
             **known,
@@ -173,15 +174,18 @@ def _cell(label: str, shape: RequestShape, records: list[_Record], file: Path) -
             file=file,
             hint="run trtllm-bench with --streaming",
         )
-    return Cell(
-        engine=label,
-        batch=shape.batch,
-        input_len=shape.input_len,
-        output_len=shape.output_len,
-        ttft_ms=tuple(record.time_to_first_token / 1e6 for record in records),
-        step_ms=(),
-        request_ms=tuple(whole / 1e6 for whole in request_ns),
-    )
+    try:
+        return Cell(
+            engine=label,
+            batch=shape.batch,
+            input_len=shape.input_len,
+            output_len=shape.output_len,
+            ttft_ms=tuple(record.time_to_first_token / 1e6 for record in records),
+            step_ms=(),
+            request_ms=tuple(whole / 1e6 for whole in request_ns),
+        )
+    except ValidationError as error:
+        raise EngineError(f"times that no request has: {validation_problems(error)}", file=file) from error
 
 
 def _parsed(kind: TypeAdapter[Any], path: Path) -> Any:

@@ -230,7 +230,7 @@ def test_a_model_that_fits_nowhere_has_no_chart_of_its_throughput(
         ([DEMO, "--baseline", "best", "-o", "{tmp}/out"], "no engine has the baseline's label: expected one of b"),
         ([DEMO, DEMO, "-o", "{tmp}/out"], "a file or folder is given twice"),
         ([DEMO, "{tmp}/copy.json", "-o", "{tmp}/out"], "two results files have an engine labelled 'baseline'"),
-        ([DEMO, "{tmp}/next.json", "-o", "{tmp}/out"], "another schema version: expected 1, found 2"),
+        ([DEMO, "{tmp}/next.json", "-o", "{tmp}/out"], "another schema version: expected 1 or 2, found 3"),
         ([DEMO, "{tmp}/wider.json", "-o", "{tmp}/out"], "are of different models, a ratio would mean nothing"),
         ([DEMO, "--predict-gpu", "h1000", "-o", "{tmp}/out"], "unknown GPU: expected h100-sxm"),
         ([DEMO, "--predict-tp", "8", "-o", "{tmp}/out"], "belong to --predict-gpu"),
@@ -243,7 +243,7 @@ def test_a_model_that_fits_nowhere_has_no_chart_of_its_throughput(
 def test_what_cannot_be_compared(arguments: list[object], message: str, tmp_path: Path) -> None:
     document = DEMO.read_text()
     (tmp_path / "copy.json").write_text(document)
-    (tmp_path / "next.json").write_text(document.replace('"results_schema": 1', '"results_schema": 2'))
+    (tmp_path / "next.json").write_text(document.replace('"results_schema": 1', '"results_schema": 3'))
     wider = document.replace('"hidden_size": 128', '"hidden_size": 256').replace('"label": "', '"label": "wider ')
     (tmp_path / "wider.json").write_text(wider.replace('"engine": "', '"engine": "wider '))
     before = set(tmp_path.iterdir())

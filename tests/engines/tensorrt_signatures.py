@@ -272,10 +272,11 @@ class Recorder:
 
     def check_type(self, value: Any, wanted: str, where: str) -> None:
         """Whether pybind11 would take a value for a parameter of this type."""
+        buffer = (bytes, memoryview, mmap.mmap)
         kinds: dict[str, Any] = {
             "str": str, "bool": bool, "int": int, "typing.SupportsInt": int, "tuple": tuple, "list": list,
-            "typing_extensions.Buffer": (bytes, memoryview, mmap.mmap), "buffer": (bytes, memoryview, mmap.mmap),
-            "Buffer": (bytes, memoryview, mmap.mmap),
+            "buffer": buffer, "Buffer": buffer, "typing_extensions.Buffer": buffer,
+            "collections.abc.Buffer": buffer,  # in the bindings for Python 3.12 and later
         }  # fmt: skip
         name = wanted.rpartition(".")[2]
         if name == "Dims":  # converts from a sequence of whole numbers

@@ -231,6 +231,10 @@ void* createInferRuntime_INTERNAL(void* logger, int32_t version) noexcept {
   return static_cast<IRuntime*>(new Runtime(*static_cast<ILogger*>(logger)));
 }
 
+cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = CUDART_VERSION - (std::getenv("STAND_IN_OLDER_CUDA") == nullptr ? 0 : 1000);
+  return cudaSuccess;
+}
 cudaError_t cudaGetDeviceCount(int* count) {
   *count = std::getenv("STAND_IN_WITHOUT_GPU") == nullptr;
   return cudaSuccess;

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -17,9 +19,9 @@ import pytest
 
 from engines.base import EngineManifest
 from engines.bench import bench_engines, python_worker, request_grid
-from engines.results import json_from_results, results_from_json
+from engines.results import MAX_TEXT, Results, json_from_results, refuse_incomplete, results_from_json
 from engines.worker import Close, Closed, Run, Sample, peak_memory_bytes, serve, timed_request, token_ids
-from exporter.errors import EngineError, FuselageError
+from exporter.errors import CheckpointError, EngineError, FuselageError, IncompleteError
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 50
@@ -319,7 +321,7 @@ WORKER_FAILURES = {
             print('{"event":"sample","ttft_ms":1,"step_ms":[],"request_ms":1}', flush=True)
             """)
         },
-        "timed another request than asked: expected 2 decode steps, found 0",
+        "than asked: expected batch 1, input 4, output 3, found .* 0 steps instead of output_len - 1",
     ),
     "knows other calls than asked": (
         {
@@ -329,7 +331,17 @@ WORKER_FAILURES = {
             print('{"event":"sample","ttft_ms":1,"step_ms":[1,1],"request_ms":3,"run_ms":[1,1]}', flush=True)
             """)
         },
-        "timed another request than asked: expected 3 calls of the runtime, found 2",
+        "timed another request than asked: .* run_ms is not 1 rounds of output_len calls",
+    ),
+    "a request shorter than its first token": (
+        {
+            "text": textwrap.dedent("""
+            print('{"event":"ready","protocol":1,"load_time_s":1,"runtime":{},"device":"x","clock":"y"}', flush=True)
+            input()
+            print('{"event":"sample","ttft_ms":2,"step_ms":[1,1],"request_ms":1}', flush=True)
+            """)
+        },
+        "timed another request than asked: .* a request shorter than its time to first token",
     ),
     "NaN sample": (
         {
@@ -350,10 +362,187 @@ WORKER_FAILURES = {
     + [(("baseline", "fused", "last"), *WORKER_FAILURES["killed"])],
     ids=[*WORKER_FAILURES, "killed between others"],
 )
-def test_a_failing_worker_is_one_error_and_leaves_no_process(tmp_path, labels, fault, problem):
+def test_a_worker_that_fails_before_anything_is_kept_is_one_error_and_leaves_no_process(
+    tmp_path, labels, fault, problem
+):
     engines = [engine_folder(tmp_path, label) for label in labels]
     with pytest.raises(EngineError, match=problem):
         bench_engines(engines, request_grid([1], [4], [3]), worker=scripted(tmp_path, only="fused", **fault))
+
+
+ROUNDS, WARMUP = 4, 1
+TWO_SHAPES = request_grid([1, 2], [4], [3])
+
+
+def rounds_of(results: Results, label: str) -> list[int]:
+    """How many rounds each request shape has."""
+    found = {cell.shape: len(cell.ttft_ms) for cell in results.cells if cell.engine == label}
+    return [found.get(shape, 0) for shape in TWO_SHAPES]
+
+
+# A worker that imports nothing and takes no time; `fault` is what it does before it answers.
+SPEAKER = """
+import json, os, sys, time
+ready = {{"event": "ready", "protocol": 1, "load_time_s": 1, "runtime": {{}}, "device": "x", "clock": "y"}}
+print(json.dumps(ready), flush=True)
+for count, line in enumerate(sys.stdin):
+    order = json.loads(line)
+    {fault}
+    if order["op"] == "close":
+        sys.exit(print('{{"event": "closed", "peak_memory_gib": 1}}', flush=True))
+    print('{{"event": "sample", "ttft_ms": 1, "step_ms": [1, 1], "request_ms": 3}}', flush=True)
+"""
+KILLED = "count == {} and os.kill(os.getpid(), 9)"
+
+
+def speaking(**faults: str):
+    """A worker command that runs SPEAKER, with the faults of engines by their labels."""
+
+    def command(engine, manifest, threads, cpus):
+        return [sys.executable, "-IS", "-c", SPEAKER.format(fault=faults.get(manifest.label, "pass"))]
+
+    return command
+
+
+ENDS = {
+    "killed": ("os.kill(os.getpid(), 9)", r"was ended by signal 9 \(Killed, out of memory\?\); it printed nothing"),
+    "segmentation fault": (
+        "os.kill(os.getpid(), 11)",
+        r"was ended by signal 11 \(Segmentation fault\); it printed nothing",
+    ),
+    "exits": (
+        "print('last words', file=sys.stderr, flush=True), os._exit(3)",
+        "ended early with status 3; the end of what it printed:\nlast words",
+    ),
+    "fails": ("print(json.dumps({'event': 'error', 'problem': 'no memory'}), flush=True)", "failed: no memory"),
+    "talks of something else, and on": (
+        "print('hello', flush=True), time.sleep(600)",
+        "does not speak the protocol: .*hello.*",
+    ),
+}
+
+
+@pytest.mark.parametrize(("fault", "problem"), ENDS.values(), ids=ENDS.keys())
+def test_what_was_measured_before_a_worker_ended_is_kept(tmp_path, fault, problem):
+    engines = [engine_folder(tmp_path, label) for label in ("baseline", "fused", "last")]
+    worker = speaking(fused=f"count == 3 and ({fault})")
+    turns: list[str] = []
+    results = bench_engines(
+        engines,
+        TWO_SHAPES,
+        rounds=ROUNDS,
+        warmup=WARMUP,
+        progress=lambda done, total, text: turns.append(text.partition(",")[0]),
+        worker=worker,
+    )
+    assert [rounds_of(results, label) for label in ("baseline", "fused", "last")] == [[4, 4], [2, 0], [4, 4]]
+    baseline, fused, last = results.engines
+    assert (baseline.stopped, last.stopped) == (None, None)
+    assert fused.stopped is not None
+    assert fused.stopped.where == "after 2 of 4 rounds at batch 1, input 4, output 3"
+    assert re.fullmatch(f"(?s)the worker of 'fused' {problem}", fused.stopped.problem)
+    assert (fused.load_time_s, fused.device, fused.program, fused.peak_memory_gib) == (1, "x", "python", None)
+    assert (baseline.peak_memory_gib, last.peak_memory_gib) == (1, 1)
+    # It ended in round 3; the others go on to take turns.
+    turns = turns[3 + 3 * 3 :]
+    assert turns[:3] == ["baseline", "fused", "last"]
+    assert turns[3:] == ["baseline", "last", *["baseline", "last", "last", "baseline"] * 2, "baseline", "last", "done"]
+    assert results_from_json(json_from_results(results)) == results
+    with pytest.raises(IncompleteError, match=r"out.json: .*incomplete.*\n  fused stopped after 2 of 4 rounds at "):
+        refuse_incomplete(results, Path("out.json"))
+
+
+# Of two engines, the second fails at one of its requests: the rounds it then has, None where nothing was kept. The
+# order of turns in the rounds is AB, BA, AB, BA, AB for each shape, of which the first is thrown away.
+PLACES = {
+    "warming up": (0, None),
+    "first of all to be kept": (1, None),
+    "second round": (2, [1, 0]),
+    "last of a shape": (4, [3, 0]),
+    "warming up for the next shape": (5, [4, 0]),
+    "last of all": (9, [4, 3]),
+}
+
+
+@pytest.mark.parametrize(("place", "kept"), PLACES.values(), ids=PLACES.keys())
+def test_where_an_engine_ended(tmp_path, place, kept):
+    engines = [engine_folder(tmp_path, label) for label in ("baseline", "fused")]
+    worker = speaking(fused=KILLED.format(place))
+    if kept is None:
+        with pytest.raises(EngineError, match="'fused' was ended by signal 9"):
+            bench_engines(engines, TWO_SHAPES, rounds=ROUNDS, warmup=WARMUP, worker=worker)
+        return
+    results = bench_engines(engines, TWO_SHAPES, rounds=ROUNDS, warmup=WARMUP, worker=worker)
+    assert (rounds_of(results, "baseline"), rounds_of(results, "fused")) == ([4, 4], kept)
+    stopped = results.engines[1].stopped
+    assert stopped is not None
+    at = 0 if kept[0] < ROUNDS else 1
+    assert (stopped.batch, stopped.rounds, stopped.rounds_asked) == (TWO_SHAPES[at].batch, kept[at], ROUNDS)
+
+
+def test_the_only_engine_keeps_its_rounds(tmp_path):
+    engine = engine_folder(tmp_path, "baseline")
+    worker = speaking(baseline=KILLED.format(3))
+    results = bench_engines([engine], TWO_SHAPES, rounds=ROUNDS, warmup=WARMUP, worker=worker)
+    assert rounds_of(results, "baseline") == [2, 0]
+    assert not results.is_complete
+
+
+def test_an_engine_that_ends_after_its_last_round_has_all_of_them(tmp_path):
+    worker = speaking(baseline="order['op'] == 'close' and os.kill(os.getpid(), 11)")
+    engines = [engine_folder(tmp_path, label) for label in ("baseline", "fused")]
+    results = bench_engines(engines, TWO_SHAPES, rounds=2, worker=worker)
+    baseline, fused = results.engines
+    assert rounds_of(results, "baseline") == rounds_of(results, "fused") == [2, 2]
+    assert baseline.stopped is not None
+    assert baseline.stopped.where == "after 2 of 2 rounds at batch 2, input 4, output 3"
+    assert (baseline.peak_memory_gib, fused.stopped) == (None, None)
+
+
+@pytest.mark.parametrize("is_altered", [False, True], ids=["does not open", "altered folder"])
+def test_one_at_a_time_an_engine_that_is_never_opened_costs_the_others_nothing(tmp_path, is_altered):
+    engines = [engine_folder(tmp_path, label, options={"device": "H200"}) for label in ("baseline", "fused", "last")]
+    speaker = speaking()
+
+    def worker(engine, manifest, threads, cpus):
+        if manifest.label != "fused":
+            return speaker(engine, manifest, threads, cpus)
+        if is_altered:
+            raise CheckpointError("file was altered", file="weights.bin")
+        return [sys.executable, "-c", 'print(\'{"event": "error", "problem": "no such file"}\')']
+
+    results = bench_engines(engines, TWO_SHAPES, rounds=2, one_at_a_time=True, worker=worker)
+    assert [rounds_of(results, label) for label in ("baseline", "fused", "last")] == [[2, 2], [0, 0], [2, 2]]
+    fused = results.engines[1]
+    assert fused.stopped is not None
+    assert fused.stopped.where == "after 0 of 2 rounds at batch 1, input 4, output 3"
+    assert fused.stopped.problem.endswith("file was altered" if is_altered else "failed: no such file")
+    assert (fused.device, fused.runtime, fused.load_time_s) == ("H200", {"numpy": "0.0", "libfast": "7"}, None)
+    with pytest.raises(FuselageError, match=r"altered|no such file"):  # before anything was measured
+        bench_engines(engines[1:], TWO_SHAPES, rounds=2, one_at_a_time=True, worker=worker)
+
+
+def test_a_failure_that_does_not_end_is_cut(tmp_path):
+    endless = f"count == 3 and print(json.dumps({{'event': 'error', 'problem': 'no' * {MAX_TEXT}}}), flush=True)"
+    engine = engine_folder(tmp_path, "baseline")
+    results = bench_engines([engine], TWO_SHAPES, rounds=ROUNDS, warmup=WARMUP, worker=speaking(baseline=endless))
+    assert results.engines[0].stopped is not None
+    assert len(results.engines[0].stopped.problem) == MAX_TEXT
+
+
+def test_what_the_python_worker_measured_before_it_failed_is_kept(tmp_path):
+    def worker(engine, manifest, threads, cpus):
+        command = scripts if manifest.label == "fused" else speaking()
+        return command(engine, manifest, threads, cpus)
+
+    scripts = scripted(
+        tmp_path, prefill="if sum(call[0] == 'prefill' for call in self.calls) == 3: raise KeyError('k')"
+    )
+    engines = [engine_folder(tmp_path, label) for label in ("baseline", "fused")]
+    results = bench_engines(engines, TWO_SHAPES, rounds=ROUNDS, warmup=WARMUP, worker=worker)
+    assert rounds_of(results, "fused") == [2, 0]
+    assert results.engines[1].stopped is not None
+    assert results.engines[1].stopped.problem == "the worker of 'fused' failed: KeyError: 'k'"
 
 
 def test_what_a_worker_started_ends_with_it(tmp_path):
@@ -372,14 +561,44 @@ def test_what_a_worker_started_ends_with_it(tmp_path):
     assert is_gone()
 
 
-def test_an_interrupt_ends_the_workers(tmp_path):
+# Steps are two loads, then AB, BA, AB, BA, AB for each shape; one at a time, a load and ten requests of each engine.
+INTERRUPTS = {
+    "nothing is kept yet": (False, 4, None),
+    "in a round": (False, 9, [[2, 0], [3, 0]]),
+    "warming up": (False, 13, [[4, 0], [4, 0]]),
+    "one at a time": (True, 9, [[4, 2], [0, 0]]),
+    "one at a time, loading": (True, 11, [[4, 4], [0, 0]]),
+}
+
+
+@pytest.mark.parametrize(("one_at_a_time", "step", "kept"), INTERRUPTS.values(), ids=INTERRUPTS.keys())
+def test_an_interrupt_ends_the_workers_and_keeps_what_was_measured(tmp_path, one_at_a_time, step, kept):
     def interrupt(done: int, total: int, text: str) -> None:
-        if done == 3:
-            raise KeyboardInterrupt
+        if done == step:
+            signal.raise_signal(signal.SIGINT)
 
     engines = [engine_folder(tmp_path, "baseline"), engine_folder(tmp_path, "fused")]
-    with pytest.raises(KeyboardInterrupt):
-        bench_engines(engines, request_grid([1], [4], [3]), progress=interrupt, worker=scripted(tmp_path))
+
+    def bench() -> Results:
+        return bench_engines(
+            engines,
+            TWO_SHAPES,
+            rounds=ROUNDS,
+            warmup=WARMUP,
+            one_at_a_time=one_at_a_time,
+            progress=interrupt,
+            worker=speaking(),
+        )
+
+    if kept is None:
+        with pytest.raises(KeyboardInterrupt):
+            bench()
+        return
+    results = bench()
+    assert [rounds_of(results, label) for label in ("baseline", "fused")] == kept
+    for engine, rounds in zip(results.engines, kept, strict=True):
+        problem = None if rounds == [ROUNDS, ROUNDS] else "interrupted"
+        assert (engine.stopped and engine.stopped.problem) == problem
 
 
 def test_a_worker_ends_when_its_parent_does(tmp_path):

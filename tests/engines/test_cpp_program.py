@@ -555,6 +555,19 @@ def test_backends_that_it_does_not_serve_keep_their_workers(monkeypatch, engine)
         assert worker_for(runtime, quiet)(engine, other, 2, None) == python_worker(engine, other, 2, None)
 
 
+@pytest.fixture
+def cuda_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str | None], None]:
+    """A way to have CUDA headers with this text; None: without the one that is read."""
+
+    def make(text: str | None) -> None:
+        (tmp_path / "include").mkdir()
+        if text is not None:
+            (tmp_path / "include" / "cuda_runtime_api.h").write_text(text)
+        monkeypatch.setenv("CUDA_INCLUDE_DIR", str(tmp_path / "include"))
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("packages", "lean", "found"),
     [
@@ -566,20 +579,40 @@ def test_backends_that_it_does_not_serve_keep_their_workers(monkeypatch, engine)
             True,
             ["--library", "tensorrt_lean_libs/libnvinfer_lean.so.11"],
         ),
-        (
-            ["nvidia/cuda_runtime/lib/libcudart.so.12", "nvidia/cu13/lib/libcudart.so.13"],
-            False,
-            ["--cuda-library", "nvidia/cu13/lib/libcudart.so.13"],
-        ),
     ],
 )
-def test_libraries_are_found_in_python_packages(packages, lean, found, monkeypatch, engine, tmp_path):
+def test_libraries_are_found_in_python_packages(packages, lean, found, cuda_headers, monkeypatch, engine, tmp_path):
+    cuda_headers("#define CUDART_VERSION  13000\n")
     for package in packages:
         (tmp_path / package).parent.mkdir(parents=True)
         (tmp_path / package).touch()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     manifest = read_engine_manifest(engine).model_copy(update={"backend": "tensorrt", "options": {"lean": lean}})
     assert library_options(manifest) == [str(tmp_path / name) if "/" in name else name for name in found]
+
+
+@pytest.mark.parametrize(
+    ("version", "found"),
+    [(12080, "nvidia/cuda_runtime/lib/libcudart.so.12"), (13000, "nvidia/cu13/lib/libcudart.so.13"), (14010, None)],
+)
+def test_the_cuda_runtime_is_that_of_the_headers(version, found, cuda_headers, monkeypatch, engine, tmp_path):
+    cuda_headers(f"/* CUDA */\n#define CUDART_VERSION  {version}\n")
+    for library in ("cuda_runtime/lib/libcudart.so.12", "cu13/lib/libcudart.so.13"):
+        (tmp_path / "nvidia" / library).parent.mkdir(parents=True)
+        (tmp_path / "nvidia" / library).touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    manifest = read_engine_manifest(engine).model_copy(update={"backend": "tensorrt"})
+    assert library_options(manifest) == ([] if found is None else ["--cuda-library", str(tmp_path / found)])
+
+
+@pytest.mark.parametrize(
+    ("header", "problem"), [(None, "cannot be read"), ("#pragma once\n", "do not say their version")]
+)
+def test_no_cuda_runtime_is_guessed(header, problem, cuda_headers, engine):
+    cuda_headers(header)
+    manifest = read_engine_manifest(engine).model_copy(update={"backend": "tensorrt"})
+    with pytest.raises(EngineError, match=rf"cuda_runtime_api.h: CUDA's headers {problem}.*Set CUDA_INCLUDE_DIR"):
+        library_options(manifest)
 
 
 def test_tensorrt_needs_headers(monkeypatch, engine):

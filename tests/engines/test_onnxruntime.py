@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from engines.backends import backend_named
 from engines.base import Runner
 from engines.generate import greedy_generate
 from engines.onnxruntime import CACHE_STEP, OnnxRuntime
+from engines.onnxruntime_kernels import kernels_from_profile
 from exporter.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from exporter.errors import EngineError, FuselageError, OutputError
 from exporter.graph import Activation, ModelGraph
@@ -388,11 +390,23 @@ class TestBuildRefuses:
         with pytest.raises(EngineError, match="not finite"):
             OnnxRuntime().build(network, network.parent / "engine", label=None, force=False)
 
+    def test_a_full_disk_of_temporary_files(self, network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tempfile, "_get_default_tempdir", lambda: Path("/nowhere/at all").read_text())
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        with pytest.raises(EngineError, match="no temporary folder can be written"):
+            OnnxRuntime().build(network, network.parent / "engine", label=None, force=False)
+
     def test_without_a_usable_runtime(self, network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(backend_module, "MIN_VERSION", (99, 0))
         assert "pip install 'onnxruntime>=" in OnnxRuntime().missing()[0]
         with pytest.raises(EngineError, match="pip install"):
             OnnxRuntime().build(network, network.parent / "engine", label=None, force=False)
+
+
+def test_a_profile_that_is_cut_short(tmp_path: Path) -> None:
+    (tmp_path / "profile.json").write_text('[{"cat": ')
+    with pytest.raises(EngineError, match=r"profile.json: the profile is cut short. Is that disk full\?"):
+        kernels_from_profile(tmp_path / "profile.json")
 
 
 def test_build_refuses_an_existing_output(network: Path, engine: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engines.regression import METRICS, SIGNIFICANCE, Changes, adjusted_p_values, compare_results, ratio_interval
-from engines.results import Cell, Results, read_results
+from engines.results import Cell, Results, Stopped, read_results
 from exporter.errors import EngineError
 
 DEMO = read_results(Path(__file__).parents[2] / "benchmarks" / "results" / "demo_cpu.json")
@@ -117,6 +117,17 @@ def test_figures_are_medians_of_both_runs() -> None:
     assert change.interval.ratio == pytest.approx(change.after_ms / change.before_ms)
 
 
+def test_an_engine_that_stopped_in_one_run_is_said_to_be_incomplete() -> None:
+    rng = np.random.default_rng(0)
+    before, after = run(rng), run(rng)
+    label, shape = DEMO.engines[1].label, DEMO.cells[0].shape
+    stopped = Stopped(**shape._asdict(), rounds=3, rounds_asked=8, problem="killed")
+    engines = tuple(e.model_copy(update={"stopped": stopped}) if e.label == label else e for e in after.engines)
+    found = compare_results(before, after.model_copy(update={"engines": engines}))
+    assert f"Engine {label} is incomplete in the run after: it stopped after 3 of 8 rounds at {shape}." in found.notes
+    assert not any("incomplete" in note for note in compare_results(before, after).notes)
+
+
 def test_requests_of_one_token_have_no_time_between_tokens() -> None:
     first = DEMO.cells[0]
     for cell in (
@@ -133,7 +144,9 @@ def test_differences_beside_the_figures_are_said() -> None:
     engine = after.engines[0].model_copy(update={"runtime": {"onnxruntime": "9.0"}, "structure": structure_of("fused")})
     after = after.model_copy(
         update={
-            "environment": after.environment.model_copy(update={"cpu": "another", "threads": 7}),
+            "environment": after.environment.model_copy(
+                update={"cpu": "another", "threads": 7, "clock": "another", "interleaved": False}
+            ),
             "engines": (engine, *after.engines[1:]),
             "cells": after.cells[1:],
         }
@@ -141,6 +154,8 @@ def test_differences_beside_the_figures_are_said() -> None:
     assert set(compare_results(before, after).notes) == {
         "The runs differ in cpu: AMD EPYC before, another after.",
         "The runs differ in threads: None before, 7 after.",
+        "The runs differ in clock: time.perf_counter_ns before, another after.",
+        "The runs differ in interleaved: True before, False after.",
         "Engine baseline has another structure than before.",
         "Engine baseline ran in onnxruntime {'onnxruntime': '1.32.0'} before,"
         " in onnxruntime {'onnxruntime': '9.0'} after.",

@@ -20,9 +20,10 @@ from engines.charts import axis_ticks
 from engines.markdown import markdown_escaped
 from engines.report import report_from_results
 from engines.report_words import formatted
-from engines.results import EngineResult, FFNShape, Spread, Structure
+from engines.results import EngineResult, Spread
 from engines.structure_strip import FFN_HEIGHT, layers_text, strips_from_structures
 from exporter.errors import EngineError
+from exporter.structure import FFNShape, Structure
 
 HIDDEN, HEADS, KV_HEADS, WIDTH, LAYERS, VOCAB = 256, 8, 4, 704, 16, 4096
 
@@ -323,6 +324,50 @@ def test_an_engine_that_was_not_timed_everywhere(tmp_path):
     assert page.row("Inter-token latency")[2:] == ["–", "–"]
 
 
+PROBLEM = (
+    "the worker of 'fused' was ended by signal 9 (Killed, out of memory?); printed:\n<script>alert(1)</script> @team"
+)
+STOPPED = {"batch": 1, "input_len": 32, "output_len": 64, "rounds": 4, "rounds_asked": 5, "problem": PROBLEM}
+
+
+def incomplete(label: str) -> dict:
+    """REALISTIC, whose engine `label` stopped in the last round of the first request shape."""
+    cells = [cell for cell in REALISTIC["cells"] if cell["engine"] != label or cell is of_shape(label, 1, 32)]
+    short = {name: of_shape(label, 1, 32)[name][:4] for name in ("ttft_ms", "step_ms", "request_ms")}
+    cells = [{**cell, **short} if cell["engine"] == label else cell for cell in cells]
+    engines = [{**e, "stopped": STOPPED, "peak_memory_gib": None} if e["label"] == label else e for e in ENGINES]
+    return with_changes(engines=engines, cells=cells, results_schema=2)
+
+
+def of_shape(label: str, batch: int, input_len: int) -> dict:
+    wanted = (label, batch, input_len)
+    return next(c for c in REALISTIC["cells"] if (c["engine"], c["batch"], c["input_len"]) == wanted)
+
+
+def test_an_engine_that_stopped_is_said_to_be_incomplete_wherever_it_is_compared(tmp_path):
+    files = report_files(tmp_path, incomplete("fused"))
+    page, markdown = Page(files["report.html"]), files["report.md"].decode()
+    for text in (" ".join(page.text.split()), markdown):
+        assert "fused is incomplete: it stopped after 4 of 5 rounds at batch 1, input 32, output 64, and its" in text
+        assert "ended by signal 9 (Killed, out of memory?)" in text
+    assert "| figures are | measured | measured | measured, incomplete |" in markdown
+    assert "@team" not in markdown
+    assert "fused (incomplete) is " in page.text
+    assert page.row("fused measured, incomplete")[-1] == "4"  # rounds, among all measurements
+    assert page.row("Peak memory")[-1] == "–"
+    assert ("span", {"class": "chip incomplete"}) in page.elements
+    lines = [line.split(",") for line in files["report.csv"].decode().splitlines() if line.startswith("fused,")]
+    assert {tuple(line[3:6]) for line in lines} == {("1", "32", "64"), ("", "", "")}
+
+
+def test_without_the_baselines_figures_nothing_is_a_ratio(tmp_path):
+    files = report_files(tmp_path, incomplete("baseline"))
+    assert "At batch 1, input 32, output 64, compared with baseline (incomplete): " in Page(files["report.html"]).text
+    header, *lines = [line.split(",") for line in files["report.csv"].decode().splitlines()]
+    ratios = {tuple(line[3:6]) for line in lines if line[header.index("ratio")]}
+    assert ratios == {("1", "32", "64"), ("", "", "")}
+
+
 NOTES = {
     "measured on a CPU": ({}, ["not a verdict"], ["Emulated:", "Predicted:", "of different devices"]),
     "measured on a GPU": ({"device": "NVIDIA H200"}, [], ["not a verdict", "Emulated:", "Predicted:"]),
@@ -368,6 +413,7 @@ def test_engines_that_took_no_turns_are_said_to_have_taken_none(tmp_path):
         files = rendered(tmp_path, with_changes(environment={**ENVIRONMENT, "interleaved": interleaved}))
         for text in (Page(files["report.html"]).text, files["report.md"].decode()):
             assert (said in text) != interleaved
+            assert bool(re.search("take turns|were timed in turns", text)) == interleaved
 
 
 def test_several_files_are_said_to_be_several(tmp_path):
@@ -550,6 +596,7 @@ ODD_STRUCTURES = {
     "no blocks": [],
     "empty blocks": [block_of([n], attention=False, widths=[]) | {"ffn": None} for n in range(3)],
     "parallel": [{"parallel": [block_of([0]), block_of([1])]}, block_of([2])],
+    "many in parallel": [{"parallel": [block_of([n]) for n in range(126)]}],
     "linear": [{"source_layers": [0], "attention": LINEAR, "ffn": LINEAR}],
     "one huge": [block_of([0], widths=[2**60])],
     "many": [block_of([n]) for n in range(162)],
@@ -562,6 +609,17 @@ def test_any_structure_can_be_drawn(tmp_path, blocks):
     document["engines"][2]["structure"]["blocks"] = blocks
     files = rendered(tmp_path, document, count=4)
     assert files["structure.png"].startswith(b"\x89PNG")
+
+
+def test_a_model_of_one_block_is_drawn_on_the_scale_of_large_ones():
+    sizes = []
+    for blocks in ([block_of([0])], BASELINE["blocks"]):
+        (strip,) = strips_from_structures([Structure(**structure_of(blocks))])
+        png, _ = charts.structure_images([("model", strip)])
+        sizes.append([int.from_bytes(png[start : start + 4], "big") for start in (16, 20)])  # IHDR: width, height
+    (width, small), (same, large) = sizes
+    assert width == same
+    assert small == pytest.approx(large, rel=0.05)
 
 
 def test_strip_of_the_fused_model():
@@ -767,6 +825,10 @@ def many(count: int) -> dict:
 
 def test_very_many_engines_have_a_line_each_and_charts_of_the_first(tmp_path):
     few, lots = many(9), many(12)
+    long = json.loads(json.dumps(lots).replace("engine-", "x" * 50))
+    assert Page(rendered(tmp_path, long)["report.html"]).text.count(
+        f"Latency of {'x' * 50}00, {'x' * 50}01 and 10 more"
+    )
     by_metric = Page(rendered(tmp_path, few)["report.html"])
     assert len(by_metric.row("Metric")) == 1 + 9
     files = rendered(tmp_path, lots, count=None)
@@ -863,6 +925,8 @@ def test_too_few_rounds_for_intervals_are_said(tmp_path):
     assert "Beside a ratio of times" not in page.text
     classes = [element.get("class") or "" for tag, element in page.elements if tag == "div"]
     assert [name for name in classes if name.startswith("number")] == ["number neutral"] * 2
+    without_ratios = [cell for cell in cells if cell["engine"] != "baseline"]
+    assert "confidence interval" not in rendered(tmp_path, with_changes(cells=without_ratios))["report.md"].decode()
     assert set(re.findall(rb'class="ratio (\w+)"', content[content.index(b'id="measurements"') :])) == {b"neutral"}
 
 

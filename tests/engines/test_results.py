@@ -18,10 +18,11 @@ from engines.results import (
     json_from_results,
     ratio,
     read_results,
+    refuse_incomplete,
     results_from_json,
     statistics,
 )
-from exporter.errors import EngineError
+from exporter.errors import EngineError, IncompleteError
 
 ATTENTION = {
     "kind": "attention",
@@ -167,6 +168,35 @@ def test_a_file_comes_back_as_written(tmp_path):
     assert written["evaluated"][0]["accuracy"]["tasks"] == [SCORE]
 
 
+STOPPED = {"batch": 2, "input_len": 16, "output_len": 3, "rounds": 3, "rounds_asked": 50, "problem": "killed\nby hand"}
+
+
+def test_a_file_of_the_first_version_is_read_and_written_as_one_of_the_second():
+    """Whose new key the first version's readers would refuse, had they not refused its version."""
+    first = results_from_json(json.dumps(DOCUMENT).encode())
+    assert first.is_complete
+    written = json.loads(json_from_results(first))
+    assert (written["results_schema"], written["engines"][0]["stopped"]) == (2, None)
+    assert results_from_json(json_from_results(first)) == first
+
+
+def test_an_engine_that_stopped_comes_back_and_is_told_about():
+    document = {**DOCUMENT, "results_schema": 2, "engines": [{**ENGINE, "stopped": STOPPED}]}
+    results = results_from_json(json.dumps(document).encode())
+    assert results_from_json(json_from_results(results)) == results
+    assert not results.is_complete
+    assert results.engines[0].standing == "measured, incomplete"
+    with pytest.raises(IncompleteError) as caught:
+        refuse_incomplete(results, Path("out.json"))
+    assert str(caught.value).splitlines() == [
+        "out.json: the benchmark is incomplete; what was measured is in this file:",
+        "  baseline stopped after 3 of 50 rounds at batch 2, input 16, output 3: killed",
+        "by hand",
+        "`report` shows what there is; where memory ran out, time the engines one at a time",
+    ]
+    refuse_incomplete(results_of("baseline"), Path("out.json"))
+
+
 def test_unknown_keys_of_the_structure_survive():
     results = results_from_json(changed("engines.0.structure.blocks.0.ffn.format", "fp8_e4m3"))
     assert json.loads(json_from_results(results))["engines"][0]["structure"]["blocks"][0]["ffn"]["format"] == "fp8_e4m3"
@@ -183,7 +213,7 @@ REFUSED = {
     "sample of no time": (changed("cells.0.ttft_ms.0", 5e-324), "cells.0.ttft_ms.0: Input should be greater"),
     "a list": (b"[]", "not a results file"),
     "no version": (b"{}", "not a results file"),
-    "next version": (changed("results_schema", 2), "another schema version: expected 1, found 2"),
+    "next version": (changed("results_schema", 3), "another schema version: expected 1 or 2, found 3"),
     "version is text": (changed("results_schema", "1" * 5000), "another schema version"),
     "unknown key": (changed("engines.0.speed", 1), "engines.0.speed: Extra inputs"),
     "number as text": (changed("cells.0.batch", "2"), "cells.0.batch"),
@@ -202,6 +232,7 @@ REFUSED = {
     "request before first token": (changed("cells.0.request_ms.2", 1.0), "round 2 has a request shorter"),
     "cell without engine": (changed("cells.0.engine", "other"), "names engine 'other'"),
     "cell twice": (changed("cells", [CELL, CELL]), "two cells for batch 2, input 16, output 3"),
+    "stopped nowhere": (changed("engines.0.stopped", {"problem": "killed"}), "engines.0.stopped.batch: Field required"),
     "label twice": (changed("engines", [ENGINE, ENGINE]), "same label"),
     "label of an engine and of an evaluated model": (
         json.dumps({**DOCUMENT, "evaluated": [{**EVALUATED, "label": "baseline"}]}).encode(),
@@ -289,7 +320,7 @@ MIXED = {
         None,
         "different models.*expected hidden_size 32, found 64",
     ),
-    "no cells": ([("a.json", results_of("x", cells=False))], None, "nothing to report"),
+    "no cells": ([("a.json", results_of("x", "y", cells=False))], None, "^a.json: there is nothing to report"),
     "no files": ([], None, "nothing to report"),
 }
 

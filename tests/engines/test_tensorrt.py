@@ -28,11 +28,11 @@ from engines.tensorrt_build import HOST_BYTES_BESIDE, BuildSettings, fit_problem
 from engines.tensorrt_library import Gpu
 from engines.tensorrt_runner import ALIGNMENT, CudaDevice
 from exporter.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
-from exporter.errors import CheckpointError, EngineError, OutputError, TargetError
+from exporter.errors import CheckpointError, EngineError, IncompleteError, OutputError, TargetError
 from exporter.graph import ModelGraph
 from exporter.recipe import read_recipe
 from exporter.writers import hf, onnx
-from exporter.writers.files import read_manifest, save_folder
+from exporter.writers.files import check_folder, read_manifest, save_folder
 from exporter.writers.onnx import Network, Options, options_for
 from tests.engines import tensorrt_signatures as signatures
 from tests.engines.tensorrt_signatures import Api, Recorder, SignatureError, check_module_uses
@@ -468,6 +468,39 @@ def test_a_timing_cache_that_cannot_be_kept(
     with pytest.raises(OutputError, match="the timing cache cannot be written"):
         built(tmp_path, BuildSettings(timing_cache=folder / "h100.cache"))
     assert stand_in.trt.arguments_of("Builder.build_serialized_network_to_stream") == []
+
+
+@needs_bindings
+@pytest.mark.parametrize("fault", ["written", "read", "combined"])
+def test_a_timing_cache_that_is_lost_after_the_build_costs_no_engine(
+    fault: str, machine: list[HostDevice], stand_in: StandIn, api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "caches" / "h100.cache"
+    file.parent.mkdir()
+
+    def full(output: Path, content: bytes, *, force: bool) -> None:
+        raise OutputError("no space left on device", file=output)
+
+    if fault == "written":
+        monkeypatch.setattr(tensorrt_build, "save_file", full)
+    if fault == "combined":
+        refusing = StandIn(api, ITimingCache__combine=lambda cache, input_cache, ignore_mismatch: False)
+        monkeypatch.setattr(library, "load", lambda: refusing.trt)
+
+    def meanwhile(*step: object) -> None:
+        if fault == "combined":
+            file.write_bytes(b"other")
+        elif fault == "read" and not file.exists():
+            file.mkdir()
+
+    source = network(tmp_path)
+    with pytest.raises(IncompleteError, match="engine: the engine is built, but its timings are not in the cache: "):
+        TensorRt(BuildSettings(timing_cache=file), meanwhile).build(
+            source, tmp_path / "engine", label=None, force=False
+        )
+    check_folder(tmp_path / "engine", "engine", hashes=True)
+    assert read_engine_manifest(tmp_path / "engine").options["timing_cache"] == "begun"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["caches", "engine", "network"]
 
 
 # --- the plan

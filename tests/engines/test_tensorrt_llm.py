@@ -32,7 +32,7 @@ from engines.trtllm_bench import results_from_trtllm_bench
 from engines.worker import Close, Closed, Run, Sample, token_ids
 from exporter.calibration import calibrate, ranges_of
 from exporter.errors import CheckpointError, EngineError, FuselageError
-from exporter.graph import ModelGraph
+from exporter.graph import ModelGraph, structure
 from exporter.passes.quantize_linears import quantize_linears
 from exporter.quantization import read_quantization, recipe_with
 from exporter.recipe import read_recipe
@@ -113,7 +113,8 @@ def manifest_with(**changes: Any) -> CheckpointManifest:
     rank = RankFile(file="rank0.safetensors", layers=(0, 2), weight_bytes=10, kv_bytes_per_token=100, widest_gemm=4096)
     known: dict[str, Any] = {
         "model_class": None, "dtype": "bfloat16", "quant_algo": None, "kv_cache_quant_algo": None, "tp_size": 1,
-        "pp_size": 1, "vocab_size": 1000, "max_positions": 2048, "ranks": (rank,), "structure": {"hidden_size": 512},
+        "pp_size": 1, "vocab_size": 1000, "max_positions": 2048, "ranks": (rank,),
+        "structure": structure(tiny_graph("AF", hidden_size=512)),
     }  # fmt: skip
     return CheckpointManifest(**{**known, **changes})
 
@@ -522,6 +523,7 @@ def test_the_pytorch_backend_says_so(tmp_path: Path) -> None:
         ({**REPORT, "request_info": {"num_requests": 2, "avg_num_concurrent_requests": 8.0}}, REQUESTS, "overlapped"),
         (REPORT, REQUESTS[:1], "different runs"),
         (REPORT, [REQUESTS[0], {**REQUESTS[1], "time_to_first_token": 27 * 10**6}], "--streaming"),
+        (REPORT, [{**one, "output_tokens": 1, "end_timestamp": 1} for one in REQUESTS], "times that no request has"),
         (REPORT, [{"id": 1}, {"id": 2}], "not what trtllm-bench writes"),
         ({"engine": {}}, REQUESTS, "not what trtllm-bench writes"),
     ],

@@ -6,6 +6,7 @@ What needs a GPU has the marker `gpu`.
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -20,7 +21,7 @@ from engines.base import read_engine_manifest
 from engines.bench import bench_engines, request_grid
 from engines.torch import BuildSettings, Torch, TorchRunner
 from engines.torch_linear import LONGEST_INT32_SUM, MIN_INT_ROWS, RoundedFP8, RoundedInt8, Rounding, linear_on_device
-from engines.torch_model import TorchModel
+from engines.torch_model import Call, TorchModel
 from exporter.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT8, DType
 from exporter.errors import CheckpointError, EngineError, FuselageError, OutputError
 from exporter.graph import FFN, Activation, Block, KVQuantization, ModelGraph, map_blocks
@@ -195,6 +196,30 @@ def test_starts_keep_their_room_while_they_ask_for_the_same() -> None:
         rooms.append(runner._room)
     assert rooms[0] is rooms[1]
     assert rooms[1] is not rooms[2]
+
+
+def test_a_cache_goes_back_to_the_gpu_before_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch keeps what is freed, and a GPU's free memory is what a cache is held against."""
+    runner = runner_of(tiny_graph("AF"))
+    runner.start(1, 8)
+    assert runner._room is not None
+    old = weakref.ref(runner._room.cache.keys[0])
+    was_there: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: was_there.append(old() is not None))
+    runner.start(2, 8)
+    assert was_there == [False]
+
+
+def test_a_window_that_holds_the_prompt_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = tiny_graph("AF AF", sliding_window=9)
+    masked = []
+    mask = Call.mask
+    monkeypatch.setattr(Call, "mask", lambda call, window: masked.append(call.fresh) or mask(call, window))
+    for tokens in (9, 10):
+        recorded = Recorded(runner_of(graph), 1)
+        recorded.decode(recorded.prefill(tokens), 2)
+        recorded.compare(graph)
+    assert masked == [False] * 4 + [True] * 2 + [False] * 4
 
 
 def test_padding_beyond_the_last_position() -> None:
@@ -421,3 +446,10 @@ class TestOnAGpu:
         graph = quantized(format_name, "bfloat16")
         runner = runner_of(graph, dtype=BFLOAT16, wide_ffn=wide_ffn, device="cuda")
         compare_16_bits(run(Recorded(runner, 3)), graph)
+
+    def test_a_second_cache_has_the_room_of_the_first(self) -> None:
+        runner = runner_of(tiny_graph("AF"), device="cuda")
+        nbytes = runner.manifest.kv_bytes_per_token * runner.manifest.max_positions
+        batch = int(0.6 * torch.cuda.mem_get_info()[0] / nbytes)
+        for one in (batch, batch - 1):
+            runner.start(one, runner.manifest.max_positions)

@@ -7,7 +7,7 @@ namespace fuselage {
 
 // engines/worker.py, engines/results.py
 inline constexpr std::int64_t kProtocol = 1;
-inline constexpr std::int64_t kResultsSchema = 1;
+inline constexpr std::int64_t kResultsSchema = 2;
 
 // engines/base.py, exporter/writers/files.py
 inline constexpr char kEngineFile[] = "engine.json";

@@ -6,7 +6,12 @@ namespace fuselage {
 
 Cuda::Cuda(const std::string& library)
     : library_(library.empty() ? "libcudart.so." + std::to_string(CUDART_VERSION / 1000) : library) {
-  int devices = 0;
+  int version = 0, devices = 0;
+  check(cudaRuntimeGetVersion(&version), "say its version");  // 13020 is 13.2
+  if (version / 1000 != CUDART_VERSION / 1000) {  // structures are laid out in another way
+    throw Error(library_.name() + ": CUDA of another version: expected " + std::to_string(CUDART_VERSION / 1000) +
+                ", for which this program was built, found " + std::to_string(version / 1000));
+  }
   check(cudaGetDeviceCount(&devices), "find a GPU");
   if (devices == 0) throw Error("CUDA finds no GPU");
 }

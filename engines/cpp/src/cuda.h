@@ -15,7 +15,7 @@ namespace fuselage {
 
 class Cuda {
  public:
-  // Opens the library and checks that there is a GPU. Throws Error.
+  // Opens the library and checks its version, which must be the headers', and that there is a GPU. Throws Error.
   explicit Cuda(const std::string& library);
 
   void check(cudaError_t code, const char* what) const;
@@ -47,6 +47,7 @@ class Cuda {
   FUSELAGE_CUDA_FUNCTION(cudaMemcpyAsync);
   FUSELAGE_CUDA_FUNCTION(cudaMemGetInfo);
   FUSELAGE_CUDA_FUNCTION(cudaMemsetAsync);
+  FUSELAGE_CUDA_FUNCTION(cudaRuntimeGetVersion);
   FUSELAGE_CUDA_FUNCTION(cudaStreamBeginCapture);
   FUSELAGE_CUDA_FUNCTION(cudaStreamCreateWithFlags);
   FUSELAGE_CUDA_FUNCTION(cudaStreamDestroy);
