@@ -1,30 +1,36 @@
 """The command line: which commands there are, and exit codes.
 
 Exit codes: 0 done; 1 a bug (with its traceback); 2 bad input, a refused request, or something missing on this machine;
-3 a regression (`report --compare --fail-on-regression`).
+3 a regression (`report --compare --fail-on-regression`); 4 ended early, with what there is kept: a benchmark whose
+engines were not all timed to the end, an engine whose timings did not get into its cache.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import Any
 
 import click
 
 from commands import models, networks, recipes, studies, timing
-from exporter.errors import FuselageError
+from exporter.errors import FuselageError, IncompleteError
 
 
 class Commands(click.Group):
-    """Turns our errors, and those of standard output, into one line and exit code 2."""
+    """Turns our errors, and those of standard output, into one line and an exit code."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(sys.stdout, TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # an encoding without our characters, of rules or of "×", has "?"
         try:
-            return super().main(*args, **kwargs)
+            with _unwinding_when_terminated():
+                return super().main(*args, **kwargs)
         except OSError:
             reason = _refusal_of_stdout()
             if reason is None:
@@ -32,12 +38,57 @@ class Commands(click.Group):
             click.echo(f"error: standard output cannot be written ({reason})", err=True)
             sys.exit(2)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for argument in args:
+            if not _is_text(argument):
+                raise click.UsageError(f"{argument!a} is not text in UTF-8; rename the file.")
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except FuselageError as error:
             click.echo(f"error: {error}", err=True)
+            ctx.exit(4 if isinstance(error, IncompleteError) else 2)
+        except FileNotFoundError:
+            if _is_somewhere():
+                raise
+            click.echo("error: the folder that this command was started in is gone", err=True)
             ctx.exit(2)
+
+
+@contextmanager
+def _unwinding_when_terminated() -> Iterator[None]:
+    """On SIGTERM remove what is half-written, which may be as large as a model; the exit status is a shell's, 143."""
+
+    def stop(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _is_somewhere() -> bool:
+    """Whether the current folder is still there, from which relative paths lead."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _is_text(argument: str) -> bool:
+    """Whether manifests, reports and runtimes can say it: what no encoding reads comes as surrogates."""
+    if not re.search("[\udc80-\udcff]", argument):
+        return True
+    try:
+        os.fsencode(argument).decode()
+    except UnicodeDecodeError:
+        return False
+    return True  # the locale cannot read it, and opens the file all the same
 
 
 def _refusal_of_stdout() -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import click
 
 from commands.options import (
     PATH,
+    Real,
     blocks_from_text,
     context_option,
     device_option,
@@ -98,7 +100,7 @@ def transform(
 @click.option("--save-calibration", type=PATH, help="Keep the calibration in this folder.")
 @click.option(
     "--percentile",
-    type=click.FloatRange(50, 100),
+    type=Real(50, 100),
     help="Clip activations at this percentile, e.g. 99.9; nowhere if not given.",
 )
 @click.option("--kv-cache", type=click.Choice(["fp8", "int8"]), help="Also quantize the KV cache.")
@@ -152,7 +154,7 @@ def quantize(
     """
     from exporter.calibration import calibrate, calibration_files, check_belongs, read_calibration
     from exporter.passes.quantize_linears import structure_quantized
-    from exporter.pipeline import checkpoint_writing
+    from exporter.pipeline import checkpoint_writing, refuse_overlap
     from exporter.quantization import read_quantization, recipe_with
     from exporter.quantize import error_files, errors_summary, split_windows
     from exporter.quantize import quantize as quantize_graph
@@ -166,6 +168,9 @@ def quantize(
     for folder in (output, save_calibration, report_path):
         if folder is not None and not dry_run:
             refuse_existing(folder, force=force)
+    written = [folder for folder in (output, save_calibration, report_path, resume) if folder is not None]
+    for one, other in combinations(written, 2):
+        refuse_overlap(one, other)
     checkpoint, graph = open_planned(model, plan_path, norm, need_weights=not dry_run)
     details = {"plan": str(plan_path) if plan_path else None, "norm": norm, "format": format_name}
     writing_of = partial(
@@ -241,9 +246,7 @@ def quantize(
 @norm_option
 @text_option
 @context_option
-@click.option(
-    "--epochs", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Passes over the text."
-)
+@click.option("--epochs", default=1.0, show_default=True, type=Real(0, min_open=True), help="Passes over the text.")
 @click.option("--steps", type=click.IntRange(1), help="Optimizer steps, instead of --epochs.")
 @click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Windows per step, in all.")
 @click.option(
@@ -258,19 +261,17 @@ def quantize(
     "learning_rate",
     default=1e-4,
     show_default=True,
-    type=click.FloatRange(0, min_open=True),
+    type=Real(0, min_open=True),
     help="Learning rate after the warm-up; a cosine takes it from there to zero.",
 )
 @click.option("--warmup", type=click.IntRange(0), help="Steps until --lr is reached; one in twenty if not given.")
-@click.option("--weight-decay", default=0.0, show_default=True, type=click.FloatRange(0), help="AdamW's, of matrices.")
-@click.option(
-    "--temperature", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Divides all logits."
-)
+@click.option("--weight-decay", default=0.0, show_default=True, type=Real(0), help="AdamW's, of matrices.")
+@click.option("--temperature", default=1.0, show_default=True, type=Real(0, min_open=True), help="Divides all logits.")
 @click.option(
     "--hidden-weight",
     default=0.0,
     show_default=True,
-    type=click.FloatRange(0),
+    type=Real(0),
     help="Weight of the loss on hidden states.",
 )
 @click.option("--blocks", "layers", help="Source layers to train, e.g. 8-14,20-22; everything if not given.")
@@ -312,16 +313,13 @@ def distill(
 
     Several GPUs: torchrun --nproc-per-node 8 build.py distill ... --device cuda --resume DIR
     """
-    from dataclasses import replace
-
     from exporter.distill import Settings, steps_of
     from exporter.distill import distill as distill_graph
     from exporter.distill_model import joined_processes
     from exporter.distill_state import remove_run
-    from exporter.pipeline import checkpoint_writing, refuse_overlap, source_fingerprint
+    from exporter.pipeline import checkpoint_writing, distilled_writing, refuse_overlap, source_fingerprint
     from exporter.read import open_model
     from exporter.text import check_same_tokens, open_tokenizer, token_windows
-    from exporter.writers.files import json_bytes
 
     checkpoint, graph = open_planned(model, plan_path, norm)
     original = open_model(teacher, need_weights=True)
@@ -359,9 +357,8 @@ def distill(
     if processes.rank > 0:
         return
     sources = {"model": str(model), "plan": plan_path and str(plan_path), "norm": norm, "teacher": str(teacher)}
-    details = {**sources, "text": str(text), "context": context, "blocks": layers, **distilled.summary}
-    writing = checkpoint_writing(checkpoint, distilled.graph, output, details=details, force=force)
-    record = json_bytes({**details, **distilled.to_json()})
-    carry_out(replace(writing, files={**writing.files, "distill.json": record}), dry_run=False, quiet=quiet)
+    details = {**sources, "text": str(text), "context": context, "blocks": layers}
+    writing = distilled_writing(checkpoint, distilled, output, details=details, force=force)
+    carry_out(writing, dry_run=False, quiet=quiet)
     if resume is not None:
         remove_run(resume)

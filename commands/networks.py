@@ -11,6 +11,7 @@ from commands.options import (
     BYTES,
     NAMES,
     PATH,
+    Real,
     dry_run_option,
     force_option,
     model_argument,
@@ -225,12 +226,14 @@ def engine(
     """
     from engines.backends import backend_named, describe_build, tells_progress
     from engines.results import engine_label
+    from exporter.pipeline import refuse_overlap
 
     chosen = {name: value for name, value in settings.items() if value is not None}
     if dry_run:
         click.echo(describe_build(backend, network, output, chosen))
         return
     label = engine_label(label, output)
+    refuse_overlap(network, output)
     with step_progress(quiet or not tells_progress(backend)) as progress:
         backend_named(backend, chosen, progress).build(network, output, label=label, force=force)
     say_written(quiet, output)
@@ -242,7 +245,7 @@ def engine(
     "--epsilon",
     default=1e-5,
     show_default=True,
-    type=click.FloatRange(0, min_open=True),
+    type=Real(0, min_open=True),
     help="Of the norm: rms_norm_eps of the model.",
 )
 @click.option(

@@ -14,6 +14,7 @@ from commands.options import (
     NAMES,
     PATH,
     SIZES,
+    Real,
     SizeRange,
     block_range_from_text,
     context_option,
@@ -54,7 +55,7 @@ from commands.terminal import note_printer, resumable, say_written, step_progres
 @click.option("--max-width", type=click.IntRange(1), help="Widest fused FFN to suggest; any if not given.")
 @click.option(
     "--max-gib-per-gpu",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Real(min=0, min_open=True),
     help="Largest fused FFN to suggest, in GiB of one of --tp GPUs.",
 )
 @click.option(
@@ -65,9 +66,7 @@ from commands.terminal import note_printer, resumable, say_written, step_progres
     help="Tensor-parallel size, for --max-gib-per-gpu and --gpu.",
 )
 @click.option("--gpu", help="Say in the plan what each line is predicted to gain on --tp of these GPUs, e.g. h100-sxm.")
-@click.option(
-    "--max-dependency", type=click.FloatRange(min=0), help="Largest dependency in a fused group; any if not given."
-)
+@click.option("--max-dependency", type=Real(min=0), help="Largest dependency in a fused group; any if not given.")
 @click.option("--keep-last/--fuse-last", default=True, show_default=True, help="The last FFN of a run stays alone.")
 @device_option
 @click.option(
@@ -319,9 +318,7 @@ def _evaluate_tasks(model: Path, names: Sequence[str], *, quiet: bool, **options
 @click.option("--context", default=1024, show_default=True, type=click.IntRange(1), help="Tokens per sequence.")
 @click.option("--format", "format_name", help="fp8, int8-smoothquant, bfloat16, ...; the model's own if not given.")
 @click.option("--kv-cache", type=click.Choice(["fp8", "int8"]), help="With a quantized KV cache.")
-@click.option(
-    "--price-per-gpu-hour", type=click.FloatRange(min=0, min_open=True), help="Also say what a million tokens cost."
-)
+@click.option("--price-per-gpu-hour", type=Real(min=0, min_open=True), help="Also say what a million tokens cost.")
 @click.option(
     "--calibrate", type=PATH, help="Fit the constants to this results file of `bench`, or YAML file of decode rates."
 )

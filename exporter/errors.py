@@ -5,9 +5,7 @@ Anything else that escapes is a bug. Printing and exit codes belong to the comma
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 
 class FuselageError(Exception):
@@ -43,20 +41,23 @@ class FuselageError(Exception):
         super().__init__(problem)
 
     def __str__(self) -> str:
-        where = [str(self.file)] if self.file is not None else []
-        if self.tensor is not None:
-            where.append(self.tensor)
-        head = ": ".join(where)
+        head = ": ".join(_one_line(name) for name in (self.file, self.tensor) if name is not None)
         if self.block is not None:
             head = f"{head} (block {self.block})" if head else f"block {self.block}"
         text = f"{head}: {self.problem}" if head else self.problem
         if self.expected is not None:
             text += f": expected {self.expected}"
         if self.found is not None:
-            text += f", found {self.found}" if self.expected is not None else f": found {self.found}"
-        if self.hint is not None:
-            text += f". {self.hint[0].upper()}{self.hint[1:]}" if self.hint else ""
+            text += (": " if self.expected is None else ", ") + f"found {_one_line(self.found)}"
+        if self.hint:
+            text += "" if text.endswith("\n") else ". "
+            text += self.hint[0].upper() + self.hint[1:]
         return _printable(text)
+
+
+def _one_line(value: object) -> str:
+    """What comes from untrusted files cannot pass for another line of ours."""
+    return str(value).replace("\n", "\\n")
 
 
 def _printable(text: str) -> str:
@@ -88,25 +89,8 @@ class EngineError(FuselageError):
     """An engine folder, result file or runtime that is incomplete, altered or does not fit this machine."""
 
 
-def differences(what: str, values: Iterable[tuple[int | None, Any]]) -> Iterator[TargetError]:
-    """Yield an error for every block that differs from the majority in something that a target says once.
-
-    Args:
-        values: (block, or None for the final norm; value).
-    """
-    values = list(values)
-    if not values:
-        return
-    ((usual, _),) = Counter(value for _, value in values).most_common(1)
-    for index, value in dict.fromkeys(values):
-        if value != usual:
-            where = "" if index is not None else " (of the final norm)"
-            yield TargetError(
-                f"the whole model has one {what}",
-                block=index,
-                expected=f"{usual} as elsewhere",
-                found=f"{value}{where}",
-            )
+class IncompleteError(EngineError):
+    """Work that ended early after a part worth keeping: the file that it names holds that part."""
 
 
 SHOWN_PROBLEMS = 12

@@ -467,27 +467,3 @@ def structure(graph: ModelGraph) -> dict[str, Any]:
 def _check_shape(name: str, tensor: LazyTensor, expected: tuple[int, ...]) -> None:
     if tensor.shape != expected:
         raise GraphError(f"{name} has the wrong shape", expected=list(expected), found=list(tensor.shape))
-
-
-__all__ = [
-    "FFN",
-    "Activation",
-    "Attention",
-    "Block",
-    "InputQuantization",
-    "KVQuantization",
-    "Linear",
-    "LinearSublayer",
-    "ModelGraph",
-    "ParallelBlocks",
-    "Quantization",
-    "RMSNorm",
-    "Segment",
-    "linear_names",
-    "linears",
-    "map_blocks",
-    "members",
-    "replace",
-    "structure",
-    "weights",
-]

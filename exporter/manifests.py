@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -10,11 +11,17 @@ from exporter.errors import CheckpointError, FuselageError
 
 Model = TypeVar("Model", bound=BaseModel)
 SHOWN_CHARACTERS = 40  # of a schema that is another one
+MAX_SHOWN = 80
 
 # Of an analysis and of a quantization's report: who shows them need not import who measures (PyTorch).
 DEPENDENCY_FILE = "dependency.json"
 PLAN_FILE = "plan.yaml"
 ERRORS_FILE = "errors.json"
+
+
+def shown(value: object, most: int = MAX_SHOWN) -> str:
+    """A value of a JSON or YAML file for an error: as the file has it (null, true), strings bare, cut short."""
+    return (value if isinstance(value, str) else json.dumps(value, default=str))[:most]
 
 
 def manifest_from_json(
@@ -47,7 +54,7 @@ def manifest_from_json(
             other_schema,
             file=file,
             expected=f"{key} {version}",
-            found=str(found)[:SHOWN_CHARACTERS],
+            found=shown(found, SHOWN_CHARACTERS),
             hint=hint,
         )
     return validated(document, model, what, file=file, error=error)

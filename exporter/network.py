@@ -27,6 +27,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from exporter.manifests import manifest_from_json
+from exporter.structure import StructureJson
 
 NETWORK_FILE = "network.json"
 NETWORK_KIND = "network"  # of the folder's manifest
@@ -90,7 +91,7 @@ class NetworkManifest(_Strict):
     outputs: tuple[str, ...]
     cache: tuple[CacheSlot, ...]  # in the order of `ModelGraph.kv_slots`
     weight_bytes: Count  # of all tensors in all weight files
-    structure: dict[str, Any]  # see exporter.graph.structure
+    structure: StructureJson
     networks: tuple[NetworkVariant, ...] = Field(min_length=1)
 
 

@@ -10,6 +10,7 @@ A plan is YAML; layers are the source model's numbers, ranges include both ends,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,8 +20,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from exporter.errors import PlanError
+from exporter.manifests import shown
 
-MAX_YAML_BYTES = 1 << 20
+MAX_YAML_BYTES = 1 << 18  # the parser takes ten seconds for a MB
 MAX_YAML_DEPTH = 16  # a recipe has 6 levels
 MAX_LAYER = 1 << 16
 
@@ -88,7 +90,7 @@ def read_plan(path: Path) -> Plan:
 def plan_from_data(data: Any, file: Path | None = None) -> Plan:
     """Validate a plan that was parsed already (a recipe holds plans inline)."""
     if not isinstance(data, dict):
-        raise PlanError("not a plan", file=file, expected=f"keys {', '.join(Plan.model_fields)}", found=str(data)[:60])
+        raise PlanError("not a plan", file=file, expected=f"keys {', '.join(Plan.model_fields)}", found=shown(data, 60))
     try:
         return Plan.model_validate(data)
     except ValidationError as error:
@@ -102,17 +104,19 @@ def read_yaml(path: Path) -> Any:
         PlanError: as described; names the line where the parser does.
     """
     try:
-        if path.stat().st_size > MAX_YAML_BYTES:
-            raise PlanError("file is too large for a plan or recipe", file=path, expected=f"<= {MAX_YAML_BYTES} bytes")
-        text = path.read_text("utf-8")
+        with path.open("rb") as file:
+            raw = file.read(MAX_YAML_BYTES + 1)  # /dev/zero has no size to ask for
+        text = raw.decode("utf-8")
     except OSError as error:
         raise PlanError(f"cannot be read ({error.strerror or error})", file=path) from error
-    except UnicodeDecodeError as error:
+    except ValueError as error:  # not UTF-8, or a NUL byte in the name
         raise PlanError(f"cannot be read ({error})", file=path) from error
+    if len(raw) > MAX_YAML_BYTES:
+        raise PlanError("file is too large for a plan or recipe", file=path, expected=f"<= {MAX_YAML_BYTES} bytes")
     try:
         _check_events(text, path)
-        return yaml.load(text, Loader=_UniqueKeys)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date, say
+        return yaml.load(text, Loader=_PlainData)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a number of 5000 digits, say
         raise PlanError(f"not valid YAML ({' '.join(str(error).split())[:160]})", file=path) from error
 
 
@@ -122,13 +126,16 @@ def _check_events(text: str, path: Path) -> None:
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             raise PlanError("aliases (*name) are not allowed here", file=path)
+        # The library's own constructors fail in ways of their own on a "!!bool" that is none.
+        if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag is not None:
+            raise PlanError("tags (!name) are not allowed here", file=path, found=event.tag[:60])
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_YAML_DEPTH:
             raise PlanError("nested too deeply for a plan or recipe", file=path, expected=f"<= {MAX_YAML_DEPTH} levels")
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """The safe loader, without its habit of letting the last of two equal keys win."""
+class _PlainData(yaml.SafeLoader):
+    """The safe loader, to which dates are text, without its habit of letting the last of two equal keys win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -139,6 +146,17 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _text(loader: _PlainData, node: yaml.ScalarNode) -> str:
+    return loader.construct_scalar(node)
+
+
+_PlainData.add_constructor("tag:yaml.org,2002:timestamp", _text)
+# To YAML 1.1 a number with an exponent and no point, like 1e-4, is text; to YAML 1.2, and to people, it is a number.
+_PlainData.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def validation_error(error: ValidationError, file: Path | None) -> PlanError:
     """The first of pydantic's complaints as our error."""
     problems = error.errors(include_url=False)
@@ -146,5 +164,5 @@ def validation_error(error: ValidationError, file: Path | None) -> PlanError:
     problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
     where = ".".join(str(part) for part in problem["loc"])
     what = {"extra_forbidden": "unknown key", "missing": "key is missing"}.get(problem["type"], problem["msg"])
-    found = None if problem["type"] == "missing" else str(problem["input"])[:60]
+    found = None if problem["type"] == "missing" else shown(problem["input"], 60)
     return PlanError(f"{where}: {what}", file=file, found=found)

@@ -13,7 +13,8 @@ Blocks are numbered as in the graph that is quantized. `lm_head` is left alone u
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os.path
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,6 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from exporter.dtypes import BY_NAME, DType
 from exporter.errors import PlanError
+from exporter.graph import FUSED_GEMMS
+from exporter.manifests import shown
 from exporter.plan import read_yaml, validation_error
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "quantization"
@@ -119,6 +122,16 @@ def dtype_of(part: WeightFormat | InputFormat) -> DType:
     return BY_NAME[part.dtype]
 
 
+def sharing_scale(linear: str, formats: Mapping[str, LinearFormat]) -> list[str]:
+    """Names of the linears of a sublayer whose weights have one scale with those of `linear`, itself among them.
+
+    A reader that runs several linears as one GEMM would otherwise round their codes again, under one scale.
+    """
+    wanted = formats[linear].weights
+    group = next((group for group in FUSED_GEMMS if linear in group and wanted.scale == "tensor"), (linear,))
+    return [name for name in group if name in formats and formats[name].weights == wanted]
+
+
 def format_names() -> list[str]:
     """The recipes that come with Fuselage: the vocabulary of --format."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -133,11 +146,11 @@ def read_quantization(name: str | Path) -> QuantizationRecipe:
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{name}.yaml"
-        if not path.is_file():
+        if not os.path.isfile(path):  # a name may be too long for a file's
             raise PlanError("unknown quantization format", expected=", ".join(format_names()), found=str(name))
     data = read_yaml(path)
     if not isinstance(data, dict):
-        raise PlanError("not a quantization recipe", file=path, found=str(data)[:60])
+        raise PlanError("not a quantization recipe", file=path, found=shown(data, 60))
     try:
         return QuantizationRecipe.model_validate(data)
     except ValidationError as error:

@@ -44,13 +44,13 @@ from exporter.graph import (
 )
 from exporter.lazy import LazyTensor, full, shape_only
 from exporter.lazy_quantized import stored_scale
+from exporter.manifests import shown
 from exporter.safetensors_io import SkippedTensor, has_checkpoint, path_inside, read_checkpoint, read_json
 from exporter.writers.files import Manifest, check_files, read_manifest
 
 CONFIG = "config.json"
 STRUCTURE_SUFFIX = ".structure.json"
 MAX_CONFIG_BYTES = 4 << 20  # the longest we know has 60 KB
-MAX_SHOWN = 80  # characters of a value from a config in an error
 WEIGHT_DTYPES = (FLOAT32, FLOAT16, BFLOAT16, FLOAT64)
 SCALE_DTYPES = (FLOAT32, BFLOAT16, FLOAT16)
 # Why a tensor that belongs to a quantized linear may be one too many.
@@ -152,7 +152,7 @@ def _understand(config: Any, path: Path) -> tuple[Family, ModelSpec]:
         raise AssertionError("Bug: a ValidationError without errors") from error
     except CheckpointError as error:
         error.file = path
-        error.found = None if error.found is None else str(error.found)[:MAX_SHOWN]
+        error.found = None if error.found is None else shown(error.found)
         raise
 
 
@@ -173,9 +173,7 @@ def _quantization_beside(in_config: QuantizationSpec | None, path: Path) -> Quan
 def _config_error(problem: Any, path: Path) -> FuselageError:
     where = ".".join(str(part) for part in problem["loc"])
     missing = problem["type"] == "missing"
-    return CheckpointError(
-        f"{where}: {problem['msg']}", file=path, found=None if missing else str(problem["input"])[:MAX_SHOWN]
-    )
+    return CheckpointError(f"{where}: {problem['msg']}", file=path, found=None if missing else shown(problem["input"]))
 
 
 def _config_from_structure(path: Path) -> dict[str, Any]:
@@ -194,7 +192,7 @@ def _config_from_structure(path: Path) -> dict[str, Any]:
                 f"blocks[{index}] is malformed",
                 file=path,
                 expected="[attention, ffn]",
-                found=str(entry)[:MAX_SHOWN],
+                found=shown(entry),
             )
         attention, ffn = entry
         blocks.append(

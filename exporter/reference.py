@@ -47,8 +47,7 @@ ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     Activation.RELU: F.relu,
 }
 
-
-# Elements of logits that who compares two models takes at a time: a vocabulary is large, and softmaxes make copies.
+# Elements of logits to take at a time where two models are compared: a vocabulary is large, and softmaxes make copies.
 LOGITS_TOGETHER = 1 << 25
 
 
@@ -135,7 +134,7 @@ class Reference:
 
     def residuals(self, input_ids: torch.Tensor, cache: Cache | None) -> Iterator[torch.Tensor]:
         """Yield the residual stream [B, S, D] before the first block and after every entry of `graph.blocks`."""
-        x = self._embed(input_ids.to(self.device))
+        x = self.embed(input_ids)
         yield x
         span = self.span(input_ids.shape, cache)
         for index in range(len(self.graph.blocks)):
@@ -156,7 +155,7 @@ class Reference:
         norm, head = self.graph.norm, self.graph.lm_head
         normed = rms_norm(hidden, self._end("norm", norm.weight), norm.eps)
         if head is None:
-            return F.linear(normed, self._end("head", self.graph.embedding))
+            return F.linear(normed, self._end("embedding", self.graph.embedding))
         if self._lm_head is None:
             self._lm_head = _loaded_linear(head, self.device, self.dtype)
         return apply_linear(self._lm_head, normed)
@@ -175,11 +174,11 @@ class Reference:
         cos, sin = (f(angles) * rope.attention_factor for f in (torch.cos, torch.sin))
         return Span(positions, cos.to(self.dtype), sin.to(self.dtype), cache)
 
-    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The residual stream before the first block: int64 [B, S] -> [B, S, D]."""
+        input_ids = input_ids.to(self.device)
         if self._kept is not None or self.graph.lm_head is None:
-            return F.embedding(
-                input_ids, self._end("head" if self.graph.lm_head is None else "embed", self.graph.embedding)
-            )
+            return F.embedding(input_ids, self._end("embedding", self.graph.embedding))
         ids, where = input_ids.unique(return_inverse=True)
         rows = [torch_from_numpy(self.graph.embedding.rows(i, i + 1), self.device, self.dtype) for i in ids.tolist()]
         return torch.cat(rows)[where]
@@ -480,18 +479,3 @@ def _first_slots(graph: ModelGraph) -> list[int]:
         slots.append(first)
         first += sum(isinstance(block.attention, Attention) for block in members(entry))
     return slots
-
-
-__all__ = [
-    "ACTIVATIONS",
-    "Cache",
-    "LoadedBlock",
-    "Reference",
-    "Span",
-    "apply_linear",
-    "attend",
-    "contributions",
-    "feed_forward",
-    "rms_norm",
-    "rotate",
-]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 TOKENIZER = "tokenizer.json"
 MAX_TEXT_BYTES = 1 << 30
+MAX_PIECE = 1 << 20  # characters that are encoded at a time: the library takes 200 bytes for each
+WORD_END = re.compile(r"(?<=\w)\s")  # before which no tokenizer of ours joins characters
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")  # JSON can spell it, and tokenizers do not take it
 
 
@@ -31,9 +35,14 @@ def read_documents(path: Path) -> list[str]:
     """
     check_text(path)
     try:
-        raw = path.read_text("utf-8-sig")  # without the mark that some editors put in front
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open(encoding="utf-8-sig") as file:  # without the mark that some editors put in front
+            raw = file.read(MAX_TEXT_BYTES + 1)  # what is no file has no size to ask for, and /dev/zero no end
+    except OSError as error:
+        raise TextError(f"cannot be read ({error.strerror or error})", file=path) from error
+    except UnicodeDecodeError as error:
         raise TextError(f"cannot be read ({error})", file=path) from error
+    if len(raw) > MAX_TEXT_BYTES:
+        raise TextError("text is too large", file=path, expected=f"at most {MAX_TEXT_BYTES} characters")
     documents = _lines(raw, path) if path.suffix == ".jsonl" else [raw]
     documents = [document for document in documents if document.strip()]
     if not documents:
@@ -43,7 +52,7 @@ def read_documents(path: Path) -> list[str]:
 
 def check_text(path: Path) -> None:
     """Raise TextError if there is no such file, or one too large; cheap, for use before long work."""
-    if not path.exists() or path.is_dir():  # a pipe is a text too
+    if not os.path.exists(path) or os.path.isdir(path):  # a pipe is a text too
         raise TextError("no such text", file=path)
     size = path.stat().st_size
     if size > MAX_TEXT_BYTES:
@@ -92,7 +101,7 @@ def open_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     from tokenizers import Tokenizer
 
     path = folder / TOKENIZER
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(
             "the model folder has no tokenizer.json, and text cannot be measured without one",
             file=folder,
@@ -122,7 +131,7 @@ def check_same_tokens(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> No
     Args:
         vocab_size: of both models; tokens beyond, which neither has an embedding for, do not count.
     """
-    if not (folder / TOKENIZER).is_file():
+    if not os.path.isfile(folder / TOKENIZER):
         return
     ours, theirs = (
         {(token, number) for token, number in one.get_vocab().items() if number < vocab_size}
@@ -137,6 +146,22 @@ def check_same_tokens(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> No
         )
 
 
+def _encoded(document: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """The ids of a document, int64, a piece at a time; special tokens stand around the whole, as if it were one."""
+    start = 0
+    while start < len(document):
+        stop = len(document)
+        if stop - start > MAX_PIECE:
+            word_end = WORD_END.search(document, start + MAX_PIECE // 2, start + MAX_PIECE)
+            stop = start + MAX_PIECE if word_end is None else word_end.start()
+        encoding = tokenizer.encode(document[start:stop])
+        of_text = np.flatnonzero(np.asarray(encoding.special_tokens_mask) == 0)
+        first = 0 if start == 0 else of_text.min(initial=len(encoding))
+        last = len(encoding) if stop == len(document) else of_text.max(initial=-1) + 1
+        yield np.asarray(encoding.ids[first:last], dtype=np.int64)
+        start = stop
+
+
 def token_windows(
     path: Path,
     tokenizer: Tokenizer,
@@ -148,7 +173,7 @@ def token_windows(
 ) -> np.ndarray:
     """Encode a text file, its documents one after the other, and cut it into windows: int64 [windows, context].
 
-    What is left at the end and does not fill a window is dropped; documents behind the last window are not encoded.
+    What is left at the end and does not fill a window is dropped; what lies behind the last window is not encoded.
 
     Args:
         vocab_size: the model's, which every token must be below.
@@ -160,9 +185,9 @@ def token_windows(
     check_context(context, max_positions)
     encoded: list[np.ndarray] = []
     found = 0
-    for document in read_documents(path):
-        encoded.append(np.asarray(tokenizer.encode(document).ids, dtype=np.int64))
-        found += len(encoded[-1])
+    for ids in (ids for document in read_documents(path) for ids in _encoded(document, tokenizer)):
+        encoded.append(ids)
+        found += len(ids)
         if max_windows is not None and found >= max_windows * context:
             break
     count = found // context

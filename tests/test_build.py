@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -463,9 +464,21 @@ TOO_LONG = "longer than the model was made for: expected at most 128 tokens, its
 REFUSED = {
     "no_model": (["inspect", "{tmp}/nothing"], "no such model folder"),
     "output_exists": (["transform", "{model}", "--plan", "{plan}", "-o", "{tmp}"], "output exists"),
-    "output_is_input": (["transform", "{model}", "-o", "{model}", "--force"], "same folder"),
+    "output_is_input": (["transform", "{model}", "-o", "{model}", "--force"], "are the same"),
+    "output_name": (["transform", "{model}", "-o", "{tmp}/" + "x" * 250], "its name is too long"),
+    "engine_in_its_network": (["engine", "{model}", "-o", "{model}/engine"], "inside each other"),
+    "report_in_place_of_its_analysis": (
+        ["report", "a.json", "--analysis", "{model}", "-o", "{model}", "--force"],
+        "are the same",
+    ),
     "not_ours": (["transform", "{model}", "-o", "{tmp}", "--force"], "did not write"),
+    "output_is_a_loop": (["transform", "{model}", "-o", "{tmp}/loop"], "loop: output exists"),
     "no_plan": (["transform", "{model}", "--plan", "{tmp}/none.yaml", "-o", "{tmp}/out"], "cannot be read"),
+    "endless_plan": (["transform", "{model}", "--plan", "/dev/zero", "-o", "{tmp}/out"], "too large for a plan"),
+    "long_network": (["check", "x" * 5000], "no network to check"),
+    "long_format": (["quantize", "{model}", "--format", "x" * 300, "-o", "{tmp}/out"], "unknown quantization format"),
+    "long_text": (["evaluate", "{model}", "--text", "x" * 300, "--context", "20"], "no such text"),
+    "no_utf8": (["report", "{tmp}/\udcff.json", "-o", "{tmp}/out"], "udcff.json' is not text in UTF-8"),
     "reader": (["transform", "{model}", "--plan", "{plan}", "--check-for", "nobody", "-o", "{tmp}/out"], "nobody"),
     "parallel_hf": (["transform", "{model}", "--plan", "{tmp}/parallel.yaml", "-o", "{tmp}/out"], "parallel"),
     "no_network": (["engine", "{model}", "-o", "{tmp}/out"], "Run `export` first; only `engine --backend torch` takes"),
@@ -490,6 +503,14 @@ REFUSED = {
     "window_of_analyze": (["analyze", "{model}", "--text", "{plan}", "--context", "129", "-o", "{tmp}/out"], TOO_LONG),
     "window_of_run": (["run", "{tmp}/windows.yaml", "-o", "{tmp}/out"], TOO_LONG),
     "target": (["export", "{model}", "--to", "onnx", "--target", "abacus", "-o", "{tmp}/out"], "abacus"),
+    "not_a_number": (
+        ["analyze", "{model}", "--text", "{plan}", "--max-gib-per-gpu", "nan", "-o", "{tmp}/out"],
+        "'nan' is not a finite number",
+    ),
+    "endless_epochs": (
+        ["distill", "{model}", "--teacher", "{model}", "--text", "{plan}", "--epochs", "inf", "-o", "{tmp}/out"],
+        "'inf' is not a finite number",
+    ),
     "shard_size": (["transform", "{model}", "--shard-size", "many", "-o", "{tmp}/out"], "not a size"),
     "shard_size_without_unit": (["transform", "{model}", "--shard-size", "5", "-o", "{tmp}/out"], "'5' is 5 bytes"),
     "small_shard_size": (["transform", "{model}", "--shard-size", "999KB", "-o", "{tmp}/out"], "give at least 1MB"),
@@ -525,6 +546,7 @@ def test_what_is_refused_ends_with_code_2_one_message_and_no_output(
 ) -> None:
     arguments, message = REFUSED[case]
     (tmp_path / "parallel.yaml").write_text("parallel: [[0, 1]]\n")
+    (tmp_path / "loop").symlink_to("loop")
     windows = f"evaluate: {{text: {plan}, context: 129}}"
     (tmp_path / "windows.yaml").write_text(f"model: {model}\nvariants: [{{name: same}}]\n{windows}\n")
     before = sorted(tmp_path.rglob("*"))
@@ -596,6 +618,34 @@ def test_an_error_of_another_file_is_not_taken_for_one_of_standard_output(monkey
 
     monkeypatch.setattr("exporter.read.open_model", full)
     assert isinstance(call("inspect", "model").exception, OSError)
+
+
+def test_sigterm_leaves_nothing_half_written(
+    model: Path, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    output = tmp_path / "folders" / "out"
+    written = []
+
+    def publish(partial: Path, *_: object, **__: object) -> None:
+        written.extend(partial.iterdir())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("exporter.writers.files._publish", publish)
+    result = call("transform", model, "--plan", plan, "-o", output)
+    assert result.exit_code == 128 + signal.SIGTERM
+    assert len(written) > 3
+    assert not (tmp_path / "folders").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("command", ["transform", "bench", "report"])
+def test_a_folder_that_is_gone(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    result = call(command, ROOT / "demo" / "model", "-o", "out")
+    assert (result.exit_code, result.stderr) == (2, "error: the folder that this command was started in is gone\n")
 
 
 ENCODINGS = {

@@ -20,6 +20,7 @@ TABLES = (
     QuantizationRecipe,
     recipe.Recipe,
     recipe.VariantRecipe,
+    recipe.DistillRecipe,
     recipe.NetworkRecipe,
     recipe.TensorRtLlmRecipe,
     recipe.AnalysisRecipe,

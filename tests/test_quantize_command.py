@@ -136,6 +136,8 @@ REFUSED = {
     "readers": (["--format", "int8-weight-only", "--check-for", "vllm,sglang,mlx-lm"], "3 problems"),
     "device": (["--format", "fp8", "--text", "{text}", "--context", "20", "--device", "gpu"], "cannot use this device"),
     "nothing_to_keep": (["--format", "int8-weight-only", "--save-calibration", "{tmp}/new"], "--save-calibration"),
+    "report_is_output": (["--format", "fp8", "--text", "{text}", "--report", "{tmp}/out"], "same or inside"),
+    "resume_in_output": (["--format", "fp8", "--text", "{text}", "--resume", "{tmp}/out/work"], "same or inside"),
     "report_exists": (["--format", "fp8", "--text", "{text}", "--context", "20", "--report", "{tmp}"], "output exists"),
 }
 

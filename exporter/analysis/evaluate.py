@@ -20,10 +20,9 @@ import torch.nn.functional as F
 
 from exporter.errors import GraphError
 from exporter.graph import ModelGraph
-from exporter.hidden_states import check_finite
+from exporter.hidden_states import DEFAULT_BATCH, check_finite
 from exporter.reference import LOGITS_TOGETHER, Reference
 
-DEFAULT_BATCH = 8  # windows that go through a block at a time
 HIDDEN_BYTES = 4 << 30
 MOST_NLL = 700.0  # nats per token: the perplexity of more is beyond the range of a number
 
@@ -144,7 +143,7 @@ def _last_hidden(model: Reference, tokens: np.ndarray, batch: int, block_done: C
     parts = [slice(start, start + batch) for start in range(0, len(tokens), batch)]
     states = torch.empty((*tokens.shape, model.graph.hidden_size), dtype=model.dtype)
     for part in parts:
-        states[part] = next(iter(model.residuals(ids[part], None))).cpu()
+        states[part] = model.embed(ids[part]).cpu()
     span = model.span((1, tokens.shape[1]), None)
     for index in range(len(model.graph.blocks)):
         block = model.block(index)

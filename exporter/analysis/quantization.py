@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 
 from exporter.dtypes import FLOAT8_E4M3FN, INT8, DType
-from exporter.graph import FFN, FUSED_GEMMS, ModelGraph, members
+from exporter.graph import FFN, ModelGraph, members
 from exporter.hidden_states import check_finite
 from exporter.numerics import LARGEST
 from exporter.passes.smooth_channels import Strengths, smoothable_sites, smoothing_factors
-from exporter.quantization import LinearFormat, QuantizationRecipe, dtype_of
+from exporter.quantization import LinearFormat, QuantizationRecipe, dtype_of, sharing_scale
 from exporter.ranges import DOWN_PROJ, NORM, SITE_OF, Ranges
 from exporter.reference import ACTIVATIONS, LoadedLinear, Reference, fake_quantized
 
@@ -49,7 +49,7 @@ def inputs_of_blocks(
     """Walk through a graph on tokens int64 [N, S], block by block."""
     reference = Reference(graph, device=device)
     parts = [slice(start, start + batch) for start in range(0, len(tokens), batch)]
-    states = [next(iter(reference.residuals(torch.from_numpy(tokens[part]), None))) for part in parts]
+    states = [reference.embed(torch.from_numpy(tokens[part])) for part in parts]
     span = reference.span((1, tokens.shape[1]), None)
     flat = 0
     for index, entry in enumerate(graph.blocks):
@@ -165,19 +165,15 @@ def _rounded_weights(
     readers: Mapping[str, LoadedLinear], formats: Mapping[str, LinearFormat | None]
 ) -> dict[str, torch.Tensor]:
     """Weights as a recipe would store them, back in float32."""
-    found = {}
-    for name, linear in readers.items():
-        wanted = formats[name]
-        if wanted is None:
-            found[name] = linear.weight
-            continue
+    found = {name: linear.weight for name, linear in readers.items()}
+    known = {name: wanted for name, wanted in formats.items() if wanted is not None}
+    for name, wanted in known.items():
         dtype = dtype_of(wanted.weights)
         scale = None  # one per row
         if wanted.weights.scale == "tensor":
-            group = next((group for group in FUSED_GEMMS if name in group), (name,))
-            sharing = [readers[other].weight for other in group if other in readers and formats[other] == wanted]
-            scale = _scale(torch.stack([weight.abs().max() for weight in sharing]).max(), dtype)
-        found[name] = fake_quantized(linear.weight, dtype, scale)
+            largest = [readers[other].weight.abs().max() for other in sharing_scale(name, known)]
+            scale = _scale(torch.stack(largest).max(), dtype)
+        found[name] = fake_quantized(readers[name].weight, dtype, scale)
     return found
 
 
@@ -207,7 +203,7 @@ def linear_errors(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> list[LinearError]:
-    """Compare every quantized linear with its counterpart on the same input; the worst come first.
+    """Compare every quantized linear of the blocks with its counterpart on the same input; the worst come first.
 
     Args:
         graph: what was quantized (smoothed already, if it was).

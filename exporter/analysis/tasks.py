@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os.path
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -128,7 +129,7 @@ def check_tasks(
         CheckpointError: the model brings code of its own, which is run only on request.
     """
     _harness()
-    if include_path is not None and not include_path.is_dir():
+    if include_path is not None and not os.path.isdir(include_path):
         raise TargetError("no such folder of tasks", file=include_path)
     if not trust_remote_code and read_json(model / "config.json").get("auto_map"):
         raise CheckpointError(

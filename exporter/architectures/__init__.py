@@ -3,6 +3,7 @@
 from exporter.architectures import llama, mistral, nemotron_nas, qwen2, qwen3
 from exporter.architectures.base import Family
 from exporter.errors import CheckpointError
+from exporter.manifests import shown
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY for module in (llama, mistral, qwen2, qwen3, nemotron_nas)
@@ -29,5 +30,5 @@ def family_of(architectures: object, model_type: object) -> Family:
     raise CheckpointError(
         "unknown architecture",
         expected=", ".join(name for family in FAMILIES.values() for name in family.architectures),
-        found=f"architectures {str(architectures)[:80]}, model_type {str(model_type)[:40]}",
+        found=f"architectures {shown(architectures)}, model_type {shown(model_type, 40)}",
     )

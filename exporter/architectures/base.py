@@ -136,7 +136,11 @@ class RopeTable(_Table):
                 original_max_position_embeddings=self._required("original_max_position_embeddings"),
             )
             if scaling.high_freq_factor <= scaling.low_freq_factor:
-                raise CheckpointError("rope scaling: high_freq_factor is greater than low_freq_factor", found=scaling)
+                raise CheckpointError(
+                    "rope scaling: high_freq_factor is greater than low_freq_factor",
+                    expected=f"more than {scaling.low_freq_factor}",
+                    found=scaling.high_freq_factor,
+                )
             return scaling
         if self.rope_type == "yarn":
             original = self.original_max_position_embeddings or max_position_embeddings
@@ -293,7 +297,7 @@ class DecoderConfig(_Table):
                     raise CheckpointError(f"{key} is given twice", expected=outer, found=inner)
         ropes = [self._rope(table) for table in tables or [RopeTable.model_validate({})]]
         if ropes[0] != ropes[-1]:
-            raise CheckpointError("rope_scaling and rope_parameters differ", expected=ropes[0], found=ropes[-1])
+            raise CheckpointError("rope_scaling and rope_parameters differ", hint="keep the one that is right")
         return ropes[0]
 
     def _rope(self, table: RopeTable) -> Rope:

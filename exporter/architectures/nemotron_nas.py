@@ -4,6 +4,8 @@ In folders we wrote, the `fuselage` key adds what the format has no word for: th
 segments of fused FFNs, q/k norms and sliding windows.
 """
 
+from dataclasses import replace
+
 from exporter.architectures.base import (
     LLAMA_TENSORS,
     LLAMA_UNUSED,
@@ -38,17 +40,9 @@ class NemotronNasConfig(LlamaConfig):
         written = self.fuselage.blocks[layer]
         attention, ffn = spec.attention, spec.ffn
         if isinstance(attention, AttentionSpec):
-            attention = AttentionSpec(
-                num_attention_heads=attention.num_attention_heads,
-                num_key_value_heads=attention.num_key_value_heads,
-                head_dim=attention.head_dim,
-                qkv_bias=attention.qkv_bias,
-                o_bias=attention.o_bias,
-                qk_norm=self.fuselage.qk_norm,
-                sliding_window=written.sliding_window,
-            )
+            attention = replace(attention, qk_norm=self.fuselage.qk_norm, sliding_window=written.sliding_window)
         if isinstance(ffn, FFNSpec) and written.segments is not None:
-            ffn = FFNSpec(ffn.intermediate_size, ffn.activation, ffn.bias, tuple(written.segments))
+            ffn = replace(ffn, segments=tuple(written.segments))
         return LayerSpec(attention, ffn, tuple(written.source_layers))
 
 

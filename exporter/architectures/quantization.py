@@ -27,11 +27,11 @@ from pydantic_core import SchemaError, SchemaValidator, core_schema
 from exporter.dtypes import FLOAT8_E4M3FN, INT8, DType
 from exporter.errors import CheckpointError, TargetError
 from exporter.graph import Linear
+from exporter.manifests import shown
 
 HF_QUANT_CONFIG = "hf_quant_config.json"  # ModelOpt's; its older versions write nothing into config.json
 MAX_WILDCARDS, MAX_EXPRESSIONS = 1024, 64  # every linear is held against every one; an expression can take 10 MB
 MAX_EXPRESSION = 1000  # characters
-MAX_SHOWN = 80  # characters of a value from a config in an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +157,12 @@ def quantization_from_config(raw: Any) -> QuantizationSpec:
         CheckpointError: an unknown method, a malformed config, or a feature that no graph of ours has.
     """
     if not isinstance(raw, dict):
-        raise CheckpointError("the quantization config is not a JSON object", found=_shown(raw))
+        raise CheckpointError("the quantization config is not a JSON object", found=shown(raw))
     producer = raw.get("producer")
     made_by = producer.get("name") if isinstance(producer, dict) else None
     method = raw.get("quant_method", MODELOPT.name if "quantization" in raw else made_by)
     if not isinstance(method, str) or method not in METHODS:
-        raise CheckpointError("unknown quantization method", expected=" or ".join(METHODS), found=_shown(method))
+        raise CheckpointError("unknown quantization method", expected=" or ".join(METHODS), found=shown(method))
     return METHODS[method](raw)
 
 
@@ -217,7 +217,7 @@ def _validated(section: type[S], raw: Any) -> S:
         where = ".".join(str(part)[:40] for part in ("quantization_config", *problem["loc"]))
         missing = problem["type"] == "missing"
         raise CheckpointError(
-            f"{where}: {problem['msg']}", found=None if missing else _shown(problem["input"])
+            f"{where}: {problem['msg']}", found=None if missing else shown(problem["input"])
         ) from error
 
 
@@ -225,8 +225,8 @@ def _require(where: str, found: object, *known: object) -> None:
     if found not in known:
         raise CheckpointError(
             f"quantization_config.{where} is not supported",
-            expected=" or ".join("nothing" if one is None else str(one) for one in known),
-            found=_shown(found),
+            expected=" or ".join("nothing" if one is None else shown(one) for one in known),
+            found=shown(found),
         )
 
 
@@ -234,10 +234,6 @@ def _bounded(patterns: Sequence[str], limit: int) -> Sequence[str]:
     if len(patterns) > limit:
         raise CheckpointError("too many patterns in the quantization config", expected=limit, found=len(patterns))
     return patterns
-
-
-def _shown(value: object) -> str:
-    return str(value)[:MAX_SHOWN]
 
 
 # --- ModelOpt
@@ -356,9 +352,7 @@ def _expression(text: str) -> SchemaValidator:
     try:
         return SchemaValidator(core_schema.str_schema(pattern=f"^(?:{text})", strict=True))
     except SchemaError as error:
-        raise CheckpointError(
-            "an expression in the quantization config is not supported", found=_shown(text)
-        ) from error
+        raise CheckpointError("an expression in the quantization config is not supported", found=shown(text)) from error
 
 
 METHODS: Mapping[str, Callable[[Mapping[str, Any]], QuantizationSpec]] = {

@@ -11,7 +11,6 @@ import numpy as np
 from exporter.dtypes import BY_NAME, FLOAT32, DType
 from exporter.errors import PlanError
 from exporter.graph import (
-    FUSED_GEMMS,
     Attention,
     Block,
     InputQuantization,
@@ -26,7 +25,7 @@ from exporter.graph import (
 from exporter.lazy import LazyTensor, computed
 from exporter.lazy_quantized import quantized, row_scales, tensor_scale
 from exporter.numerics import scale_from_amax
-from exporter.quantization import LinearFormat, QuantizationRecipe, WeightFormat, dtype_of
+from exporter.quantization import LinearFormat, QuantizationRecipe, WeightFormat, dtype_of, sharing_scale
 from exporter.ranges import KEY, SITE_OF, VALUE, Ranges, SublayerRanges, input_range, unmeasured_ranges
 
 
@@ -110,20 +109,12 @@ def _sublayer(sublayer: Any, ranges: SublayerRanges | None, recipe: Quantization
 
 
 def _weight_scales(parts: Mapping[str, Linear], formats: Mapping[str, LinearFormat]) -> dict[str, LazyTensor]:
-    """The weight scale of every linear that has a format; one per GEMM, where it is one per tensor.
-
-    A reader that runs several linears as one GEMM would otherwise round their codes again, under one scale.
-    """
+    """The weight scale of every linear that has a format."""
     scales: dict[str, LazyTensor] = {}
     for name, wanted in formats.items():
-        if name in scales:
-            continue
-        group = next((group for group in FUSED_GEMMS if name in group), (name,))
-        sharing = [other for other in group if other in formats and formats[other].weights == wanted.weights]
-        if wanted.weights.scale == "row":
-            sharing = [name]
-        scale = _weight_scale([parts[other] for other in sharing], wanted.weights)
-        scales |= dict.fromkeys(sharing, scale)
+        if name not in scales:
+            sharing = sharing_scale(name, formats)
+            scales |= dict.fromkeys(sharing, _weight_scale([parts[other] for other in sharing], wanted.weights))
     return scales
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import random
 import re
@@ -28,6 +27,7 @@ from exporter.passes.drop_attention import drop_attention
 from exporter.pipeline import apply_plan
 from exporter.plan import read_plan
 from exporter.read import open_model
+from tests.mutants import mutate, mutate_bytes
 from tests.tiny import tiny_graph
 
 CONFIG: dict[str, Any] = {
@@ -282,6 +282,10 @@ HEADERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda folder: rewrite(folder / FILE, lambda header: header.update({"\ud800": header.pop(DOWN)})),
         (FILE, "not valid JSON", "surrogates"),
     ),
+    "name with a line of its own": (
+        with_tensors(lambda found: found.update({"a\nerror: b": np.zeros(1, np.float32)})),
+        (FILE, "a\\nerror: b", "not part of a llama model"),
+    ),
     "wrong shape": (
         with_tensors(lambda found: found.update({DOWN: np.zeros((8, 6), np.float32)})),
         (FILE, DOWN, "(block 1)", "wrong shape: expected [8, 12] from intermediate_size", "found [8, 6]", "1/2"),
@@ -517,7 +521,7 @@ def test_sizes_in_the_config(key: str, value: str, single: Path) -> None:
     elif value == "null" and key == "intermediate_size":
         refused(single, "config.json", "no intermediate_size")
     else:
-        refused(single, "config.json", f"{key}: ", "found " + str(BAD_VALUES[value])[:60])
+        refused(single, "config.json", f"{key}: ", "found " + json.dumps(BAD_VALUES[value]).strip('"')[:60])
 
 
 RAW_VALUES = ["NaN", "Infinity", "-Infinity", "1e400", "-1e400", "9" * 5000, '"\\ud800"', "[" * 200 + "]" * 200]
@@ -580,23 +584,27 @@ def test_configs(case: str, single: Path) -> None:
 # --- plans
 
 PLANS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "empty": ("", ("not a plan", "drop_attention, drop_ffn, fuse, parallel", "None")),
+    "empty": ("", ("not a plan", "drop_attention, drop_ffn, fuse, parallel", "null")),
     "a list": ("- 1", ("not a plan", "[1]")),
     "a word": ("fuse", ("not a plan",)),
     "unknown key": ("fuze: [[1, 2]]", ("fuze: unknown key",)),
     "tabs": ("fuse:\n\t- [1, 2]", ("not valid YAML", "line 2")),
     "not closed": ("fuse: [[1, 2]", ("not valid YAML",)),
     "two documents": ("fuse: []\n---\nfuse: []", ("not valid YAML",)),
-    "python object": ("fuse: !!python/object/apply:os.system ['true']", ("not valid YAML", "python/object")),
+    "python object": ("fuse: !!python/object/apply:os.system ['true']", ("tags (!name)", "python/object")),
+    "tag of a boolean that is none": ("fuse: !!bool x", ("tags (!name)", "bool")),
+    "tag of an empty number": ("fuse: [!!int '']", ("tags (!name)", "int")),
     "alias": ("fuse: &a [[1, 2]]\nparallel: *a", ("aliases",)),
     "alias bomb": (
         "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}]\n" for a, b in pairwise("abcdefghijkl")),
         ("aliases",),
     ),
     "not UTF-8": ("fuse: \udcff", ("cannot be read",)),
-    "impossible date": ("fuse: 2020-99-99", ("not valid YAML",)),
+    "impossible date": ("fuse: 2020-99-99", ("fuse: ", "valid list", "found 2020-99-99")),
+    "date for a key": ("2020-01-01: 3", ("2020-01-01: unknown key",)),
+    "number of 5000 digits": ("drop_attention: [" + "9" * 5000 + "]", ("not valid YAML", "digits")),
     "nested deeply": ("fuse: " + "[" * 400 + "]" * 400, ("plan.yaml", "nested too deeply", "<= 16 levels")),
-    "too large": ("fuse: []\n" + "#" * (1 << 20), ("too large",)),
+    "too large": ("fuse: []\n" + "#" * (1 << 18), ("too large",)),
     "fuse a number": ("fuse: 3", ("fuse: ", "valid list")),
     "fuse flat": ("fuse: [1, 2]", ("fuse.0", "found 1")),
     "range of one": ("fuse: [[1]]", ("fuse.0",)),
@@ -696,68 +704,6 @@ def test_runs_of_ffns_that_do_not_go_together(case: str, tmp_path: Path) -> None
 
 
 # --- thousands of mutants
-
-ODD: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 3, 255, 1 << 16, 1 << 24, 1 << 31, 1 << 53, 1 << 63, 1 << 64, 10**12, 10**300, 0.0,
-    -0.0, 0.5, 1e-300, 1e-5, 1e12, 1e300, "", "0", "8", "silu", "no_op", "llama3", "yarn", "../x", "/etc/passwd", "\0",
-    "\ud800", "x" * 300, [], [[]], [0], [0, 1], {}, {"a": 1}, [None] * 20, math.inf, math.nan, "F32", "I64", "BF16",
-]  # fmt: skip
-
-
-def mutate(value: Any, rng: random.Random) -> Any:
-    """Change one place of a JSON value: replace, drop, repeat, move or nest."""
-    places: list[tuple[Any, Any]] = []
-
-    def walk(node: Any) -> None:
-        keys = list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
-        for key in keys:
-            places.append((node, key))
-            walk(node[key])
-
-    walk(value)
-    if not places or rng.random() < 0.01:
-        return copy.deepcopy(rng.choice(ODD))
-    node, key = rng.choice(places)
-    match rng.randrange(8):
-        case 0 | 1 | 2:
-            node[key] = copy.deepcopy(rng.choice(ODD))
-        case 3:
-            del node[key]
-        case 4:
-            other, other_key = rng.choice(places)
-            node[key] = copy.deepcopy(other[other_key])
-        case 5 if isinstance(node[key], int | float) and not isinstance(node[key], bool):
-            node[key] = node[key] * rng.choice([-1, 0, 2, 3, 0.5, 1 << 40]) + rng.choice([-1, 0, 1])
-        case 6 if isinstance(node, dict):
-            node[rng.choice(["", "a", "model.x", "block_configs", "__metadata__", DOWN, str(key) + "\0"])] = node[key]
-        case _:
-            for _ in range(rng.choice([1, 3, 40])):
-                node[key] = [node[key]] if rng.random() < 0.5 else {"x": node[key]}
-    return value
-
-
-def mutate_bytes(raw: bytes, rng: random.Random) -> bytes:
-    out = bytearray(raw)
-    for _ in range(rng.choice([1, 1, 2, 8])):
-        at = rng.randrange(len(out) + 1)
-        match rng.randrange(5):
-            case 0 if at < len(out):
-                out[at] ^= 1 << rng.randrange(8)
-            case 1:
-                del out[at : at + rng.choice([1, 4, 100])]
-            case 2:
-                out[at:at] = rng.choice(
-                    [b"0", b"9" * 30, b"-", b"{", b"]", b'"', b"\\u", b"\xff", b"\0" * 8, b"1e999", b","]
-                )
-            case 3 if len(out) > 8:
-                source = rng.randrange(len(out) - 8)
-                out[at:at] = out[source : source + rng.choice([1, 8, 64])]
-            case _:
-                out = out[:at] if rng.random() < 0.3 else out
-        if not out:
-            break
-    return bytes(out)
-
 
 BLOCKS = {
     "block_configs": [

@@ -369,18 +369,18 @@ TAMPERED: dict[str, tuple[ModelGraph, str, Callable[[Folder], object], tuple[str
     "4 bits": (INT8, "compressed-tensors", say_of("weights", num_bits=4), ("group_0.weights.num_bits", "found 4")),
     "bits a string": (INT8, "compressed-tensors", say_of("weights", num_bits="8"), ("weights.num_bits: ", "valid int")),
     "bits a truth": (INT8, "compressed-tensors", say_of("weights", num_bits=True), ("weights.num_bits: ", "valid int")),
-    "asymmetric": (INT8, "compressed-tensors", say_of("weights", symmetric=False), ("symmetric", "found False")),
+    "asymmetric": (INT8, "compressed-tensors", say_of("weights", symmetric=False), ("symmetric", "found false")),
     "per group": (INT8, "compressed-tensors", say_of("weights", group_size=128), ("weights.group_size", "found 128")),
     "per block": (INT8, "compressed-tensors", say_of("weights", strategy="block"), ("weights.strategy", "found block")),
     "reordered": (INT8, "compressed-tensors", say_of("weights", actorder="weight"), ("weights.actorder",)),
-    "dynamic weights": (INT8, "compressed-tensors", say_of("weights", dynamic=True), ("weights.dynamic", "found True")),
+    "dynamic weights": (INT8, "compressed-tensors", say_of("weights", dynamic=True), ("weights.dynamic", "found true")),
     "dynamic and per tensor": (
         INT8, "compressed-tensors", say_of("input_activations", dynamic=True),
-        ("input_activations.dynamic", "expected False, found True"),
+        ("input_activations.dynamic", "expected false, found true"),
     ),
     "static and per token": (
         INT8, "compressed-tensors", say_of("input_activations", strategy="token"),
-        ("input_activations.dynamic", "expected True, found False"),
+        ("input_activations.dynamic", "expected true, found false"),
     ),
     "local": (INT8, "compressed-tensors", say_of("input_activations", dynamic="local"), ("found local",)),
     "inputs of another type": (

@@ -256,6 +256,41 @@ def test_a_file_truncated_while_open_is_an_error_and_not_zeros(tmp_path: Path) -
         w.numpy()
 
 
+def test_more_elements_than_32_bits_count(tmp_path: Path) -> None:
+    """2^33 codes in a file of holes: what is read is where it should be, in whole rows, in columns, and behind it."""
+    rows, columns = 1 << 20, 1 << 13
+    entries = {
+        "codes": {"dtype": "I8", "shape": [rows, columns], "data_offsets": [0, rows * columns]},
+        "behind": {"dtype": "F32", "shape": [2], "data_offsets": [rows * columns, rows * columns + 8]},
+    }
+    header = json.dumps(entries).encode()
+    marks = {(row, column): value for value, (row, column) in enumerate([(1 << 18, 3), (1 << 19, 4), (rows - 1, 5000)])}
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        data = file.tell()
+        for (row, column), value in marks.items():
+            file.seek(data + row * columns + column)
+            file.write(bytes([value + 1]))
+        file.seek(data + rows * columns)
+        file.write(np.array([1.5, 2.5], "<f4").tobytes())
+    tensors = read_checkpoint(tmp_path)
+    codes, behind = tensors["codes"], tensors["behind"]
+    assert isinstance(codes, FileTensor)
+    assert isinstance(behind, FileTensor)
+    assert codes.size == codes.nbytes == 1 << 33
+    assert behind.numpy().tolist() == [1.5, 2.5]
+    twice = concat([codes, codes], axis=0)
+    for (row, column), value in marks.items():
+        expected = np.zeros(columns, np.int8)
+        expected[column] = value + 1
+        np.testing.assert_array_equal(codes.rows(row, row + 1)[0], expected)
+        np.testing.assert_array_equal(twice.rows(rows + row, rows + row + 1)[0], expected)
+        half = slice_columns(codes, 4096, 8192)
+        np.testing.assert_array_equal(half.rows(row, row + 1)[0], expected[4096:])
+    written = SafetensorsFile({"twice": twice, "behind": behind})
+    assert written.offsets["behind"] - written.offsets["twice"] == 1 << 34
+
+
 JSON_REFUSED = {
     "NaN": '{"a": NaN}',
     "Infinity": '{"a": -Infinity}',

@@ -74,7 +74,7 @@ def test_kernels_agree_with_the_reference(interpret: Callable[..., Any], call: C
 @pytest.mark.parametrize("splits", [1, 3, 4])
 @pytest.mark.parametrize("programs", [1, 3, 13])
 def test_any_number_of_programs(interpret: Callable[..., Any], programs: int, splits: int) -> None:
-    """More programs of `gate_up` than tiles: some have nothing to do. `down` has 4 steps, shared as evenly as can be."""
+    """More programs of `gate_up` than tiles: some have nothing to do. `down` shares 4 steps as evenly as can be."""
     call = Call(5, 144, 400, "float8_e4m3fn", "token", "row")
     arguments = call.arguments()
     found = interpret(run, arguments, rule(call, programs=programs, splits=splits))
@@ -83,7 +83,7 @@ def test_any_number_of_programs(interpret: Callable[..., Any], programs: int, sp
 
 def test_a_program_of_down_without_a_step_is_refused() -> None:
     call = Call(5, 144, 400, "float8_e4m3fn", "token", "row")
-    with pytest.raises(AssertionError, match="5 programs of `down` share 400 columns in steps of 128"):
+    with pytest.raises(AssertionError, match="5 programs of `down` share 4 steps"):
         run(call.arguments(), rule(call, programs=1, splits=5))
 
 

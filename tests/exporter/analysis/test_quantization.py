@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ import torch
 from exporter.analysis.quantization import (
     SCHEMES,
     SMOOTHINGS,
+    _rounded_weights,
     compare_smoothing,
     inputs_of_blocks,
     linear_errors,
+    readers_of,
     search_strengths,
 )
 from exporter.calibration import CalibrationError, calibrate, ranges_of
@@ -119,8 +122,7 @@ def test_linear_errors(name: str) -> None:
 def brute_force_error(graph: ModelGraph, ranges: Ranges, recipe: QuantizationRecipe, strengths: Strengths) -> float:
     """Mean over tokens of the squared error of the wide FFN's down_proj alone."""
     smoothed, new = smooth_channels(graph, ranges, strengths)
-    only = recipe.model_copy(update={"exclude": ["*_proj"][:0]})
-    quantized = quantize_linears(smoothed, only, new)
+    quantized = quantize_linears(smoothed, recipe, new)
     x = next(i for i in inputs_of_blocks(smoothed, OTHERS) if i.index == 1).sites["ffn", "down_proj"]
     plain = linear_names(smoothed)["blocks.1.ffn.down_proj"]
     loaded = Reference(quantized).block(1).members[0].ffn
@@ -146,6 +148,23 @@ def test_the_search_takes_the_best_of_all(name: str) -> None:
     assert best is not None  # the uneven layers are worth smoothing
     found = search_strengths(graph, ranges, recipe, OTHERS, alphas=ALPHAS)
     assert found[site] == best
+
+
+@pytest.mark.parametrize(
+    "override", [{}, {"inputs": "none"}, {"weights": {"dtype": "int8", "scale": "tensor"}}], ids=str
+)
+def test_the_search_rounds_weights_as_they_are_stored(override: dict[str, Any]) -> None:
+    graph, codes = fused_graph(), {"dtype": "float8_e4m3fn", "scale": "tensor"}
+    described = {"weights": codes, "inputs": codes, "overrides": [{"match": "*.up_proj", **override}]}
+    recipe = QuantizationRecipe.model_validate(described)
+    plain, stored = (
+        Reference(one).block(1).members[0].ffn for one in (graph, quantize_linears(graph, recipe, measured(graph)))
+    )
+    readers = readers_of(plain, "norm")
+    found = _rounded_weights(readers, {name: recipe.format_of(f"blocks.1.ffn.{name}") for name in readers})
+    assert found.keys() == {"gate_proj", "up_proj"}
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, getattr(stored, name).weight)
 
 
 def test_the_search_leaves_excluded_linears_alone() -> None:

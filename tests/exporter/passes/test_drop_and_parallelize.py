@@ -75,7 +75,7 @@ def test_a_group_sums_what_its_blocks_add_to_the_same_input() -> None:
     grouped = parallelize_blocks(graph, [(1, 2)])
     reference = Reference(graph, dtype=torch.float64)
     span = reference.span(TOKENS.shape, None)
-    x = reference.block(0)(next(iter(reference.residuals(TOKENS, None))), span)
+    x = reference.block(0)(reference.embed(TOKENS), span)
     y = x + sum(reference.block(index)(x, span) - x for index in (1, 2))
     expected = reference.head(reference.block(3)(y, span))
     torch.testing.assert_close(logits(grouped), expected, atol=1e-12, rtol=0)
