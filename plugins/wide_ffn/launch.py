@@ -44,8 +44,9 @@ def wide_ffn_by_kernels(
             multiprocessors=torch.cuda.get_device_properties(x.device).multi_processor_count,
         )
     first, second = config.gate_up, config.down
-    if config.splits > ceil_div(width, second.depth):
-        raise AssertionError(f"Bug: {config.splits} programs of `down` share {width} columns in steps of {second.depth}")
+    steps = ceil_div(width, second.depth)
+    if config.splits > steps:
+        raise AssertionError(f"Bug: {config.splits} programs of `down` share {steps} steps")
     if config.norm == "before":
         normed = x.new_empty(tokens, hidden, dtype=x.dtype if activations == "none" else gate.dtype)
         scales = None if activations == "none" else x.new_empty(tokens, dtype=torch.float32)
