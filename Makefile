@@ -1,10 +1,11 @@
-# `make demo` and `make test` need nothing but Python 3.10-3.13 with venv: each sets up what it uses.
+# `make demo` and `make test` need nothing but Python 3.11-3.13 with venv: each sets up what it uses.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # torch goes in first and alone: its pinned build must be in place before anything that depends on it is resolved.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+.DELETE_ON_ERROR:  # a half-made virtual environment has a python, but no pip
 .PHONY: demo test test-peers lint clean
 
 demo: $(VENV)/.run
@@ -24,6 +25,7 @@ lint: $(VENV)/.lint
 	$(BIN)/python -m mypy
 
 $(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: PYTHON=..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python

@@ -299,7 +299,9 @@ def _engine_manifest(checkpoint: Checkpoint, settings: BuildSettings, label: str
 
 
 def _problems(graph: ModelGraph, dtype: DType, settings: BuildSettings) -> Iterator[FuselageError]:
-    from engines.torch_linear import linear_problems
+    import torch
+
+    from engines.torch_linear import can_scale_rows, has_scales_of_rows, linear_problems
 
     if dtype not in DTYPES:
         yield EngineError("not a dtype of activations", expected=_names(DTYPES), found=dtype)
@@ -326,6 +328,11 @@ def _problems(graph: ModelGraph, dtype: DType, settings: BuildSettings) -> Itera
         for name, linear in linear_names(graph).items():
             if id(linear) not in in_op:
                 yield from linear_problems(name, linear, dtype)
+    elif any(map(has_scales_of_rows, linear_names(graph).values())) and not can_scale_rows(torch.device("cpu")):
+        yield EngineError(
+            f"PyTorch {torch.__version__} multiplies no FP8 matrices with a scale per row on a CPU",
+            hint="upgrade PyTorch, 2.13 does",
+        )
 
 
 def _ffn_linears(graph: ModelGraph) -> Iterator[Any]:

@@ -155,6 +155,24 @@ def activations_of(rounding: Rounding | None) -> str:
     return "token" if rounding.scale is None else "static"
 
 
+def has_scales_of_rows(linear: Linear) -> bool:
+    """Whether its product is one of FP8 codes with a scale per token or per output channel."""
+    quantization = linear.quantization
+    if quantization is None or quantization.input is None or linear.weight.dtype != FLOAT8_E4M3FN:
+        return False
+    return quantization.input.scale is None or bool(quantization.weight_scale.shape)
+
+
+def can_scale_rows(device: torch.device) -> bool:
+    """Whether this PyTorch has such products there; on a CPU 2.13 has, 2.10 has not."""
+    codes, scales = torch.zeros(16, 16, device=device).to(torch.float8_e4m3fn), torch.ones(16, 1, device=device)
+    try:
+        torch._scaled_mm(codes, codes.t(), scale_a=scales, scale_b=scales.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
+
+
 def linear_problems(name: str, linear: Linear, dtype: DType) -> Iterator[EngineError]:
     """Why a linear cannot run on a GPU with activations of `dtype`; no tensor is read."""
     quantization = linear.quantization
@@ -176,8 +194,7 @@ def linear_problems(name: str, linear: Linear, dtype: DType) -> Iterator[EngineE
             expected=f"multiples of {MULTIPLE[codes]}",
             found=list(linear.weight.shape),
         )
-    by_row = quantization.input.scale is None or quantization.weight_scale.shape
-    if codes == FLOAT8_E4M3FN and by_row and dtype != BFLOAT16:
+    if has_scales_of_rows(linear) and dtype != BFLOAT16:
         yield EngineError(
             "FP8 products with a scale per row give bfloat16 in every PyTorch, and no other dtype",
             tensor=name,

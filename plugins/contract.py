@@ -168,8 +168,7 @@ def wide_ffn_halves(weights: str, activations: str) -> tuple[CustomOp, CustomOp]
 
     What the first gives the second takes, as it is. `largest_parts`, `arrivals` and `sums` are the kernels' own affair:
     their sizes and contents are no part of the contract. Nobody but the second op may take `arrivals`, for it counts in
-    there. The residual is always given, and a
-    call has at most WIDE_FFN_MOST_TOKENS tokens.
+    there. The residual is always given, and a call has at most WIDE_FFN_MOST_TOKENS tokens.
     """
     suffix = _SHORT[weights] if weights == "bfloat16" else f"{_SHORT[weights]}_{activations}"
     has_codes, is_static = weights in CODES, activations == "static"

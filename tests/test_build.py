@@ -205,7 +205,7 @@ def test_the_main_job_step_by_step(model: Path, plan: Path, tmp_path: Path) -> N
         done("export", source, "--to", "onnx", "-o", tmp_path / f"{name}-network")
         done("engine", tmp_path / f"{name}-network", "--label", name, "-o", tmp_path / name / "engine")
     engines = [tmp_path / "baseline" / "engine", tmp_path / "fused" / "engine"]
-    grid = ["--batch", "1,2", "--input-len", "8", "--output-len", "4", "--rounds", "2"]
+    grid = ["--batch", "1,2", "--input-len", "8", "--output-len", "4", "--rounds", "2", "--runtime", "python"]
     shown = done("bench", *engines, *grid, "-o", tmp_path / "results.json").stdout.splitlines()
     rows = [line.split(maxsplit=1)[0] for line in shown if "batch" in line]
     assert rows == ["baseline", "fused"] * 2

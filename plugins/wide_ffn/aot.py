@@ -174,6 +174,7 @@ def compile_variant(variant: Variant, arch: str = "sm_90") -> CompiledKernel:
         from triton import compile as compile_with_triton
         from triton import knobs
         from triton.backends.compiler import GPUTarget
+        from triton.backends.nvidia.compiler import get_ptxas
     except ImportError as error:
         raise TargetError("Triton is missing", hint="pip install 'fuselage[gpu]' on Linux") from error
     tiling = variant.tiling
@@ -190,7 +191,7 @@ def compile_variant(variant: Variant, arch: str = "sm_90") -> CompiledKernel:
             raise AssertionError("Bug: a kernel of the wide FFN needs scratch memory")
         arguments = tuple((name, type_) for name, type_ in compiled.src.signature.items() if type_ != "constexpr")
         ptx = _without_scratch(compiled.asm["ptx"], metadata.name, len(arguments))
-        cubin, report = _assemble(ptx, knobs.nvidia.ptxas.path, Path(folder))
+        cubin, report = _assemble(ptx, get_ptxas(ARCHITECTURES[arch]).path, Path(folder))
     return CompiledKernel(
         variant=variant,
         entry=metadata.name,

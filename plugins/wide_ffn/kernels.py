@@ -18,6 +18,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from exporter.errors import TargetError
+
+if not hasattr(triton, "constexpr_function"):
+    raise TargetError("this Triton is too old for the wide FFN", expected="3.6 or 3.7", found=triton.__version__)
+
 HALF_EVEN = tl.constexpr(12582912.0)  # 1.5 * 2**23: a float32 added to it and subtracted is rounded to an integer
 SMALLEST_SCALE = tl.constexpr(1.1754943508222875e-38)
 LARGEST_FLOAT8 = tl.constexpr(448.0)
@@ -350,8 +355,8 @@ def down(
             together: tl.constexpr = max(1, min(4, 16384 // (ROWS * TOKENS)))  # loads in flight, as registers allow
             for start in range(0, splits, together):
                 for i in tl.static_range(together):
-                    is_part = start + i < splits
-                    total += tl.load(places, mask=kept & is_part, other=0.0, cache_modifier=".cg")
+                    is_part = tl.where(start + i < splits, kept, False)
+                    total += tl.load(places, mask=is_part, other=0.0, cache_modifier=".cg")
                     places += part
     if is_last:
         total = _scaled(total, weight_scale, row, is_row, scale, SCALE_PER_ROW)

@@ -779,7 +779,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
 seeds = st.integers(0, 2**32 - 1).map(random.Random)
 thousands = settings(
     max_examples=1000,
-    deadline=2000,
+    deadline=20_000,  # ms: what takes longer hangs
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow],
