@@ -275,6 +275,7 @@ def quantization_step(
 
     inputs = {
         **variant.described,
+        "source": variant.key,
         "calibration": calibration.fingerprint,
         "text": source_fingerprint(wanted.text),  # the ranges know nothing of the windows set aside
         "quantize": recipe.model_dump(mode="json"),
@@ -288,10 +289,10 @@ def checkpoint_step(variant: Variant, calibration: Done | None, quantization: Do
     Args:
         calibration, quantization: where it is quantized.
     """
-    folder = variant.folder / "checkpoint"
+    folder, recipe = variant.folder / "checkpoint", variant.recipe.quantize
 
     def make(details: Mapping[str, Any]) -> None:
-        graph, recipe = variant.graph, variant.recipe.quantize
+        graph = variant.graph
         if recipe is not None and calibration is not None and quantization is not None:
             from exporter.calibration import read_calibration  # imports torch
             from exporter.quantize import quantize, strengths_from_errors
@@ -304,8 +305,9 @@ def checkpoint_step(variant: Variant, calibration: Done | None, quantization: Do
         save(checkpoint_writing(variant.checkpoint, graph, folder, details=details, force=True))
 
     inputs: dict[str, Any] = {"source": variant.key, **variant.described}
-    if quantization is not None:
-        inputs["quantization"] = quantization.fingerprint
+    if recipe is not None and calibration is not None and quantization is not None:
+        inputs["calibration"], inputs["quantization"] = calibration.fingerprint, quantization.fingerprint
+        inputs["quantize"] = recipe.model_dump(mode="json")  # a KV cache, say, leaves no trace in `quantization`
     return Step(name=f"{variant.name}: checkpoint", folder=folder, kind="checkpoint", inputs=inputs, make=make)
 
 

@@ -166,11 +166,15 @@ def build_command(
 
 
 def build_environment(checkpoint: Path, manifest: CheckpointManifest) -> dict[str, str]:
-    """What the build's environment needs beside the caller's: workers import our class by the name of its module."""
+    """What the build's environment needs beside the caller's: workers import our class by the name of its module.
+
+    What Python would leave beside that module is not in the folder's manifest: the next build would refuse the folder.
+    """
     if manifest.model_class is None:
         return {}
     existing = os.environ.get("PYTHONPATH")
-    return {"PYTHONPATH": os.pathsep.join([str(checkpoint.absolute()), *([existing] if existing else [])])}
+    paths = [str(checkpoint.absolute()), *([existing] if existing else [])]
+    return {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def memory_per_gpu(manifest: CheckpointManifest, settings: BuildSettings) -> list[GpuMemory]:

@@ -290,7 +290,7 @@ def _is_as_written(path: Path, written: FileEntry) -> bool:
 def source_fingerprint(model: Path) -> dict[str, Any]:
     """What a folder (or a file) is recognized by without reading it: its manifest, or names, sizes and times.
 
-    Hidden files do not count: `git status` alone changes those of a cloned model.
+    Hidden files do not count: `git status` alone changes those of a cloned model. Nor do Python's caches.
     """
     manifest = read_manifest(model) if model.is_dir() else None
     if manifest is not None:
@@ -300,6 +300,8 @@ def source_fingerprint(model: Path) -> dict[str, Any]:
 
 
 def _visible(folder: Path) -> Iterator[Path]:
+    """Files but hidden ones, and those that Python leaves beside code: `trtllm-build` and tasks run what lies there."""
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in parts):
             yield path

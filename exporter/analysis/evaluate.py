@@ -180,7 +180,8 @@ class _Sums:
             return
         log_p = F.log_softmax(reference.float(), dim=-1)
         self._reference_nll[predicted] += _nll(log_p, targets)
-        self._kl[positions] += (log_p.exp() * (log_p - log_q)).sum(-1).double().sum(0).cpu().numpy()
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)  # of models nearly alike it rounds below zero
+        self._kl[positions] += kl.double().sum(0).cpu().numpy()
         self._agreement[positions] += (log_p.argmax(-1) == log_q.argmax(-1)).double().sum(0).cpu().numpy()
 
     def evaluation(self, windows: int) -> Evaluation:

@@ -1,4 +1,4 @@
-"""Where source layers are in a graph."""
+"""What passes share: where source layers are in a graph, and dropping one of a block's sublayers."""
 
 from __future__ import annotations
 

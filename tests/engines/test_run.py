@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from engines.run import run_recipe
-from engines.run_engines import engine_step
 from exporter.distill import _Trainer
 from exporter.errors import FuselageError, OutputError
 from exporter.read import open_model
@@ -247,29 +246,41 @@ def test_a_file_that_people_edited_is_neither_lost_nor_believed(case: str, recip
     assert [path.name for path in Path("out").iterdir()] == ["analysis"]
 
 
-def test_other_windows_set_aside_choose_alpha_again(recipe: Path) -> None:
-    variant = "{name: a, quantize: int8-smoothquant, bench: false}"
-    recipe.write_text(
-        f"model: model\ncalibration: {{text: text.txt, context: 16}}\nvariants: [{variant}]\n"
-        "evaluate: {text: other.txt, context: 16}\nbench: null\n"
-    )
-    words = Path("text.txt").read_text().split()
-    Path("other.txt").write_text(" ".join(words))
-    made = ["calibration", "a: quantization", "a: checkpoint", "a: evaluation"]
-    assert steps_made(recipe) == made
-    Path("text.txt").write_text(" ".join([*words[:-1], "w1" if words[-1] != "w1" else "w2"]))
-    assert steps_made(recipe)[:2] == made[:2]  # the ranges are the same, byte by byte
+QUANTIZED = """
+model: model
+calibration: {text: text.txt, context: 16}
+variants: [{name: a, quantize: int8.yaml, bench: false}]
+evaluate: {text: other.txt, context: 16}
+bench: null
+"""
+INT8 = """
+weights: {dtype: int8, scale: row}
+inputs: {dtype: int8, scale: token}
+kv_cache: float8_e4m3fn
+"""
+# What a change makes again, though what the step before writes is the same byte by byte.
+QUANTIZED_AGAIN: dict[str, tuple[str, str, str, list[str]]] = {
+    "last_window": ("text.txt", " last", " other", ["calibration", "a: quantization"]),
+    "kv_cache": ("int8.yaml", "kv_cache: float8_e4m3fn", "", ["a: quantization", "a: checkpoint"]),
+    "kv_range": (
+        "recipe.yaml",
+        "16}\nv",
+        "16, percentile: 60}\nv",
+        ["calibration", "a: quantization", "a: checkpoint"],
+    ),
+}
 
 
-@pytest.mark.parametrize("changes", [{"max_batch": 64}, {"max_num_tokens": 512}, {"low_latency": True}], ids=str)
-def test_other_settings_build_an_engine_again(changes: dict[str, Any], tmp_path: Path) -> None:
-    backend, variant, network = Mock(), Mock(folder=tmp_path), Mock(fingerprint="of the same files")
-    backend.name, variant.name = "tensorrt-llm", "a"
-    keys = set()
-    for settings in ({}, changes):
-        described = {"model": "model", "network": {"to": "trtllm", **settings}, "variants": [{"name": "a"}]}
-        keys.add(engine_step(Recipe.model_validate(described), backend, variant, network).key)
-    assert len(keys) == 2
+@pytest.mark.parametrize("case", QUANTIZED_AGAIN)
+def test_what_changes_a_quantized_model_makes_it_again(case: str, recipe: Path) -> None:
+    file, before, after, again = QUANTIZED_AGAIN[case]
+    recipe.write_text(QUANTIZED)
+    Path("int8.yaml").write_text(INT8)
+    Path("other.txt").write_text(Path("text.txt").read_text())
+    Path("text.txt").write_text(Path("text.txt").read_text().rpartition(" ")[0] + " last")
+    assert steps_made(recipe) == ["calibration", "a: quantization", "a: checkpoint", "a: evaluation"]
+    Path(file).write_text(Path(file).read_text().replace(before, after))
+    assert steps_made(recipe)[: len(again)] == again
 
 
 def test_a_file_that_people_removed_is_made_again(recipe: Path) -> None:

@@ -103,8 +103,9 @@ def test_our_class_is_found_by_the_build_and_by_its_workers(tmp_path: Path) -> N
     assert Path(options["model_cls_file"]).read_text() == trtllm.NETWORK.read_text()
     assert f"class {options['model_cls_name']}(" in trtllm.NETWORK.read_text()
     text = describe_build(folder, tmp_path / "out", BuildSettings())
-    assignment, *command = shlex.split(text.splitlines()[0])
+    assignment, without_cache, *command = shlex.split(text.splitlines()[0])
     assert assignment.startswith(f"PYTHONPATH={folder}")
+    assert without_cache == "PYTHONDONTWRITEBYTECODE=1"
     assert command[:3] == ["trtllm-build", "--checkpoint_dir", str(folder)]
     assert not (tmp_path / "out").exists()
 
@@ -197,11 +198,16 @@ def test_command_line(tmp_path: Path) -> None:
 
 # --- building, with a stand-in for trtllm-build
 
-SCRIPT = """#!{python}
-import json, os, sys
+# Its first lines are a shell's, as pip writes them where an interpreter's path has spaces.
+SCRIPT = """#!/bin/sh
+'''exec' '{python}' "$0" "$@"
+' '''
+import json, os, py_compile, sys
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 if os.environ.get("FAIL"):
     sys.exit(3)
+if "--model_cls_file" in options and not sys.dont_write_bytecode:
+    py_compile.compile(options["--model_cls_file"])  # as an import would
 mapping = json.load(open(os.path.join(options["--checkpoint_dir"], "config.json")))["mapping"]
 for rank in range(mapping["world_size"]):
     open(os.path.join(options["--output_dir"], f"rank{{rank}}.engine"), "wb").write(b"engine")
@@ -217,6 +223,7 @@ def toolchain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program.write_text(SCRIPT.format(python=sys.executable))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     pretend(monkeypatch, "1.2.1", program=str(program), gpus=2)
 
 
@@ -263,6 +270,10 @@ def test_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert manifest.options["command"][manifest.options["command"].index("--max_batch_size") + 1] == "3"
     run_recipe(recipe, tmp_path / "out", notify=lambda step, now: made.append(step) if now else None)
     assert len(made) == 4
+    larger = recipe.model_copy(update={"network": recipe.network.model_copy(update={"max_batch": 4})})
+    run_recipe(larger, tmp_path / "out")
+    manifest = read_engine_manifest(tmp_path / "out" / "parallel" / "engine")
+    assert manifest.options["command"][manifest.options["command"].index("--max_batch_size") + 1] == "4"
     pretend(monkeypatch, None, program=None, gpus=0)
     with pytest.raises(EngineError, match="not installed"):
         run_recipe(recipe, tmp_path / "elsewhere")

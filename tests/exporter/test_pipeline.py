@@ -19,6 +19,8 @@ def test_a_model_of_others_is_recognized_by_names_sizes_and_times(tmp_path: Path
     assert [(name, size) for name, (size, _) in known.items()] == [("config.json", 11), ("sub/weights", 11)]
     (folder / ".git" / "index").write_text("another")
     (folder / ".DS_Store").write_text("x")
+    (folder / "sub" / "__pycache__").mkdir()
+    (folder / "sub" / "__pycache__" / "code.cpython-311.pyc").write_text("x")
     assert source_fingerprint(folder) == known
     os.utime(folder / "sub" / "weights", (0, 0))
     assert source_fingerprint(folder) != known

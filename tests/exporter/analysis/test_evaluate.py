@@ -104,6 +104,13 @@ def test_a_graph_agrees_with_itself() -> None:
     found = evaluate(graph, TOKENS, reference=graph)
     assert found.kl_divergence == 0
     assert found.top1_agreement == 1
+    head = np.asarray(graph.lm_head.weight.rows(0, 307))
+    other = head * (1 + 1e-6 * np.random.default_rng(1).standard_normal(head.shape).astype(np.float32))
+    almost = replace(graph, lm_head=replace(graph.lm_head, weight=array(other)))
+    divergences = evaluate(almost, TOKENS, reference=graph).kl
+    assert divergences is not None
+    assert divergences.min() >= 0  # at every position
+    assert divergences.max() < 1e-6
 
 
 @pytest.mark.parametrize(
