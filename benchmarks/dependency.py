@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -104,6 +103,7 @@ WAYS = {"one_pass": one_pass, "pass_per_block": pass_per_block}
 
 def run_one(way: str, folder: Path, tokens: int, warm: bool, output: Path) -> None:
     """Measure inside a process of its own; writes seconds, peak and matrix."""
+    from engines.worker import peak_memory_bytes
     from exporter.read import open_model
 
     graph = open_model(folder, need_weights=True).graph
@@ -113,8 +113,8 @@ def run_one(way: str, folder: Path, tokens: int, warm: bool, output: Path) -> No
     start = time.perf_counter()
     matrix = WAYS[way](graph, ids)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    output.write_text(json.dumps({"seconds": seconds, "peak_gib": peak, "matrix": matrix.tolist()}))
+    peak_gib = peak_memory_bytes() / 2**30
+    output.write_text(json.dumps({"seconds": seconds, "peak_gib": peak_gib, "matrix": matrix.tolist()}))
 
 
 def main() -> None:

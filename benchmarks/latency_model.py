@@ -32,9 +32,9 @@ from engines.latency_fit import (  # noqa: E402
 from engines.latency_model import Deployment, number_format, structure_from_graph  # noqa: E402
 from engines.prediction import fit_table, fit_text  # noqa: E402
 from engines.prediction_charts import speedup_png, throughput_png, validation_png  # noqa: E402
-from engines.results import Structure  # noqa: E402
 from engines.what_if import Point, sweep  # noqa: E402
 from exporter.read import open_model  # noqa: E402
+from exporter.structure import Structure  # noqa: E402
 from exporter.writers.files import json_bytes  # noqa: E402
 
 BENCHMARKS = ROOT / "benchmarks"

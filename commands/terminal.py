@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-WIDE = 120  # characters of a table that is piped somewhere
+WIDE = 140  # characters of a table that is piped somewhere
 LINES = 20  # of progress that is piped somewhere
 
 

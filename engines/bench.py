@@ -37,12 +37,12 @@ from engines.results import (
     RequestShape,
     Results,
     Stopped,
-    Structure,
     check_same_model,
     validation_problems,
 )
 from engines.worker import Close, Closed, Failure, Ready, Reply, Run, Sample
 from exporter.errors import EngineError, FuselageError, raise_all
+from exporter.structure import Structure
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 MAX_REPLY_BYTES = 64 * 2**20

@@ -30,10 +30,11 @@ from engines.latency_model import (
     predict,
     structure_from_graph,
 )
-from engines.results import Results, Structure, read_results
+from engines.results import Results, read_results
 from exporter.errors import EngineError
 from exporter.plan import read_yaml, validation_error
 from exporter.read import open_model
+from exporter.structure import Structure
 
 NAMES = tuple(field.name for field in fields(Constants))
 MOST_ROUNDS = 50  # of linear programs; a handful suffices

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from engines.latency_fit import Fit, Observation
 from engines.latency_model import Constants, Deployment, NumberFormat, largest_batch, largest_context
-from engines.results import Structure
 from engines.what_if import Gain, Point
+from exporter.structure import Structure
 
 PREDICTION_SCHEMA: Final = 1
 FITS = {True: "yes", False: "no"}
@@ -187,5 +187,5 @@ def _point_entry(point: Point, price_per_gpu_hour: float | None) -> dict[str, An
 def _table(*names: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in names:
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, overflow="fold")
     return table

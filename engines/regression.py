@@ -9,7 +9,7 @@ one load of an engine to the next, or from day to day on a shared machine, no nu
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
@@ -85,32 +85,35 @@ def compare_results(before: Results, after: Results, *, metrics: Sequence[str] |
 
     Raises:
         EngineError: nothing in common; an engine of another model or kind of figures under the same label; or too few
-            rounds to tell a change from noise; an unknown metric, or none that the shared cells have.
+            rounds to tell a change from noise, though the engine was timed to the end; an unknown metric, or none that
+            the shared cells have.
     """
     chosen = list(METRICS) if metrics is None else list(dict.fromkeys(metrics))
     unknown = [metric for metric in chosen if metric not in METRICS]
     if unknown:
         raise EngineError("unknown metric", expected=", ".join(METRICS), found=", ".join(unknown))
-    engines = _common_engines(before, after)
-    pairs = _common_cells(before, after, engines)
+    pairs = _common_cells(before, after)
     if not pairs:
         raise EngineError(
             "the two results files share no cell",
             expected="the same engine labels and request shapes",
             found=f"{_labels(before)} and {_labels(after)}",
         )
+    engines = _common_engines(before, after, {new.engine for _, new in pairs})
+    enough = [pair for pair in pairs if _rounds(*pair) >= LEAST_ROUNDS]
     for old, new in pairs:
-        rounds = min(len(old.ttft_ms), len(new.ttft_ms))
-        if rounds < LEAST_ROUNDS:
+        # What is left of an engine that stopped does not keep the others from being compared.
+        is_left_over = enough and any(engine.stopped is not None for engine in engines[old.engine])
+        if _rounds(old, new) < LEAST_ROUNDS and not is_left_over:
             raise EngineError(
                 f"too few rounds to tell a change from noise: {old.engine}, {old.shape}",
                 expected=f"at least {LEAST_ROUNDS} in both runs",
-                found=rounds,
+                found=_rounds(old, new),
                 hint="repeat bench with more --rounds",
             )
     measured = [
         (old, new, metric)
-        for old, new in pairs
+        for old, new in enough
         for metric in chosen
         if min((*getattr(old, metric), *getattr(new, metric)), default=0) > 0  # of no time there is no ratio
     ]
@@ -126,9 +129,11 @@ def compare_results(before: Results, after: Results, *, metrics: Sequence[str] |
     return Changes(changes=changes, notes=notes)
 
 
-def _common_engines(before: Results, after: Results) -> dict[str, tuple[EngineResult, EngineResult]]:
+def _common_engines(
+    before: Results, after: Results, labels: Collection[str]
+) -> dict[str, tuple[EngineResult, EngineResult]]:
     old = {engine.label: engine for engine in before.engines}
-    common = {engine.label: (old[engine.label], engine) for engine in after.engines if engine.label in old}
+    common = {engine.label: (old[engine.label], engine) for engine in after.engines if engine.label in labels}
     for label, (first, second) in common.items():
         check_same_model([(f"{label} (before)", first.structure.model_dump()), (label, second.structure.model_dump())])
         for what in ("kind", "device", "dtype", "number_format"):
@@ -141,12 +146,14 @@ def _common_engines(before: Results, after: Results) -> dict[str, tuple[EngineRe
     return common
 
 
-def _common_cells(
-    before: Results, after: Results, engines: dict[str, tuple[EngineResult, EngineResult]]
-) -> list[tuple[Cell, Cell]]:
+def _common_cells(before: Results, after: Results) -> list[tuple[Cell, Cell]]:
     old = {(cell.engine, cell.shape): cell for cell in before.cells}
-    shared = [(old.get((cell.engine, cell.shape)), cell) for cell in after.cells if cell.engine in engines]
+    shared = [(old.get((cell.engine, cell.shape)), cell) for cell in after.cells]
     return [(first, second) for first, second in shared if first is not None]
+
+
+def _rounds(old: Cell, new: Cell) -> int:
+    return min(len(old.ttft_ms), len(new.ttft_ms))
 
 
 def _change(old: Cell, new: Cell, metric: str, p_value: float) -> Change:
@@ -187,6 +194,9 @@ def _notes(
         for engine in results.engines:
             if engine.stopped is not None:
                 yield f"Engine {engine.label} is incomplete in the run {name}: it stopped {engine.stopped.where}."
+    for old_cell, new_cell in pairs:
+        if _rounds(old_cell, new_cell) < LEAST_ROUNDS:
+            yield f"Too few rounds to compare: {new_cell.engine}, {new_cell.shape}."
     shared = {(new.engine, new.shape) for _, new in pairs}
     for name, results in (("before", before), ("after", after)):
         for cell in results.cells:
@@ -216,11 +226,12 @@ def _labels(results: Results) -> str:
 def changes_table(changes: Changes) -> Table:
     """One row per change."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("engine", "request", "metric"):
-        table.add_column(name, no_wrap=True)
+    for name in ("engine", "request"):
+        table.add_column(name, overflow="fold")  # what a narrow terminal has no room for; figures are never cut short
+    table.add_column("metric", no_wrap=True)
     for name in ("before", "after ms", "ratio", "95 % interval", "p"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for change in changes.changes:
         table.add_row(*_cells(change), change.verdict, style=STYLES[change.verdict])
     return table

@@ -370,6 +370,7 @@ def _tile(
 def _notes(comparison: Comparison, intervals: Intervals) -> list[str]:
     kinds = {engine.kind for engine in comparison.engines}
     shown = {engine.label for engine in comparison.engines}
+    timed = {label for label, _ in comparison.cells}  # the device of an engine that never opened is what it was told
     environments = [
         results.environment.model_dump(exclude={"utc", "command", "seed", "clock"})
         for _, results in comparison.sources
@@ -379,7 +380,7 @@ def _notes(comparison: Comparison, intervals: Intervals) -> list[str]:
         (any(e.device == "cpu" and e.kind != "predicted" for e in comparison.engines), CPU_NOTE),
         ("emulated" in kinds, EMULATED_NOTE),
         ("predicted" in kinds, PREDICTED_NOTE),
-        (len({engine.device for engine in comparison.engines}) > 1, DEVICES_NOTE),
+        (len({engine.device for engine in comparison.engines if engine.label in timed}) > 1, DEVICES_NOTE),
         (len(environments) > 1, FILES_NOTE),
         (len(shown) > 1 and not all(one["interleaved"] for one in environments), TURNS_NOTE),
         (any(environment != environments[0] for environment in environments), MACHINES_NOTE),

@@ -69,7 +69,7 @@ class Environment(_Strict):
     threads: Positive | None  # asked of every runtime; None: the runtime's own choice
     pinned_cpus: tuple[Count, ...] | None  # None: not pinned
     warmup_rounds: Count  # before the rounds that were kept, per cell
-    seed: Count  # of the input tokens
+    seed: Annotated[int, Field(ge=0, lt=2**64)]  # of the input tokens
     interleaved: bool = True  # engines took turns, round by round; else they were timed one after the other
     utc: AwareDatetime  # when the benchmark began
     command: tuple[Text, ...]  # the exact command line, word by word
@@ -127,9 +127,8 @@ class EngineResult(_Strict):
     weight_bytes: Count
     kv_bytes_per_token: Count  # in the engine's own cache dtype
     load_time_s: Duration | None = None  # a fresh process opens the engine; with the Python program, hashes checked
-    peak_memory_gib: Duration | None = (
-        None  # resident memory of that process; with the Python program, interpreter included
-    )
+    # Resident memory of that process; with the Python program, interpreter included.
+    peak_memory_gib: Duration | None = None
     structure: Structure
     accuracy: Accuracy | None = None
     profiles: tuple[Profile, ...] = Field(default=(), max_length=100)  # of runs apart from the timed ones

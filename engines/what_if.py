@@ -16,11 +16,11 @@ from engines.latency_model import (
     stages_of,
     structure_from_graph,
 )
-from engines.results import Structure
 from exporter.errors import EngineError
 from exporter.graph import ModelGraph
 from exporter.pipeline import apply_plan
 from exporter.plan import Plan
+from exporter.structure import Structure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

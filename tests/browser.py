@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -48,7 +49,8 @@ class Page:
         ours_in, theirs_out = os.pipe()
 
         def on_3_and_4() -> None:  # where --remote-debugging-pipe looks
-            first, second = os.dup(theirs_in), os.dup(theirs_out)
+            # Not onto 3 or 4 themselves: what is then copied to its own place stays closed to the browser.
+            first, second = (fcntl.fcntl(end, fcntl.F_DUPFD, 5) for end in (theirs_in, theirs_out))
             os.dup2(first, 3)
             os.dup2(second, 4)
 

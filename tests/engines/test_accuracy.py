@@ -6,7 +6,8 @@ import pytest
 
 from engines.accuracy import accuracy_table, changes_text, findings, parts_of
 from engines.intervals import RatioInterval
-from engines.results import Accuracy, EvaluatedModel, Structure, TaskScore
+from engines.results import Accuracy, EvaluatedModel, TaskScore
+from exporter.structure import Structure
 from tests.engines.test_report import block_of, structure_of
 
 Pattern = str  # as in tests/tiny.py, and "F+F" for FFNs that became one

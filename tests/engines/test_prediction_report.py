@@ -13,9 +13,10 @@ from engines.latency_fit import observations_from_results
 from engines.latency_model import PUBLISHED, Deployment, Tokens, memory_per_gpu, number_format, predict
 from engines.prediction_of_engines import RECIPES, calibration_of, predicted_parts
 from engines.prediction_report import Wanted, without_predicted
-from engines.results import Comparison, RequestShape, Structure, comparison_from_results, results_from_json
+from engines.results import Comparison, RequestShape, comparison_from_results, results_from_json
 from exporter.errors import EngineError
 from exporter.quantization import format_names
+from exporter.structure import Structure
 from tests.engines.test_report import BASELINE, ENGINES, FUSED, REALISTIC, Page, report_files, with_changes
 
 GPUS = read_gpus()

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from engines.regression import METRICS, SIGNIFICANCE, Changes, adjusted_p_values, compare_results, ratio_interval
+from engines.regression import (
+    METRICS,
+    SIGNIFICANCE,
+    Changes,
+    adjusted_p_values,
+    changes_table,
+    compare_results,
+    ratio_interval,
+)
 from engines.results import Cell, Results, Stopped, read_results
 from exporter.errors import EngineError
 
@@ -39,6 +49,11 @@ def run(rng: np.random.Generator, *, rounds: int = 8, slower: float = 1.0, engin
             )
         )
     return DEMO.model_copy(update={"cells": tuple(cells)})
+
+
+def first_rounds(cell: Cell, count: int) -> Cell:
+    kept = {name: getattr(cell, name)[:count] for name in ("ttft_ms", "step_ms", "request_ms")}
+    return cell.model_copy(update=kept)
 
 
 def flagged(changes: Changes) -> set[tuple[str, str]]:
@@ -120,11 +135,21 @@ def test_figures_are_medians_of_both_runs() -> None:
 def test_an_engine_that_stopped_in_one_run_is_said_to_be_incomplete() -> None:
     rng = np.random.default_rng(0)
     before, after = run(rng), run(rng)
-    label, shape = DEMO.engines[1].label, DEMO.cells[0].shape
+    label, shape = DEMO.engines[1].label, after.cells[0].shape
     stopped = Stopped(**shape._asdict(), rounds=3, rounds_asked=8, problem="killed")
     engines = tuple(e.model_copy(update={"stopped": stopped}) if e.label == label else e for e in after.engines)
-    found = compare_results(before, after.model_copy(update={"engines": engines}))
+    cut = [cell if cell.engine != label else first_rounds(cell, 3) for cell in after.cells if cell.shape == shape]
+    found = compare_results(before, after.model_copy(update={"engines": engines, "cells": tuple(cut)}))
     assert f"Engine {label} is incomplete in the run after: it stopped after 3 of 8 rounds at {shape}." in found.notes
+    assert f"Too few rounds to compare: {label}, {shape}." in found.notes
+    assert {change.engine for change in found.changes} == {cell.engine for cell in cut} - {label}
+    unopened = tuple(e.model_copy(update={"device": "cuda"}) if e.label == label else e for e in engines)
+    others = tuple(cell for cell in cut if cell.engine != label)
+    found = compare_results(before, after.model_copy(update={"engines": unopened, "cells": others}))
+    assert {change.engine for change in found.changes} == {cell.engine for cell in others}
+    left = tuple(cell for cell in cut if cell.engine == label)
+    with pytest.raises(EngineError, match="too few rounds"):  # and there is nothing else
+        compare_results(before, after.model_copy(update={"engines": engines, "cells": left}))
     assert not any("incomplete" in note for note in compare_results(before, after).notes)
 
 
@@ -136,6 +161,12 @@ def test_requests_of_one_token_have_no_time_between_tokens() -> None:
     ):
         results = DEMO.model_copy(update={"cells": (cell,)})
         assert [change.metric for change in compare_results(results, results).changes] == ["ttft_ms", "request_ms"]
+
+
+def test_a_narrow_terminal_cuts_nothing_short() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(changes_table(compare_results(DEMO, DEMO)))
+    assert "…" not in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_differences_beside_the_figures_are_said() -> None:

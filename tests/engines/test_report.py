@@ -405,6 +405,9 @@ def test_engines_of_two_devices_are_said_to_be(tmp_path):
     files = rendered(tmp_path, with_changes(engines=engines))
     for text in (Page(files["report.html"]).text, files["report.md"].decode()):
         assert "The engines are of different devices" in text
+    untimed = [cell for cell in REALISTIC["cells"] if cell["engine"] != "fused"]
+    files = rendered(tmp_path, with_changes(engines=engines, cells=untimed))
+    assert "of different devices" not in files["report.md"].decode()
 
 
 def test_engines_that_took_no_turns_are_said_to_have_taken_none(tmp_path):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from engines.hardware import read_gpus
 from engines.latency_model import Deployment, Tokens, number_format, predict, structure_from_graph
-from engines.results import Structure
+from engines.prediction import memory_table, points_table
 from engines.what_if import gain_text, plan_gains, sweep
 from exporter.errors import EngineError, PlanError
 from exporter.graph import ModelGraph
@@ -17,6 +19,7 @@ from exporter.passes.fuse_ffn import fuse_ffn
 from exporter.pipeline import apply_plan
 from exporter.plan import Plan
 from exporter.read import open_model
+from exporter.structure import Structure
 
 DATA = Path(__file__).parents[1] / "data"
 GPUS = read_gpus()
@@ -113,3 +116,13 @@ def test_a_sweep() -> None:
     assert first.prefill == predict(models[0][1], on("h200", 1), Tokens.prefill(1, 4096))
     with pytest.raises(EngineError, match="49B was not made for so long a context: expected at most 131,072 tokens"):
         sweep(models, [on("h200", 1)], batches=[1], context=1 << 20)
+
+
+def test_figures_are_whole_on_a_narrow_terminal() -> None:
+    models = [("nemotron-ultra-253b", structure("nemotron-ultra-253b.structure.json"))]
+    points = sweep(models, [on("h100-sxm", 8)], batches=[16], context=1024)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(points_table(points, 2.0), memory_table(models, points, 1024))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    for figure in ("1,053.8", "71,037"):  # ms of prefill, the longest context
+        assert figure in shown
