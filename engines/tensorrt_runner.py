@@ -224,21 +224,16 @@ class TensorRtRunner:
                 call = self._calls[name] = self._bind(name, self._started().batch, tokens)
             fill(call.inputs)
             call.device_inputs.copy_(call.host_inputs, non_blocking=True)
-            self._run(name, call)
+            if call.replay is None:
+                self._enqueue(name)
+            else:
+                call.replay()
             call.host_logits.copy_(call.device_logits, non_blocking=True)
             self._device.synchronize()
+            # A step must run as it is before it is captured; not later, for a request that warms up may have but one.
+            if name == DECODE and call.replay is None and self._is_capturable:
+                call.replay = self._captured(name)
         return call.logits
-
-    def _run(self, name: ProfileName, call: _Call) -> None:
-        """Put the engine on the stream: the first time as it is, which capturing asks for, then as a graph."""
-        if call.replay is not None:
-            call.replay()
-        elif name == DECODE and call.has_run and self._is_capturable:
-            call.replay = self._captured(name)
-            call.replay()
-        else:
-            self._enqueue(name)
-        call.has_run = True
 
     def _captured(self, name: ProfileName) -> Callable[[], None]:
         try:
@@ -368,7 +363,6 @@ class _Call:
     host_logits: Any  # float32 [B, V]
     logits: np.ndarray  # a view of it
     device_logits: Any
-    has_run: bool = False
     replay: Callable[[], None] | None = None
 
 

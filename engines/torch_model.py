@@ -354,7 +354,7 @@ class _Attention:
     def _mixed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call) -> torch.Tensor:
         """Attention of [B, n, S, d] over the keys there are, [B, n, S, d]."""
         window, tokens = self.source.sliding_window, query.shape[2]
-        if call.fresh and (window is None or tokens <= window):  # no mask: GPUs have no fused kernel for many
+        if call.fresh and (window is None or tokens <= window):  # flash attention takes no mask
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         mask = call.mask(window)
         if tokens > 1:

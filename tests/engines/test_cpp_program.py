@@ -240,6 +240,14 @@ def test_a_benchmark_alone_writes_results_and_the_statistics_of_trtexec(program,
         np.testing.assert_allclose([float(value) for value in row[2:]], expected, atol=0.0051, rtol=0)
 
 
+def test_a_terminal_does_not_obey_a_label(program, engine, tmp_path):
+    folder = altered(engine, tmp_path, {"label": "\x1b[31mred\n"})
+    library = library_options(read_engine_manifest(engine))
+    done = run(program, "bench", folder, *library, "--input-len", 3, "--output-len", 2, "--rounds", 1, "--threads", 1)
+    assert done.returncode == 0, done.stderr
+    assert " [31mred , batch 1," in done.stderr
+
+
 def altered(engine: Path, folder: Path, changes: Mapping[str, Any], *, manifest: bool = True) -> Path:
     """A copy of an engine folder whose engine.json is changed, sizes in the manifest brought up to date."""
     copy = folder / "copy"
@@ -358,8 +366,8 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
         change(cache=[{**SLOT, "num_key_value_heads": 2**20, "head_dim": 2**20}]),
         f"not enough memory for the KV cache|{NOT_ITS_MANIFEST}",
     ),
-    "no options": (change(options={}), "session is missing"),
-    "session options are a list": (change(options={"session": []}), "session: expected an object"),
+    "no options": (change(options={}), "(device|session) is missing"),
+    "session options are a list": (change(options={"device": "cpu", "session": []}), "session: expected an object"),
     "unusable session option": (
         change(options={"device": "cpu", "session": {"": "1"}}),
         "ONNX Runtime: Config key is empty",

@@ -169,9 +169,10 @@ def test_it_runs_as_tensorrt_asks(program, stand_in, tmp_path):
 )
 def test_a_step_is_captured_only_where_no_weights_are_streamed(budget, captured, program, stand_in, tmp_path):
     engine = engine_of(tmp_path, {"options": {**OPTIONS, "weight_streaming": True, "weight_streaming_budget": budget}})
-    done = serve(program, stand_in, engine, [Run(batch=1, input_len=2, output_len=6, seed=1)])
+    # At once: where a request has one decode step, the next request's may be the first that counts.
+    done = serve(program, stand_in, engine, [Run(batch=1, input_len=2, output_len=2, seed=1)])
     assert done.returncode == 0, done.stderr
-    assert f"{captured} captured" in done.stderr
+    assert f"{captured} captured, 0 launched" in done.stderr
 
 
 def with_profiles(**changes: Any) -> dict[str, Any]:

@@ -681,9 +681,7 @@ def test_what_an_earlier_sequence_left(machine: list[HostDevice], stand_in: Stan
     runner.prefill(np.zeros((1, 4), np.int64), np.array([4]))
     assert machine[-1].captured == 0
     runner.decode(np.zeros(1, np.int64))
-    assert machine[-1].captured == 0  # a step runs once before it is captured
-    runner.decode(np.zeros(1, np.int64))
-    assert machine[-1].captured == 1
+    assert machine[-1].captured == 1  # at once: a later step may be the first that counts
     addresses = stand_in.enqueued[-1][2]
     memory_at(addresses["past_v_0"], (1, 2, 128, 16), np.dtype(np.float32))[:] = np.nan
     recorded = Recorded(runner, 1)

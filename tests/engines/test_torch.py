@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -358,6 +359,20 @@ class TestRefusals:
             engine(graph, tmp_path, BuildSettings(device="cuda", dtype=dtype))
         assert not (tmp_path / "engine").exists()
 
+    def test_a_product_that_an_older_pytorch_lacks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        multiply = torch._scaled_mm
+
+        def of_scalars(codes: torch.Tensor, weight: torch.Tensor, **scales: Any) -> torch.Tensor:
+            if scales["scale_a"].ndim:
+                raise RuntimeError("only supports per-tensor scaling")
+            return multiply(codes, weight, **scales)
+
+        monkeypatch.setattr(torch, "_scaled_mm", of_scalars)
+        engine(quantized("fp8"), tmp_path / "tensor")
+        with pytest.raises(EngineError, match="multiplies no FP8 matrices with a scale per row"):
+            engine(quantized("fp8-rowwise"), tmp_path / "row")
+        assert not (tmp_path / "row" / "engine").exists()
+
     def test_a_network_is_no_model(self, tmp_path: Path) -> None:
         network = tmp_path / "network"
         save_folder(network, onnx.emit(tiny_graph("AF"), onnx.PRESETS["onnxruntime"]), kind="network", details={})
@@ -420,7 +435,8 @@ class TestCommand:
         assert json.loads((built / "engine.json").read_text())["options"]["plugins"] == ["wide_ffn"]
 
     def test_options_belong_to_their_backend(self, tmp_path: Path) -> None:
-        result = call("engine", tmp_path, "--device", "cpu", "-o", tmp_path / "engine")
+        (tmp_path / "model").mkdir()
+        result = call("engine", tmp_path / "model", "--device", "cpu", "-o", tmp_path / "engine")
         assert result.exit_code == 2
         assert "these options belong to --backend torch" in result.output
 
@@ -447,9 +463,8 @@ class TestOnAGpu:
         runner = runner_of(graph, dtype=BFLOAT16, wide_ffn=wide_ffn, device="cuda")
         compare_16_bits(run(Recorded(runner, 3)), graph)
 
-    def test_a_second_cache_has_the_room_of_the_first(self) -> None:
+    def test_what_pytorch_keeps_is_room_for_a_cache(self) -> None:
         runner = runner_of(tiny_graph("AF"), device="cuda")
-        nbytes = runner.manifest.kv_bytes_per_token * runner.manifest.max_positions
-        batch = int(0.6 * torch.cuda.mem_get_info()[0] / nbytes)
-        for one in (batch, batch - 1):
-            runner.start(one, runner.manifest.max_positions)
+        runner.manifest = runner.manifest.model_copy(update={"kv_bytes_per_token": 1 << 20})
+        torch.empty(torch.cuda.mem_get_info()[0] - (1 << 28), dtype=torch.uint8, device="cuda")  # freed, and kept
+        runner.start(1, 512)

@@ -105,14 +105,6 @@ CommandLine parse(int argc, char** argv) {
   return line;
 }
 
-// Names come from files and arguments: one line, and a terminal must not obey their control characters.
-std::string one_line(std::string text) {
-  for (char& c : text) {
-    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = ' ';
-  }
-  return text;
-}
-
 int run(int argc, char** argv) {
   const std::vector<std::string> command(argv, argv + argc);
   if (std::find(command.begin(), command.end(), "--help") != command.end()) {

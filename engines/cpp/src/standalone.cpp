@@ -92,8 +92,8 @@ std::string table(const Engine& engine, const std::vector<Cell>& cells) {
       "ms; latency: on the host, choice of the token included; run: in the runtime's own call (on a GPU: enqueue);\n"
       "device: on the GPU; percentiles as trtexec's\n";
   for (const auto& [shape, samples] : cells) {
-    text += engine.label + ", batch " + std::to_string(shape.batch) + ", input " + std::to_string(shape.input_len) +
-            ", output " + std::to_string(shape.output_len) + "\n";
+    text += one_line(engine.label) + ", batch " + std::to_string(shape.batch) + ", input " +
+            std::to_string(shape.input_len) + ", output " + std::to_string(shape.output_len) + "\n";
     char head[200];
     std::snprintf(head, sizeof head, "  %-8s%-8s%7s%11s%11s%11s%11s%11s%11s%11s%8s\n", "", "", "samples", "min", "mean",
                   "median", "p90", "p95", "p99", "max", "cv %");

@@ -82,6 +82,13 @@ void pin(const std::vector<std::int64_t>& cpus) {
   }
 }
 
+std::string one_line(std::string text) {
+  for (char& c : text) {
+    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = ' ';
+  }
+  return text;
+}
+
 int take_stdout() {
   const int ours = dup(STDOUT_FILENO);
   if (ours < 0 || dup2(STDERR_FILENO, STDOUT_FILENO) < 0) throw Error("stdout is closed");

@@ -28,6 +28,9 @@ std::int64_t online_cpus();  // of the machine, whatever this process may use
 // Pins this process, and the threads it starts later, to `cpus`. Throws Error.
 void pin(const std::vector<std::int64_t>& cpus);
 
+// Names come from files and arguments: one line, and a terminal must not obey their control characters.
+std::string one_line(std::string text);
+
 // Keeps stdout for our own lines: returns a descriptor for them, and what anybody else prints goes to stderr.
 int take_stdout();
 void write_line(int descriptor, const std::string& line);

@@ -147,7 +147,6 @@ struct Call {
   std::array<std::int64_t, 4> offsets;  // bytes
   std::int64_t input_bytes, logits_bytes;
   CudaOwned<void> host_inputs, device_inputs, host_logits, device_logits;
-  bool has_run = false;
   CudaOwned<CUgraphExec_st> graph;
 
   std::int64_t* input(std::size_t index) const {
@@ -262,7 +261,11 @@ class TensorRtRunner final : public Runner {
     copy(call.device_inputs.get(), call.host_inputs.get(), call.input_bytes, cudaMemcpyHostToDevice);
     cuda_.check(cuda_.cudaEventRecord(began_.get(), stream_.get()), "record an event");
     const auto began = Clock::now();
-    enqueue(phase, call);
+    if (call.graph == nullptr) {
+      enqueue(phase);
+    } else {
+      cuda_.check(cuda_.cudaGraphLaunch(call.graph.get(), stream_.get()), "run a graph");
+    }
     run_ += Clock::now() - began;
     cuda_.check(cuda_.cudaEventRecord(ended_.get(), stream_.get()), "record an event");
     copy(call.host_logits.get(), call.device_logits.get(), call.logits_bytes, cudaMemcpyDeviceToHost);
@@ -271,22 +274,14 @@ class TensorRtRunner final : public Runner {
     cuda_.check(cuda_.cudaEventElapsedTime(&elapsed_ms, began_.get(), ended_.get()), "time a step");
     device_ms_ += static_cast<double>(elapsed_ms);
     filled_ += tokens;
+    // A step must run as it is before it is captured; not later, for a request that warms up may have but one.
+    if (&phase == &decode_ && call.graph == nullptr && is_capturable_) {
+      call.graph = capture(cuda_, stream_.get(), [&] { enqueue(phase); });
+    }
     return static_cast<const float*>(call.host_logits.get());
   }
 
-  // The first time as it is, which capturing asks for, then decode as a graph.
-  void enqueue(Phase& phase, Call& call) {
-    const auto as_it_is = [&] { must(phase.context->enqueueV3(stream_.get()), "run a step"); };
-    if (call.graph == nullptr && &phase == &decode_ && call.has_run && is_capturable_) {
-      call.graph = capture(cuda_, stream_.get(), as_it_is);
-    }
-    if (call.graph != nullptr) {
-      cuda_.check(cuda_.cudaGraphLaunch(call.graph.get(), stream_.get()), "run a graph");
-    } else {
-      as_it_is();
-    }
-    call.has_run = true;
-  }
+  void enqueue(Phase& phase) { must(phase.context->enqueueV3(stream_.get()), "run a step"); }
 
   // Makes the buffers of calls with up to `longest` tokens and binds them, and each cache as both its past and present.
   Call bind(nvinfer1::IExecutionContext& context, std::int64_t longest) {
