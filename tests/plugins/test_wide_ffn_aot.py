@@ -251,7 +251,7 @@ def test_command(tmp_path: Path, compiled: dict[str, CompiledKernel], monkeypatc
     monkeypatch.setattr(aot, "compile_variants", lambda table, arch, progress: kernels)
     result = call("plugin", "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert [result.output.count(f"m64n{tokens}k16.f32.bf16.bf16") for tokens in (16, 32)] == [3, 1], result.output
+    assert [result.output.count(f"wgmma m64n{tokens}k16") for tokens in (16, 32)] == [3, 1], result.output
     for kernel, words in zip(kernels[1:], result.output.splitlines()[2:], strict=False):
         assert f" {kernel.issue_share:.0%} " in words
     check_folder(tmp_path / "out", "plugin", hashes=True)
