@@ -249,13 +249,14 @@ def measure(wanted: Sequence[Case], log: Log, budget: Budget, device: torch.devi
             record["error"] = f"{type(error).__name__}: {str(error)[:500]}"
         log.add(record)
         print(line_of(record, None), flush=True)
-        _give_back(device)  # raises if that error has left the device unusable
+        if "error" in record or case.part == "decode":  # else not: to look for garbage takes longer than many a case
+            _give_back(device)  # raises if that error has left the device unusable
     return left
 
 
 def _give_back(device: torch.device) -> None:
     if device.type == "cuda":
-        gc.collect()  # recorded graphs hold memory until they are gone
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 

@@ -127,6 +127,13 @@ class CompiledKernel:
         return issue_share(self.step_instructions, self.warps, self.variant.step_bytes)
 
 
+def fit_of(kernel: KernelName, hidden: int, width: int, depth: int) -> Fit:
+    """What is known of the sizes of a call for `gate_up` or `down` in steps of `depth`."""
+    if hidden % 16 or width % 16:
+        return "any"
+    return "aligned" if (hidden if kernel == "gate_up" else width) % depth else "even"
+
+
 def variants(*, fit: Fit = "even", epsilon: float = 1e-5) -> list[Variant]:
     """Every kernel that calls of up to 64 tokens need, tiled by the rule for wide FFNs."""
     table: list[Variant] = []

@@ -12,6 +12,7 @@ from plugins.wide_ffn.reference import quantized, rms_norm
 
 ELEMENTS = 1 << 28  # of inner at a time: 1 GiB in float32
 INT8_DEPTH = 1 << 16  # products of codes that fit in 32 bits
+MIN_INT8_ROWS = 32  # `torch._int_mm` wants more than 16 on a GPU
 WEIGHT_ELEMENTS = 1 << 26  # of an 8-bit weight that are bfloat16 at a time
 
 
@@ -59,8 +60,7 @@ def _linear(
         return (_wide_product(values, weight) * weight_scale).to(torch.bfloat16)
     if weight.dtype == torch.int8:
         scale = scale + (codes * 0).sum(-1, keepdim=True)  # NaN has no int8 code: it travels in the scale
-    is_plain = all(size % 16 == 0 for size in weight.shape) and len(values) > 16
-    if not is_plain:
+    if any(size % 16 for size in weight.shape):
         total = _wide_product(codes.to(torch.bfloat16), weight)
     elif weight.dtype == torch.int8:
         total = _int8_product(codes.to(torch.int8), weight)
@@ -77,8 +77,9 @@ def _linear(
 
 def _int8_product(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """codes @ weight.T of int8, float32 [T, N]: exact within each part of the depth."""
-    parts = zip(codes.split(INT8_DEPTH, dim=1), weight.split(INT8_DEPTH, dim=1), strict=True)
-    return torch.stack([torch._int_mm(a.contiguous(), b.T).to(torch.float32) for a, b in parts]).sum(0)
+    rows = F.pad(codes, (0, 0, 0, max(0, MIN_INT8_ROWS - len(codes))))
+    parts = zip(rows.split(INT8_DEPTH, dim=1), weight.split(INT8_DEPTH, dim=1), strict=True)
+    return torch.stack([torch._int_mm(a.contiguous(), b.T)[: len(codes)].to(torch.float32) for a, b in parts]).sum(0)
 
 
 def _wide_product(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from typing import Any
 
 from exporter.errors import TargetError
 from plugins.contract import WIDE_FFN_FORMATS, WIDE_FFN_MOST_TOKENS, CustomOp, wide_ffn_halves
-from plugins.wide_ffn.aot import CompiledKernel, Fit, Scale, Variant, compile_variant
+from plugins.wide_ffn.aot import CompiledKernel, Scale, Variant, compile_variant, fit_of
 from plugins.wide_ffn.configs import BUCKETS, Config, bucket_of, config_for
 
 # TensorRT's names of dtypes: members of `DataType`, and where they differ the spelling of `AutoTuneCombination`.
@@ -75,9 +75,6 @@ class _Format:
 
     def variant(self, kernel: Any, config: Config, hidden: int, width: int, **fields: Any) -> Variant:
         tiling = config.gate_up if kernel == "gate_up" else config.down
-        along = hidden if kernel == "gate_up" else width
-        is_aligned = hidden % 16 == 0 and width % 16 == 0
-        fit: Fit = "even" if is_aligned and along % tiling.depth == 0 else "aligned" if is_aligned else "any"
         return Variant(
             kernel=kernel,
             tokens=config.tokens,
@@ -85,7 +82,7 @@ class _Format:
             activations=self.activations,
             tiling=tiling,
             norm=config.norm,
-            fit=fit,
+            fit=fit_of(kernel, hidden, width, tiling.depth),
             **fields,
         )
 

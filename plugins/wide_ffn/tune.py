@@ -18,14 +18,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
 from exporter.errors import FuselageError, TargetError
-from plugins.wide_ffn.aot import CompiledKernel, KernelName, Variant, compile_variants
+from plugins.wide_ffn.aot import CompiledKernel, KernelName, Variant, compile_variants, fit_of
 from plugins.wide_ffn.configs import (
     BUCKETS,
     FOLDER,
@@ -134,18 +134,11 @@ def variants_of(problem: Problem, kernel: KernelName, norm: Norm, tilings: Seque
             tokens=bucket_of(problem.tokens),
             tiling=tiling,
             norm=norm,
-            fit=fit_of(problem, tiling),
+            fit=fit_of(kernel, problem.hidden, problem.width, tiling.depth),
             **common,
         )
         for tiling in tilings
     ]
-
-
-def fit_of(problem: Problem, tiling: Tiling) -> Any:
-    """What a compiler may take for granted about the sizes."""
-    if any(size % 16 for size in (problem.hidden, problem.width)):
-        return "any"
-    return "even" if not any(size % tiling.depth for size in (problem.hidden, problem.width)) else "aligned"
 
 
 def is_fit(kernel: CompiledKernel) -> bool:
@@ -254,15 +247,13 @@ def graph_us(calls: Sequence[Callable[[], Any]], replays: int) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
-    for _ in range(replays + 3):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 3)]
+    for event in events:  # without a wait between them, which would count a launch of the graph with every replay
         graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1000 / len(calls))
-    return statistics.median(times[3:])
+        event.record()
+    torch.cuda.synchronize()
+    times = [before.elapsed_time(after) * 1000 / len(calls) for before, after in pairwise(events[2:])]
+    return statistics.median(times)
 
 
 def device_or_refuse() -> torch.device:
@@ -298,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--activations", choices=["none", "static", "token"], default="none")
     parser.add_argument("--tokens", type=int, nargs="+", choices=BUCKETS, default=list(BUCKETS))
     parser.add_argument("--norm", choices=get_args(Norm), default="before", help="A launch of its own, or none.")
-    parser.add_argument("--file", type=Path, default=FOLDER / "sm_90.json", help="Configurations, read and rewritten.")
+    parser.add_argument("--file", type=Path, default=FOLDER / "sm_90.json", help="Configurations, added to or new.")
     chosen = parser.parse_args(arguments)
     if chosen.weights == "bfloat16" and chosen.activations != "none":
         parser.error("bfloat16 weights take activations as they come")
@@ -307,8 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for tokens in chosen.tokens:
             problem = Problem(tokens, chosen.hidden, chosen.width, chosen.weights, chosen.activations)
             row = tune(problem, chosen.norm)
-            document = with_rows(json.loads(chosen.file.read_text()), [row])
-            chosen.file.write_text(json.dumps(document, indent=2) + "\n")
+            document = json.loads(chosen.file.read_text()) if chosen.file.exists() else {"measured": []}
+            chosen.file.write_text(json.dumps(with_rows(document, [row]), indent=2) + "\n")
             found = row["measured"]
             rate = problem.weight_bytes / found["us"] / 1e6
             print(

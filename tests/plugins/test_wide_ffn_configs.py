@@ -132,9 +132,17 @@ class TestTuner:
                 assert weights != "int8" or activations == "none" or longest * 128 * 128 < 2**31
 
     def test_fit(self) -> None:
-        tiling = Tiling(64, 128, 4, 4)
-        for sizes, fit in [((256, 384), "even"), ((256, 400), "aligned"), ((144, 256), "aligned"), ((256, 385), "any")]:
-            assert tune.fit_of(tune.Problem(1, *sizes, "int8", "token"), tiling) == fit
+        """Each kernel as it is launched: `gate_up` takes steps along hidden, `down` along the width."""
+        tilings = [Tiling(64, 128, 4, 4)]
+        for sizes, gate_up, down in [
+            ((256, 384), "even", "even"),
+            ((256, 400), "even", "aligned"),
+            ((144, 256), "aligned", "even"),
+            ((256, 385), "any", "any"),
+        ]:
+            problem = tune.Problem(1, *sizes, "int8", "token")
+            assert [one.fit for one in tune.variants_of(problem, "gate_up", "before", tilings)] == [gate_up]
+            assert [one.fit for one in tune.variants_of(problem, "down", "before", tilings)] == [down]
 
     @pytest.mark.parametrize(("weights", "activations"), FORMATS)
     def test_arguments(self, weights: str, activations: str) -> None:
@@ -205,6 +213,18 @@ class TestTuner:
         assert row["measured"]["us"] == 10.0 < row["measured"]["rule_us"] < row["measured"]["library_us"]
         assert len(timed) == len(set(timed)) == row["measured"]["configurations"]
         assert all(tiling.warps == 4 for config in timed[1:] for tiling in (config.gate_up, config.down))
+
+    def test_a_new_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def tuned(problem: tune.Problem, norm: Norm) -> dict:
+            call = (256, 512, "int8", "none")
+            measured = {"us": 2.0, "rule_us": 3.0, "library_us": 4.0}
+            return row_of(config_by_rule(problem.tokens, *call, norm), *call) | {"measured": measured}
+
+        monkeypatch.setattr(tune, "device_or_refuse", lambda: torch.device("cpu"))
+        monkeypatch.setattr(tune, "tune", tuned)
+        file = tmp_path / "new.json"
+        assert tune.main(["--hidden", "256", "--width", "512", "--weights", "int8", "--file", str(file)]) == 0
+        assert [row["tokens"] for row in json.loads(file.read_text())["measured"]] == list(configs.BUCKETS)
 
     def test_without_a_gpu(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         file = tmp_path / "sm_90.json"

@@ -138,6 +138,26 @@ def test_library_agrees_with_the_reference(call: Call) -> None:
     assert relative_error(found[others], expected[others]) < 2e-2
 
 
+@pytest.mark.parametrize("call", [Call(3, 64, 96, *one) for one in FORMATS if one[1] != "none"], ids=str)
+def test_library_multiplies_codes_of_few_tokens(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are what the tuner's times of 16 tokens stand beside; a GPU's `_int_mm` takes no fewer than 17 rows."""
+    rows: list[int] = []
+
+    def counted(multiply: Any) -> Any:
+        def product(a: torch.Tensor, *others: Any, **chosen: Any) -> torch.Tensor:
+            rows.append(len(a))
+            return multiply(a, *others, **chosen)
+
+        return product
+
+    for name in ("_int_mm", "_scaled_mm"):
+        monkeypatch.setattr(torch, name, counted(getattr(torch, name)))
+    arguments = call.arguments()
+    assert relative_error(wide_ffn_by_library(*arguments), wide_ffn_reference(*arguments)) < 2e-2
+    assert len(rows) == 3
+    assert min(rows) > 16 or call.weights != "int8"
+
+
 @pytest.mark.parametrize("call", [Call(40, 32, 48, *format_) for format_ in FORMATS], ids=str)
 def test_library_takes_tokens_in_parts(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = call.arguments()
