@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict
 
 from exporter.errors import EngineError
 from exporter.manifests import Model, manifest_from_json, validated
-from exporter.network import CacheSlot, Count, FileName, Positive
+from exporter.network import CacheSlot, FileName
 from exporter.safetensors_io import read_json
+from exporter.structure import Count, Positive
 from exporter.writers.files import Content, json_bytes, save_folder
 
 ENGINE_KIND = "engine"  # of the folder's manifest

@@ -27,7 +27,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from exporter.manifests import manifest_from_json
-from exporter.structure import StructureJson
+from exporter.structure import Count, Positive, StructureJson
 
 NETWORK_FILE = "network.json"
 NETWORK_KIND = "network"  # of the folder's manifest
@@ -39,8 +39,6 @@ CACHE_WRITE = "cache_write"
 LOGITS_INDEX = "logits_index"
 LOGITS = "logits"
 
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-Positive = Annotated[int, Field(ge=1, lt=2**63)]
 # A file directly in the folder: network definitions name their weight files by relative path.
 FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$"
 FileName = Annotated[str, StringConstraints(pattern=FILE_NAME, max_length=200)]

@@ -194,7 +194,7 @@ def _config(graph: ModelGraph, options: Options, layout: str) -> dict[str, Any]:
 
     RoPE is written with the keys of transformers 4: 5 converts them, and mlx-lm knows no others.
     """
-    # Without attention any head size will do, but readers want one.
+    # Without attention any head size will do, but readers want one, and an even one.
     heads = graph.attentions[0][1].num_attention_heads if graph.attentions else 1
     activations = [ffn.activation for _, ffn in _sublayers(graph, FFN)]
     return {
@@ -205,7 +205,7 @@ def _config(graph: ModelGraph, options: Options, layout: str) -> dict[str, Any]:
         "hidden_size": graph.hidden_size,
         "num_hidden_layers": len(graph.blocks),
         "num_attention_heads": heads,
-        "head_dim": graph.head_dim or graph.hidden_size,
+        "head_dim": graph.head_dim or 2,
         "hidden_act": (activations[0] if activations else Activation.SILU).value,
         "rms_norm_eps": graph.norm.eps,
         "max_position_embeddings": graph.max_position_embeddings,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from exporter.dtypes import BFLOAT16, FLOAT32, FLOAT64, DType
+from exporter.dtypes import BFLOAT16, FLOAT32, FLOAT64
 from exporter.errors import FuselageError, TargetError, raise_all
 from exporter.graph import Block, ModelGraph, linear_names, structure, weights
 from exporter.network import (
@@ -263,7 +263,6 @@ __all__ = [
     "INDEX_FILE",
     "KIND",
     "PRESETS",
-    "DType",
     "Network",
     "Options",
     "check",

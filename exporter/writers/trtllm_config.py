@@ -22,10 +22,10 @@ from exporter import __version__
 from exporter.dtypes import DType
 from exporter.graph import FFN, Attention, ModelGraph, structure
 from exporter.manifests import manifest_from_json
-from exporter.network import Count, FileName, Positive
+from exporter.network import FileName
 from exporter.rope import LinearScaling, Llama3Scaling, Rope
 from exporter.safetensors_io import read_json
-from exporter.structure import StructureJson
+from exporter.structure import Count, Positive, StructureJson
 from exporter.writers.files import json_bytes
 from exporter.writers.trtllm_formats import KV_ALGOS, Format, exclude_modules
 from exporter.writers.trtllm_layout import Layer, Module, Rank, modules_of, stages

@@ -136,7 +136,9 @@ def _row_scales(gemm: Gemm) -> LazyTensor:
 
 
 def _input_scale(gemm: Gemm) -> LazyTensor:
-    scales = [one.scale for linear in gemm.linears if (one := _of(linear).input) is not None]
+    """One for all that read the input: under SmoothQuant the norm in front of them makes its codes, once."""
+    readers = (*gemm.linears, *gemm.beside)
+    scales = [one.scale for linear in readers if (one := _of(linear).input) is not None]
     return _largest([scale for scale in scales if scale is not None])
 
 

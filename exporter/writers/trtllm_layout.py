@@ -57,6 +57,7 @@ class Gemm:
     rows: tuple[range, ...]  # of each linear
     columns: range
     row_parallel: bool = False
+    beside: tuple[Linear, ...] = ()  # those of other GEMMs that read the same input
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -186,8 +187,8 @@ def _attention_gemms(attention: Attention, rank: Rank) -> tuple[Gemm, ...]:
 def _ffn_gemms(ffn: FFN, channels: range, rank: Rank) -> tuple[Gemm, ...]:
     own, hidden = _share(channels, rank), range(ffn.hidden_size)
     return (  # the activation runs on `fc`: it is gate_proj, and `gate` is up_proj
-        Gemm("fc", (ffn.gate_proj,), (own,), hidden),
-        Gemm("gate", (ffn.up_proj,), (own,), hidden),
+        Gemm("fc", (ffn.gate_proj,), (own,), hidden, beside=(ffn.up_proj,)),
+        Gemm("gate", (ffn.up_proj,), (own,), hidden, beside=(ffn.gate_proj,)),
         Gemm("proj", (ffn.down_proj,), (hidden,), own, row_parallel=True),
     )
 

@@ -58,8 +58,11 @@ class DeciLMAttention(nn.Module):
         self.q_norm = LlamaRMSNorm(d, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = LlamaRMSNorm(d, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, hidden, masks, position_embeddings, cache_position, past_key_values=None):
-        """[B, S, D] -> [B, S, D]; a cache is extended by S positions."""
+    def forward(self, hidden, masks, position_embeddings, cache_position, past_key_values=None, **kwargs):
+        """[B, S, D] -> [B, S, D]; a cache is extended by S positions.
+
+        `kwargs` are the attention function's: flash attention has no mask, and tells sequences in a row apart by them.
+        """
         batch_and_length = hidden.shape[:-1]
         heads = (*batch_and_length, -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden).view(heads)).transpose(1, 2)  # [B, H, S, d]
@@ -82,6 +85,7 @@ class DeciLMAttention(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
+            **kwargs,
         )
         return self.o_proj(attended.reshape(*batch_and_length, -1))
 
@@ -124,7 +128,7 @@ class DeciLMBlock(GradientCheckpointingLayer):
     def has_attention(self):
         return isinstance(self.self_attn, DeciLMAttention)
 
-    def forward(self, hidden, masks, position_embeddings, cache_position, past_key_values=None):
+    def forward(self, hidden, masks, position_embeddings, cache_position, past_key_values=None, **kwargs):
         if self.has_attention:
             hidden = hidden + self.self_attn(
                 self.input_layernorm(hidden),
@@ -132,6 +136,7 @@ class DeciLMBlock(GradientCheckpointingLayer):
                 position_embeddings,
                 cache_position,
                 past_key_values=past_key_values,  # by name: compressed-tensors puts its own cache there
+                **kwargs,
             )
         elif self.self_attn is not None:
             hidden = hidden + self.self_attn(self.input_layernorm(hidden))
@@ -182,7 +187,7 @@ class DeciLMModel(DeciLMPreTrainedModel):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache()
-        cache_position = kwargs.get("cache_position")  # given by transformers 4 when it generates
+        cache_position = kwargs.pop("cache_position", None)  # given by transformers 4 when it generates
         if cache_position is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             cache_position = torch.arange(hidden.shape[1], device=hidden.device) + seen
@@ -207,7 +212,15 @@ class DeciLMModel(DeciLMPreTrainedModel):
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states += (hidden,)
-            hidden = layer(hidden, masks, position_embeddings, cache_position, past_key_values=past_key_values)
+            hidden = layer(
+                hidden,
+                masks,
+                position_embeddings,
+                cache_position,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
         hidden = self.norm(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
@@ -259,7 +272,8 @@ class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            # `Trainer` leaves gradient accumulation to it (num_items_in_batch) where `forward` takes any keyword.
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -65,6 +65,7 @@ CASES: dict[str, tuple[ModelGraph, str, str]] = {
     "empty blocks": (tiny_graph("- AF - F - AF -"), "llama", NEMOTRON_NAS),
     "FFN dropped": (tiny_graph("AF A AF A"), "llama", NEMOTRON_NAS),
     "no attention": (tiny_graph("F F"), "llama", NEMOTRON_NAS),
+    "no attention, odd hidden_size": (tiny_graph("F F", hidden_size=33), "llama", NEMOTRON_NAS),
     "kv heads and widths": (
         tiny_graph("AF AF F AF", num_key_value_heads=[4, 1, 2], intermediate_size=[512, 300, 8, 256]),
         "llama",
@@ -218,6 +219,28 @@ def test_attention_implementations(case: str, implementation: str, tmp_path: Pat
     assert model.config._attn_implementation == other
 
 
+def test_two_sequences_in_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By positions that start again: in the mask, and in what flash attention, which has none, goes by."""
+    graph, family, _ = CASES["several windows"]
+    model = loaded(exported(graph, family, tmp_path / "model"), attn_implementation="sdpa")
+    functions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    attend, given = functions["sdpa"], []
+
+    def observed(*arguments: Any, **keywords: Any) -> Any:
+        given.append(keywords)
+        return attend(*arguments, **keywords)
+
+    monkeypatch.setitem(functions, "sdpa", observed)
+    lengths = (25, 15)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    with torch.no_grad():
+        found = model(tokens(1), position_ids=positions, use_cache=False, max_length_q=25).logits
+    expected = [forward(graph, part) for part in tokens(1).split(lengths, 1)]
+    assert difference(found, torch.cat(expected, 1)) <= TOLERANCE
+    assert len(given) == len(graph.attentions)
+    assert all(torch.equal(one["position_ids"], positions) and one["max_length_q"] == 25 for one in given)
+
+
 @pytest.mark.parametrize("case", ["fused", "tied, dropped", "linear replacements", "llama3 rope, dropped"])
 def test_saved_again(case: str, tmp_path: Path) -> None:
     """`save_pretrained`, then loading what it wrote."""
@@ -239,6 +262,8 @@ def test_training_and_hidden_states(tmp_path: Path) -> None:
     logits = forward(graph, tokens())[:, :-1].flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, tokens()[:, 1:].flatten())
     assert difference(output.loss.detach(), expected) <= TOLERANCE
+    part = model(tokens(), labels=tokens(), num_items_in_batch=1000).loss  # a step of several batches, in `Trainer`
+    assert difference(part.detach(), expected * len(logits) / 1000) <= TOLERANCE
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert len(output.hidden_states) == len(graph.blocks) + 1
     assert model(tokens(), logits_to_keep=1, return_dict=False)[0].shape == (2, 1, 320)

@@ -246,6 +246,23 @@ def test_scales_that_differ_within_a_gemm_become_the_largest(tmp_path: Path) -> 
         np.testing.assert_allclose(found, values, atol=float(np.abs(values).max()) * 2**-9 / 8, err_msg=name)
 
 
+@pytest.mark.parametrize("name", ["fp8", "int8-smoothquant"])
+def test_gate_and_up_read_codes_of_one_scale(name: str, tmp_path: Path) -> None:
+    """As in folders that others quantized: each has a scale of its own."""
+
+    def with_own_scale(block: Any, index: int) -> Any:
+        up = block.ffn.up_proj
+        inputs = replace(up.quantization.input, scale=array(np.asarray(9.0, np.float32)))
+        return replace(
+            block, ffn=replace(block.ffn, up_proj=replace(up, quantization=replace(up.quantization, input=inputs)))
+        )
+
+    graph = map_blocks(quantized_graph(tiny_graph("AF", **HEADS), name), with_own_scale)
+    model = assembled(load(saved(graph, tmp_path / "out", tp_size=2, dtype=FLOAT32)))
+    assert model.input_scales["0.gate_proj"] == model.input_scales["0.up_proj"] == pytest.approx(9.0)
+    assert_same_weights(model, graph, exact=False)
+
+
 @pytest.mark.parametrize(("dtype", "k_amax", "expected"), [
     (INT8, 63.5, 0.5), (INT8, 12.7, 0.2), (FLOAT8_E4M3FN, 44.8, 1.0), (FLOAT8_E4M3FN, 896.0, 2.0),
 ])  # fmt: skip
