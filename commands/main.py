@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 1 a bug (with its traceback); 2 bad input, a refused request, or something missing on this machine;
 3 a regression (`report --compare --fail-on-regression`); 4 ended early, with what there is kept: a benchmark whose
-engines were not all timed to the end, an engine whose timings did not get into its cache.
+engines were not all timed to the end, an engine whose timings did not get into its cache; 143 SIGTERM.
 """
 
 from __future__ import annotations

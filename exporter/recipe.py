@@ -212,7 +212,8 @@ def read_recipe(path: Path) -> Recipe:
 
     Raises:
         PlanError: the file or a plan it names is malformed, two variants share a name or one has a step's, a variant
-            asks for a checkpoint that the format cannot hold, or what is to be evaluated or benchmarked is missing.
+            asks for a checkpoint that the format cannot hold, or what is to be evaluated, benchmarked or predicted is
+            missing.
     """
     data = read_yaml(path)
     if not isinstance(data, dict):
@@ -252,6 +253,8 @@ def read_recipe(path: Path) -> Recipe:
         raise PlanError("the baseline is one of the variants", file=path, expected=names, found=recipe.baseline_name)
     if recipe.evaluate is not None and recipe.evaluate.text is None and not recipe.evaluate.tasks:
         raise PlanError("evaluate: there is nothing to evaluate on", file=path, expected="a text, tasks or both")
+    if recipe.predict is not None and recipe.bench is None:
+        raise PlanError("predict: it is a section of the report, and without `bench` there is none", file=path)
     _check_engine(recipe, path)
     _check_bench(recipe, path)
     _check_variants(recipe, path)

@@ -145,6 +145,10 @@ REFUSED = {
         "model: m\nvariants: [{name: b, plan: {drop_ffn: [1]}, checkpoint: false}]\nevaluate: {tasks: [x]}\n",
         "variant 'b': tasks are run on a Hugging Face folder",
     ),
+    "predicted_without_a_report": (
+        "model: m\nvariants: [{name: a}]\nbench: null\npredict: {gpu: [h100-sxm]}\n",
+        "predict: .* without `bench` there is none",
+    ),
     "auto": ("model: m\nvariants: [{name: a, plan: auto}]\n", "needs a section `analysis`"),
     "distilled_without_plan": (
         "model: m\nvariants: [{name: a, distill: {text: t}}]\n",
