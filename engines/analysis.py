@@ -20,11 +20,11 @@ from exporter.errors import EngineError
 from exporter.manifests import DEPENDENCY_FILE, PLAN_FILE
 from exporter.plan import Plan, read_plan
 from exporter.safetensors_io import read_json
+from exporter.structure import Count
 
 MAX_DEPENDENCY_BYTES = 256 * 2**20  # three matrices of a thousand blocks take about 70 MB
 
 Kind = Literal["block", "attention", "ffn"]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
 Figures = tuple[Annotated[float, Field(allow_inf_nan=False)] | None, ...]  # null where there is nothing to compare
 
 

@@ -29,7 +29,6 @@ from engines.base import EngineManifest, read_engine_manifest
 from engines.machine import cpu_name
 from engines.profiling import profile_engine, profiler_problems
 from engines.results import (
-    MAX_TEXT,
     MAX_TOKENS,
     Cell,
     EngineResult,
@@ -42,7 +41,7 @@ from engines.results import (
 )
 from engines.worker import Close, Closed, Failure, Ready, Reply, Run, Sample
 from exporter.errors import EngineError, FuselageError, raise_all
-from exporter.structure import Structure
+from exporter.structure import MAX_TEXT, Structure
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 MAX_REPLY_BYTES = 64 * 2**20

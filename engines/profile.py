@@ -19,6 +19,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from exporter.structure import Count, Positive
+
 Kind = Literal["attention", "ffn", "embedding", "lm_head", "norm", "other", "between"]
 Phase = Literal["prefill", "decode"]
 Summary = Literal["median_call", "kernel_medians"]
@@ -26,8 +28,6 @@ MOST_KERNELS = 100_000
 _BY_STEM: dict[str, Kind] = {"embedding": "embedding", "lm_head": "lm_head", "logits": "lm_head", "norm": "norm"}
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-Positive = Annotated[int, Field(ge=1, lt=2**63)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 

@@ -16,11 +16,11 @@ from engines.results import validation_problems
 from exporter.errors import EngineError
 from exporter.manifests import ERRORS_FILE
 from exporter.safetensors_io import read_json
+from exporter.structure import Count
 
 MAX_ERRORS_BYTES = 64 * 2**20
 WORST = 6  # linears that a report lists
 
-Count = Annotated[int, Field(ge=0, lt=2**63)]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=0)]
 Text = Annotated[str, Field(max_length=1000)]
 

@@ -32,12 +32,11 @@ from pydantic_core import from_json
 
 from engines.profile import Profile
 from exporter.errors import EngineError, IncompleteError
-from exporter.structure import Structure
+from exporter.structure import Count, Positive, Structure, Text
 
 RESULTS_SCHEMA: Final = 2  # 2: engines may have `stopped`
 READ_SCHEMAS: Final = (1, 2)
 MAX_RESULTS_BYTES = 64 * 2**20
-MAX_TEXT = 10_000  # characters
 MAX_TOKENS = 1_000_000  # timed in one benchmark; with three numbers for each the file has some 40 MiB
 SHOWN_PROBLEMS = 5
 SHOWN_CHARACTERS = 200
@@ -45,9 +44,6 @@ SHOWN_CHARACTERS = 200
 Kind = Literal["measured", "emulated", "predicted"]
 # A label ends up in tables, file comments and terminals: one line, no control characters.
 Label = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
-Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-Positive = Annotated[int, Field(ge=1, lt=2**63)]
 # Of ms, s or GiB. The bounds are far from anything real, and keep finite whatever is computed from such numbers.
 Duration = Annotated[float, Field(ge=1e-12, le=1e15, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]

@@ -18,13 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from engines.base import ENGINE_FILE, read_engine_manifest
 from engines.bench import environment_here
-from engines.results import Cell, Count, EngineResult, Positive, RequestShape, Results, validation_problems
+from engines.results import Cell, EngineResult, RequestShape, Results, validation_problems
 from exporter.dtypes import BFLOAT16, BY_NAME, FLOAT8_E4M3FN, INT8, DType
 from exporter.errors import EngineError
 from exporter.graph import ModelGraph, structure
 from exporter.read import open_model
 from exporter.safetensors_io import read_json
-from exporter.structure import Structure
+from exporter.structure import Count, Positive, Structure
 
 MAX_ALONE = 1.05  # requests at the same time, on average, that still count as one
 KV_DTYPES: dict[str, DType] = {"FP8": FLOAT8_E4M3FN, "INT8": INT8}

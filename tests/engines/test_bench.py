@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +18,10 @@ import pytest
 
 from engines.base import EngineManifest
 from engines.bench import bench_engines, python_worker, request_grid
-from engines.results import MAX_TEXT, Results, json_from_results, refuse_incomplete, results_from_json
+from engines.results import Results, json_from_results, refuse_incomplete, results_from_json
 from engines.worker import Close, Closed, Run, Sample, peak_memory_bytes, serve, timed_request, token_ids
 from exporter.errors import CheckpointError, EngineError, FuselageError, IncompleteError
+from exporter.structure import MAX_TEXT
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 50
@@ -294,6 +294,12 @@ def test_an_argument_that_is_not_utf8_does_not_cost_the_samples(tmp_path, monkey
     assert results_from_json(json_from_results(results)) == results
 
 
+def answering(sample: str) -> dict[str, str]:
+    """A worker that answers its first order with this line."""
+    ready = '{"event":"ready","protocol":1,"load_time_s":1,"runtime":{},"device":"x","clock":"y"}'
+    return {"text": f"print({ready!r}, flush=True)\ninput()\nprint({sample!r}, flush=True)\n"}
+
+
 WORKER_FAILURES = {
     "refuses to open": ({"opening": "raise EngineError('no such file')"}, "'fused' failed: no such file$"),
     "bug when opening": ({"opening": "1 / 0"}, "'fused' failed: ZeroDivisionError: division by zero"),
@@ -314,43 +320,19 @@ WORKER_FAILURES = {
         "answered out of turn: expected ready, found closed",
     ),
     "times another request": (
-        {
-            "text": textwrap.dedent("""
-            print('{"event":"ready","protocol":1,"load_time_s":1,"runtime":{},"device":"x","clock":"y"}', flush=True)
-            input()
-            print('{"event":"sample","ttft_ms":1,"step_ms":[],"request_ms":1}', flush=True)
-            """)
-        },
+        answering('{"event":"sample","ttft_ms":1,"step_ms":[],"request_ms":1}'),
         "than asked: expected batch 1, input 4, output 3, found .* 0 steps instead of output_len - 1",
     ),
     "knows other calls than asked": (
-        {
-            "text": textwrap.dedent("""
-            print('{"event":"ready","protocol":1,"load_time_s":1,"runtime":{},"device":"x","clock":"y"}', flush=True)
-            input()
-            print('{"event":"sample","ttft_ms":1,"step_ms":[1,1],"request_ms":3,"run_ms":[1,1]}', flush=True)
-            """)
-        },
+        answering('{"event":"sample","ttft_ms":1,"step_ms":[1,1],"request_ms":3,"run_ms":[1,1]}'),
         "timed another request than asked: .* run_ms is not 1 rounds of output_len calls",
     ),
     "a request shorter than its first token": (
-        {
-            "text": textwrap.dedent("""
-            print('{"event":"ready","protocol":1,"load_time_s":1,"runtime":{},"device":"x","clock":"y"}', flush=True)
-            input()
-            print('{"event":"sample","ttft_ms":2,"step_ms":[1,1],"request_ms":1}', flush=True)
-            """)
-        },
+        answering('{"event":"sample","ttft_ms":2,"step_ms":[1,1],"request_ms":1}'),
         "timed another request than asked: .* a request shorter than its time to first token",
     ),
     "NaN sample": (
-        {
-            "text": textwrap.dedent("""
-            print('{"event":"ready","protocol":1,"load_time_s":1,"runtime":{},"device":"x","clock":"y"}', flush=True)
-            input()
-            print('{"event":"sample","ttft_ms":NaN,"step_ms":[1,1],"request_ms":1}', flush=True)
-            """)
-        },
+        answering('{"event":"sample","ttft_ms":NaN,"step_ms":[1,1],"request_ms":1}'),
         "does not speak the protocol",
     ),
 }
