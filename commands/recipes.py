@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from commands.options import PATH, quiet_option
-from commands.terminal import note_printer, resumable, say_written, step_progress
+from commands.terminal import note_printer, resumable, say_written, step_progress, wide_console
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from engines.run import ForeseenStep, ForeseenVariant
 
 DEMO_RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 
@@ -15,10 +22,18 @@ DEMO_RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 @click.command(epilog="Example: python build.py run recipes/demo.yaml -o out/demo")
 @click.argument("recipe", type=PATH)
 @click.option("-o", "--output", type=PATH, help="Folder of all steps; out/<recipe> if not given.")
+@click.option("--dry-run", is_flag=True, help="Check everything, list the steps, write nothing.")
 @quiet_option
-def run(recipe: Path, output: Path | None, quiet: bool) -> None:
-    """Carry out a recipe; steps that are complete are not repeated."""
-    _run(recipe, output or Path("out") / recipe.stem, quiet)
+def run(recipe: Path, output: Path | None, dry_run: bool, quiet: bool) -> None:
+    """Carry out a recipe; steps that are complete are not repeated.
+
+    A dry run needs neither the weights nor the runtime, so a recipe for a GPU can be checked without one.
+    """
+    output = output or Path("out") / recipe.stem
+    if dry_run:
+        _foresee(recipe, output, quiet)
+    else:
+        _run(recipe, output, quiet)
 
 
 @click.command()
@@ -42,3 +57,48 @@ def _run(recipe_path: Path, output: Path, quiet: bool) -> None:
             read_recipe(recipe_path), output, notify=notify, progress=progress, note=note_printer(quiet)
         )
     say_written(quiet, result / "report.html" if (result / "report.html").exists() else result)
+
+
+def _foresee(recipe_path: Path, output: Path, quiet: bool) -> None:
+    from engines.run import dry_run_recipe
+    from exporter.recipe import read_recipe
+
+    found = dry_run_recipe(read_recipe(recipe_path), output)
+    console = wide_console()
+    console.print(_variants_table(found.variants))
+    console.print()
+    console.print(_steps_table(found.steps))
+    for problem in found.missing:
+        click.echo(f"note: this machine cannot carry it out: {problem}", err=True)
+    if not quiet:
+        click.echo("nothing was written")
+
+
+def _variants_table(variants: Sequence[ForeseenVariant]) -> Table:
+    from rich.table import Table
+
+    from exporter.writers.onnx_quantization import number_format
+
+    table = Table("variant", box=None, pad_edge=False, header_style="dim")
+    for header in ("blocks", "sequential sublayers", "parameters"):
+        table.add_column(header, justify="right")
+    table.add_column("quantized linears")
+    for variant in variants:
+        graph = variant.structure
+        if graph is None:
+            table.add_row(variant.name, "", "", "", "its plan is what the analysis will suggest")
+        else:
+            figures = (len(graph.blocks), graph.sequential_sublayers, graph.num_parameters)
+            table.add_row(variant.name, *(f"{figure:,}" for figure in figures), number_format(graph) or "none")
+    return table
+
+
+def _steps_table(steps: Sequence[ForeseenStep]) -> Table:
+    from rich.table import Table
+
+    table = Table("", "step", box=None, pad_edge=False, header_style="dim")
+    table.add_column("bytes", justify="right")
+    for step in steps:
+        size = "" if step.total_bytes is None else f"{step.total_bytes:,}"
+        table.add_row("keep" if step.is_there else "make", step.name, size)
+    return table

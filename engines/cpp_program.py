@@ -56,7 +56,7 @@ def worker_for(runtime: Runtime, tell: Tell) -> WorkerCommand:
         if runtime == "python" or backend not in SERVED:
             return None
         try:
-            refuse_missing(backend)
+            raise_all(missing_problems(backend))
             return built_program(tell)
         except EngineError as error:
             if runtime == "cpp":
@@ -99,9 +99,9 @@ def missing(backend: str) -> list[str]:
     return problems
 
 
-def refuse_missing(backend: str) -> None:
-    """Raise EngineError for what this machine lacks."""
-    raise_all([EngineError(problem, hint=HINT) for problem in missing(backend)])
+def missing_problems(backend: str) -> list[EngineError]:
+    """`missing`, with the way around it."""
+    return [EngineError(problem, hint=HINT) for problem in missing(backend)]
 
 
 def built_program(tell: Tell, *, options: Mapping[str, str] | None = None) -> Path:

@@ -19,9 +19,11 @@ Here is the order of the steps. A new one is a function in `engines.run_models` 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.base import Backend
 from engines.bench import Progress
 from engines.run_engines import (
     Note,
@@ -29,6 +31,7 @@ from engines.run_engines import (
     bench_step,
     check_network,
     engine_step,
+    missing_runtimes,
     network_step,
     prediction_of,
     report_step,
@@ -44,13 +47,15 @@ from engines.run_models import (
     check_model,
     checkpoint_step,
     distill_step,
-    distilled,
     evaluate_step,
+    missing_devices,
     quantization_step,
 )
-from exporter.graph import structure
+from exporter.analysis import tasks
+from exporter.errors import FuselageError, raise_all
+from exporter.graph import ModelGraph, structure
 from exporter.manifests import PLAN_FILE
-from exporter.pipeline import Step, apply_plan, refuse_edited, refuse_overlap, run_step, source_fingerprint
+from exporter.pipeline import Step, apply_plan, finished, refuse_edited, refuse_overlap, run_step, source_fingerprint
 from exporter.plan import Plan, read_plan
 from exporter.read import open_model
 from exporter.recipe import STEP_FOLDERS, Recipe, VariantRecipe
@@ -82,9 +87,93 @@ def run_recipe(
     folders of steps, or put there, are refused: `run` would replace them.
 
     Raises:
-        FuselageError: of the step that failed; the steps before it stay.
+        FuselageError: this machine lacks something, or that of the step that failed; the steps before it stay.
     """
+
+    def made(step: Step) -> Done:
+        manifest, now = run_step(step)
+        if notify is not None:
+            notify(step.name, now)
+        return Done(folder=step.folder, fingerprint=manifest.fingerprint)
+
     backend = backend_of(recipe, progress)
+    raise_all(_missing(recipe, backend))
+    _, result = _carry_out(recipe, output, backend, made, need_weights=True, progress=progress, note=note)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class ForeseenStep:
+    """A step as a dry run sees it."""
+
+    name: str
+    is_there: bool  # complete; False: it would be made, unless the steps before it turn out as they were
+    total_bytes: int | None  # of its files; None: known once it is made
+
+
+@dataclass(frozen=True, slots=True)
+class ForeseenVariant:
+    """A variant as a dry run sees it."""
+
+    name: str
+    structure: ModelGraph | None  # what its network is to be made of; None: its plan is yet to be suggested
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What `run_recipe` would do."""
+
+    variants: list[ForeseenVariant]
+    steps: list[ForeseenStep]
+    missing: list[FuselageError]  # on this machine: what `run_recipe` would stop for
+
+
+def dry_run_recipe(recipe: Recipe, output: Path) -> DryRun:
+    """Check a recipe as `run_recipe` does, and say what it would do; nothing is written.
+
+    Neither weights nor the runtime need be there, so that a recipe for another machine can be checked on this one.
+
+    Raises:
+        FuselageError: as `run_recipe` before its first step, but for what this machine lacks.
+    """
+    steps: list[ForeseenStep] = []
+
+    def seen(step: Step) -> Done:
+        manifest = finished(step)
+        total_bytes = None if step.total_bytes is None else step.total_bytes()
+        steps.append(ForeseenStep(step.name, manifest is not None, total_bytes))
+        fingerprint = f"that of step {step.key}" if manifest is None else manifest.fingerprint
+        return Done(folder=step.folder, fingerprint=fingerprint, is_there=manifest is not None)
+
+    backend = backend_of(recipe, progress=None)
+    planned, _ = _carry_out(recipe, output, backend, seen, need_weights=False)
+    graphs = {name: variant.expected for name, variant in planned.items()}
+    variants = [ForeseenVariant(wanted.name, graphs.get(wanted.name)) for wanted in recipe.variants]
+    return DryRun(variants, steps, _missing(recipe, backend))
+
+
+def _missing(recipe: Recipe, backend: Backend) -> list[FuselageError]:
+    problems: list[FuselageError] = [*missing_runtimes(recipe, backend), *missing_devices(recipe)]
+    if recipe.evaluate is not None and recipe.evaluate.tasks:
+        problems += tasks.missing()
+    return problems
+
+
+def _carry_out(
+    recipe: Recipe,
+    output: Path,
+    backend: Backend,
+    made: Callable[[Step], Done],
+    *,
+    need_weights: bool,
+    progress: Progress | None = None,
+    note: Note | None = None,
+) -> tuple[dict[str, Variant], Path]:
+    """Check everything, then have every step `made`, or looked at in a dry run.
+
+    Returns:
+        The variants as planned, by name, and the folder of the last step.
+    """
     folders = [output / name for name in (*STEP_FOLDERS, *(variant.name for variant in recipe.variants))]
     for folder in folders:
         refuse_overlap(recipe.model, folder)
@@ -92,7 +181,7 @@ def run_recipe(
     for folder in folders:
         for made_before in (folder, *sorted(folder.glob("*"))):
             refuse_edited(made_before)
-    source = open_model(recipe.model, need_weights=True)
+    source = open_model(recipe.model, need_weights=need_weights)
     source_key = source_fingerprint(recipe.model)
     check_measuring(recipe, source)
     prediction = None if recipe.predict is None else prediction_of(recipe.predict, source.graph)
@@ -103,20 +192,23 @@ def run_recipe(
         if wanted.bench:
             check_network(recipe, wanted, expected)
         folder = output / wanted.name
-        return Variant(recipe=wanted, plan=plan, folder=folder, checkpoint=source, graph=graph, key=source_key)
-
-    def made(step: Step) -> Done:
-        manifest, now = run_step(step)
-        if notify is not None:
-            notify(step.name, now)
-        return Done(step.folder, manifest)
+        return Variant(
+            recipe=wanted,
+            plan=plan,
+            folder=folder,
+            checkpoint=source,
+            graph=graph,
+            expected=expected,
+            key=source_key,
+        )
 
     variants = {wanted.name: planned(wanted, wanted.plan) for wanted in recipe.variants if wanted.plan != "auto"}
     analysis = calibration = None
     if recipe.analysis is not None:
         analysis = made(analysis_step(recipe.analysis, output / "analysis", source, source_key))
-        suggested = read_plan(analysis.folder / PLAN_FILE)
-        variants |= {wanted.name: planned(wanted, suggested) for wanted in recipe.variants if wanted.plan == "auto"}
+        if analysis.is_there:
+            suggested = read_plan(analysis.folder / PLAN_FILE)
+            variants |= {wanted.name: planned(wanted, suggested) for wanted in recipe.variants if wanted.plan == "auto"}
     calibrate = recipe.calibration
     if calibrate is not None and any(wanted.quantize and not wanted.distill for wanted in recipe.variants):
         calibration = made(calibration_step(calibrate, output / "calibration", source, source_key))
@@ -126,16 +218,20 @@ def run_recipe(
     untimed: dict[str, dict[str, Any]] = {}
     held: dict[str, HeldModel] = {}
     for wanted in recipe.variants:
-        variant, ranges = variants[wanted.name], calibration
+        variant, ranges = variants.get(wanted.name), calibration
+        if variant is None:  # in a dry run: its steps follow from an analysis that is yet to be made
+            engines += [analysis] if wanted.bench and analysis is not None else []
+            continue
         if wanted.distill is not None:
-            variant = distilled(variant, made(distill_step(wanted.distill, variant, progress)))
+            variant = variant.written(made(distill_step(wanted.distill, variant, progress)), variant.graph)
             if wanted.quantize is not None and calibrate is not None:  # training has moved the ranges
                 own = variant.folder / "calibration"
                 ranges = made(calibration_step(calibrate, own, variant.checkpoint, variant.key, of=wanted.name))
         if wanted.quantize is not None and calibrate is not None and ranges is not None:
             quantizations[wanted.name] = made(quantization_step(calibrate, variant, wanted.quantize, ranges))
         if wanted.checkpoint and (variant.graph is not variant.checkpoint.graph or wanted.quantize is not None):
-            variant = variant.written(made(checkpoint_step(variant, ranges, quantizations.get(wanted.name))))
+            written = made(checkpoint_step(variant, ranges, quantizations.get(wanted.name)))
+            variant = variant.written(written, variant.expected)
         if wanted.bench:
             network = made(network_step(recipe, variant))
             engines.append(made(engine_step(recipe, backend, variant, network)))
@@ -145,8 +241,9 @@ def run_recipe(
         if recipe.evaluate is not None:
             evaluations[wanted.name] = made(evaluate_step(recipe.evaluate, variant, source, held))
     if recipe.bench is None:
-        return output
+        return variants, output
     results = made(bench_step(recipe.bench, output / "benchmark", engines, progress, note))
     if evaluations:
         results = made(results_step(output / "results", results, evaluations, untimed))
-    return made(report_step(recipe, output / "report", results, analysis, quantizations, prediction)).folder
+    report = made(report_step(recipe, output / "report", results, analysis, quantizations, prediction))
+    return variants, report.folder

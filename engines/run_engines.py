@@ -9,7 +9,7 @@ from typing import Any
 from engines.backends import backend_named
 from engines.base import Backend
 from engines.bench import Progress, bench_engines, request_grid
-from engines.cpp_program import refuse_missing, worker_for
+from engines.cpp_program import missing_problems, worker_for
 from engines.hardware import gpu_named, read_gpus
 from engines.latency_model import stages_of, structure_from_graph
 from engines.machine import cpus_for
@@ -25,9 +25,8 @@ from exporter.network import NETWORK_KIND
 from exporter.pipeline import Step, network_writing, save, trtllm_writing
 from exporter.recipe import BenchRecipe, NetworkRecipe, PredictRecipe, Recipe, TensorRtLlmRecipe, VariantRecipe
 from exporter.safetensors_io import read_json
-from exporter.writers import trtllm
-from exporter.writers.files import check_folder, save_folder
-from exporter.writers.onnx import check_structure
+from exporter.writers import onnx, trtllm
+from exporter.writers.files import check_folder, save_folder, sizes_of
 from exporter.writers.onnx_options import Options as OnnxOptions
 from exporter.writers.onnx_options import options_for
 from exporter.writers.trtllm_config import CHECKPOINT_KIND
@@ -37,10 +36,10 @@ RESULTS_FILE = "results.json"
 
 
 def backend_of(recipe: Recipe, progress: Progress | None) -> Backend:
-    """What builds a recipe's engines.
+    """What builds a recipe's engines; the runtime itself need not be there.
 
     Raises:
-        EngineError: this machine cannot build them, or not measure them as the recipe asks for.
+        EngineError: the recipe's options do not fit, or its engines cannot be profiled.
     """
     wanted = recipe.network
     if isinstance(wanted, TensorRtLlmRecipe):
@@ -50,12 +49,17 @@ def backend_of(recipe: Recipe, progress: Progress | None) -> Backend:
     else:
         options = {} if recipe.engine is None else recipe.engine.model_dump(exclude={"backend"}, exclude_unset=True)
         backend = backend_named(wanted.target, options, progress)
-    raise_all([EngineError(problem) for problem in backend.missing()])
-    if recipe.bench is not None and recipe.bench.runtime == "cpp":
-        refuse_missing(backend.name)
     if recipe.bench is not None and recipe.bench.profile:
         raise_all(profiler_problems([backend.name]))
     return backend
+
+
+def missing_runtimes(recipe: Recipe, backend: Backend) -> list[EngineError]:
+    """What this machine lacks to build the recipe's engines, and to measure them as the recipe asks for."""
+    problems = [EngineError(problem) for problem in backend.missing()]
+    if recipe.bench is not None and recipe.bench.runtime == "cpp":
+        problems += missing_problems(backend.name)
+    return problems
 
 
 def check_network(recipe: Recipe, variant: VariantRecipe, structure: ModelGraph) -> None:
@@ -70,7 +74,7 @@ def check_network(recipe: Recipe, variant: VariantRecipe, structure: ModelGraph)
     if isinstance(recipe.network, TensorRtLlmRecipe):
         raise_all(trtllm.check(structure, _trtllm_options(recipe.network)))
     else:
-        raise_all(check_structure(structure, _onnx_options(recipe.network, variant)))
+        raise_all(onnx.check_structure(structure, _onnx_options(recipe.network, variant)))
 
 
 def prediction_of(wanted: PredictRecipe, graph: ModelGraph) -> Wanted:
@@ -101,9 +105,21 @@ def network_step(recipe: Recipe, variant: Variant) -> Step:
             options = _onnx_options(wanted, variant.recipe)
             save(network_writing(origin, graph, folder, options=options, details=details, force=True))
 
+    def total_bytes() -> int:
+        if isinstance(wanted, TensorRtLlmRecipe):
+            return sum(sizes_of(trtllm.emit(variant.expected, _trtllm_options(wanted))).values())
+        return onnx.total_bytes(variant.expected, _onnx_options(wanted, variant.recipe))
+
     inputs = {"source": variant.key, **variant.described, "network": wanted.model_dump(mode="json")}
     kind = CHECKPOINT_KIND if isinstance(wanted, TensorRtLlmRecipe) else NETWORK_KIND
-    return Step(name=f"{variant.name}: network", folder=folder, kind=kind, inputs=inputs, make=make)
+    return Step(
+        name=f"{variant.name}: network",
+        folder=folder,
+        kind=kind,
+        inputs=inputs,
+        make=make,
+        total_bytes=total_bytes,
+    )
 
 
 def _trtllm_options(wanted: TensorRtLlmRecipe) -> trtllm.Options:

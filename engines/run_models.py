@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines.bench import Progress
-from exporter.analysis.tasks import check_tasks, run_tasks
-from exporter.errors import raise_all
+from exporter.analysis import tasks
+from exporter.errors import FuselageError, raise_all
 from exporter.graph import ModelGraph
 from exporter.manifests import ERRORS_FILE
 from exporter.passes.find_blocks import blocks_of_range
 from exporter.passes.quantize_linears import structure_quantized
-from exporter.pipeline import Step, checkpoint_writing, distilled_writing, save, source_fingerprint
+from exporter.pipeline import Step, Writing, checkpoint_writing, distilled_writing, save, source_fingerprint
 from exporter.plan import Plan
 from exporter.quantization import QuantizationRecipe
 from exporter.read import Checkpoint, open_model
@@ -30,7 +30,7 @@ from exporter.recipe import (
 from exporter.safetensors_io import read_json
 from exporter.text import MAX_TEXT_BYTES
 from exporter.writers import hf
-from exporter.writers.files import Manifest, json_bytes, save_folder
+from exporter.writers.files import json_bytes, save_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,16 +42,13 @@ EVALUATION_FILE = "evaluation.json"
 SAVED_RUN = "distilling"  # folder, while a variant is trained
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
-    """The complete folder of a step."""
+    """The folder of a step, complete but in a dry run."""
 
     folder: Path
-    manifest: Manifest
-
-    @property
-    def fingerprint(self) -> str:
-        return self.manifest.fingerprint
+    fingerprint: str  # of its manifest
+    is_there: bool = True  # False: a dry run, and the step would be made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +60,7 @@ class Variant:
     folder: Path  # of its steps
     checkpoint: Checkpoint  # the source, or what a step has written
     graph: ModelGraph  # that of `checkpoint`, or what the plan makes of it
+    expected: ModelGraph  # what its network is to be made of; of a quantized variant only the structure
     key: Mapping[str, Any]  # what `checkpoint` is recognized by
 
     @property
@@ -79,9 +77,12 @@ class Variant:
         """What an interrupted distillation goes on from."""
         return self.folder / SAVED_RUN
 
-    def written(self, done: Done) -> Variant:
-        """The same variant, read from a model folder that a step has written."""
-        checkpoint = open_model(done.folder, need_weights=True)
+    def written(self, done: Done, foreseen: ModelGraph) -> Variant:
+        """The same variant, read from a model folder that a step has written, or in a dry run, would write."""
+        if done.is_there:
+            checkpoint = open_model(done.folder, need_weights=True)
+        else:
+            checkpoint = replace(self.checkpoint, path=done.folder, graph=foreseen)
         return replace(self, checkpoint=checkpoint, graph=checkpoint.graph, key={"manifest": done.fingerprint})
 
 
@@ -104,11 +105,21 @@ def check_measuring(recipe: Recipe, source: Checkpoint) -> None:
         from exporter.suggest import Wishes, check_wishes  # imports torch
 
         check_wishes(source.graph, Wishes(drop=recipe.analysis.drop))
-    if recipe.evaluate is not None and recipe.evaluate.tasks:
+    if recipe.evaluate is not None and recipe.evaluate.tasks and not tasks.missing():
         wanted = recipe.evaluate
-        check_tasks(
+        tasks.check_tasks(
             recipe.model, wanted.tasks, include_path=wanted.include_path, trust_remote_code=wanted.trust_remote_code
         )
+
+
+def missing_devices(recipe: Recipe) -> Sequence[FuselageError]:
+    """What this machine lacks to train the recipe's variants."""
+    kinds = {variant.distill.device for variant in recipe.variants if variant.distill is not None}
+    if not kinds:
+        return []
+    from exporter.distill_model import device_problems  # imports torch
+
+    return [problem for kind in sorted(kinds) for problem in device_problems(kind)]
 
 
 def check_model(wanted: VariantRecipe, graph: ModelGraph, source: ModelGraph) -> ModelGraph:
@@ -130,9 +141,7 @@ def check_model(wanted: VariantRecipe, graph: ModelGraph, source: ModelGraph) ->
 
 def _check_distillation(wanted: DistillRecipe, graph: ModelGraph, source: ModelGraph) -> None:
     from exporter.distill import check_distillation  # imports torch
-    from exporter.distill_model import check_devices
 
-    check_devices(wanted.device)
     # How many windows a text has is known once it was read: till then, as many as one can have.
     settings = _distill_settings(wanted, wanted.max_windows or MAX_TEXT_BYTES // wanted.context)
     check_distillation(graph, source, settings, blocks=_trained_blocks(wanted, graph))
@@ -207,6 +216,12 @@ def distill_step(wanted: DistillRecipe, variant: Variant, progress: Progress | N
         details = {**details, **variant.described, "text": str(wanted.text), "context": wanted.context}
         save(distilled_writing(source, found, folder, details=details, force=True))
 
+    def tidy() -> None:
+        if variant.saved_run.is_dir():
+            from exporter.distill_state import remove_run  # imports torch
+
+            remove_run(variant.saved_run)
+
     inputs = {
         **variant.described,
         "source": variant.key,
@@ -214,16 +229,9 @@ def distill_step(wanted: DistillRecipe, variant: Variant, progress: Progress | N
         # What is left out says where the text is, or is about the machine and changes the result by rounding at most.
         "distill": wanted.model_dump(mode="json", exclude={"text", "accumulate", "recompute", "device", "save_every"}),
     }
-    return Step(name=f"{variant.name}: distillation", folder=folder, kind="checkpoint", inputs=inputs, make=make)
-
-
-def distilled(variant: Variant, done: Done) -> Variant:
-    """The variant, read from what its distillation wrote; the saved run has served its purpose."""
-    if variant.saved_run.is_dir():
-        from exporter.distill_state import remove_run  # imports torch
-
-        remove_run(variant.saved_run)
-    return variant.written(done)
+    return Step(
+        name=f"{variant.name}: distillation", folder=folder, kind="checkpoint", inputs=inputs, make=make, tidy=tidy
+    )
 
 
 def _distill_settings(wanted: DistillRecipe, windows: int) -> Settings:
@@ -301,14 +309,23 @@ def checkpoint_step(variant: Variant, calibration: Done | None, quantization: Do
             known = read_calibration(calibration.folder)
             source = variant.checkpoint.graph
             graph = quantize(graph, recipe, source=source, calibration=known, strengths=strengths).graph
-        details = {**details, **variant.described}
-        save(checkpoint_writing(variant.checkpoint, graph, folder, details=details, force=True))
+        save(writing(graph, {**details, **variant.described}))
+
+    def writing(graph: ModelGraph, details: Mapping[str, Any]) -> Writing:
+        return checkpoint_writing(variant.checkpoint, graph, folder, details=details, force=True)
 
     inputs: dict[str, Any] = {"source": variant.key, **variant.described}
     if recipe is not None and calibration is not None and quantization is not None:
         inputs["calibration"], inputs["quantization"] = calibration.fingerprint, quantization.fingerprint
         inputs["quantize"] = recipe.model_dump(mode="json")  # a KV cache, say, leaves no trace in `quantization`
-    return Step(name=f"{variant.name}: checkpoint", folder=folder, kind="checkpoint", inputs=inputs, make=make)
+    return Step(
+        name=f"{variant.name}: checkpoint",
+        folder=folder,
+        kind="checkpoint",
+        inputs=inputs,
+        make=make,
+        total_bytes=lambda: writing(variant.expected, {}).total_bytes,
+    )
 
 
 def evaluate_step(wanted: EvaluateRecipe, variant: Variant, source: Checkpoint, held: dict[str, HeldModel]) -> Step:
@@ -327,7 +344,7 @@ def evaluate_step(wanted: EvaluateRecipe, variant: Variant, source: Checkpoint, 
             reference = None if is_source else held.get("source", source.graph)
             found = evaluate(variant.graph, tokens, reference=reference).to_json()
         if wanted.tasks:
-            scores = run_tasks(
+            scores = tasks.run_tasks(
                 variant.checkpoint.path,
                 wanted.tasks,
                 include_path=wanted.include_path,

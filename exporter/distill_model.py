@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from exporter.dtypes import FLOAT32
-from exporter.errors import FuselageError
+from exporter.errors import FuselageError, raise_all
 from exporter.graph import Block, Linear, ModelGraph, ParallelBlocks, weights
 from exporter.lazy import LazyTensor, cast, slice_rows
 from exporter.lazy_quantized import dequantized
@@ -64,7 +64,7 @@ def joined_processes(device: str) -> Iterator[Processes]:
         DistillError: this machine has fewer devices than processes.
     """
     kind, local_rank = torch.device(device).type, int(os.environ.get("LOCAL_RANK", 0))
-    check_devices(kind, local_rank + 1)
+    raise_all(device_problems(kind, local_rank + 1))
     if not dist.is_torchelastic_launched():
         yield Processes(0, 1, torch.device(device))
         return
@@ -78,14 +78,17 @@ def joined_processes(device: str) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-def check_devices(kind: str, processes: int = 1) -> None:
-    """Raise DistillError if this machine has fewer devices of a kind, "cuda" or "cpu", than processes on it need."""
-    if kind == "cuda" and torch.cuda.device_count() < processes:
-        raise DistillError(
+def device_problems(kind: str, processes: int = 1) -> list[DistillError]:
+    """Say whether this machine has fewer devices of a kind, "cuda" or "cpu", than processes on it need."""
+    if kind != "cuda" or torch.cuda.device_count() >= processes:
+        return []
+    return [
+        DistillError(
             "every process on this machine needs a CUDA device of its own",
             expected=f"at least {processes}",
             found=torch.cuda.device_count(),
         )
+    ]
 
 
 class _Part(nn.Module):

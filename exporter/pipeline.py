@@ -226,6 +226,8 @@ class Step:
     kind: str  # of the manifest
     inputs: Mapping[str, Any]  # plain JSON data
     make: Callable[[Mapping[str, Any]], object]  # writes `folder`, with these details in its manifest
+    tidy: Callable[[], None] | None = None  # once `folder` is complete, made now or before
+    total_bytes: Callable[[], int] | None = None  # of its files, reckoned without reading a tensor; None: not known
 
     @property
     def key(self) -> str:
@@ -234,11 +236,13 @@ class Step:
 
 def run_step(step: Step) -> tuple[Manifest, bool]:
     """Make a step's folder unless it is there; returns its manifest and whether it was made now."""
-    done = finished(step)
-    if done is not None:
-        return done, False
-    step.make({"step": step.name, "step_key": step.key})
-    return check_folder(step.folder, step.kind, hashes=False), True
+    manifest, is_new = finished(step), False
+    if manifest is None:
+        step.make({"step": step.name, "step_key": step.key})
+        manifest, is_new = check_folder(step.folder, step.kind, hashes=False), True
+    if step.tidy is not None:
+        step.tidy()
+    return manifest, is_new
 
 
 def finished(step: Step) -> Manifest | None:

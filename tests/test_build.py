@@ -312,6 +312,10 @@ def recipe(model: Path, plan: Path, tmp_path: Path) -> Path:
 
 def test_run_makes_every_step_once_and_resumes(recipe: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
+    foreseen = done("run", recipe, "-o", output, "--dry-run").output
+    assert foreseen.count("make  ") == 16  # of `auto` nothing is known yet: checkpoint, network, engine, evaluation
+    assert "its plan is what the analysis will suggest" in foreseen
+    assert not output.exists()
     first = done("run", recipe, "-o", output).output
     assert first.count("made  ") == 20
     results = json.loads((output / "results" / "results.json").read_text())
@@ -334,10 +338,24 @@ def test_run_makes_every_step_once_and_resumes(recipe: Path, tmp_path: Path) -> 
     second = done("run", recipe, "-o", output).output
     assert (second.count("made  "), second.count("kept  ")) == (0, 20)
     shutil.rmtree(output / "fused" / "engine")  # as after a killed run: the steps before it are whole
+    foreseen = done("run", recipe, "-o", output, "--dry-run").output
+    assert foreseen.count("keep  ") == 16  # it cannot know that the engine will be the same, and the rest is kept
+    assert "keep  fused: network" in foreseen
+    assert "make  fused: engine" in foreseen
     third = done("run", recipe, "-o", output).output
     assert "kept  fused: network" in third
     assert "made  fused: engine" in third
     assert "kept  parallel: engine" in third
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "recipes").glob("*.yaml")))
+def test_our_recipes_can_be_checked_anywhere(name: str, tmp_path: Path) -> None:
+    found = done("run", ROOT / "recipes" / name, "--dry-run", "-o", tmp_path / "out")
+    assert "make  baseline: network" in found.stdout
+    assert "nothing was written" in found.stdout
+    has_runtime = "tensorrt" not in name or torch.cuda.is_available()
+    assert ("this machine cannot carry it out" in found.stderr) == (not has_runtime)
+    assert not (tmp_path / "out").exists()
 
 
 FOLDERS = {

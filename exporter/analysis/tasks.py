@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import CheckpointError, TargetError
+from exporter.errors import CheckpointError, TargetError, raise_all
 from exporter.safetensors_io import read_json
 
 DEFAULT_BATCH = 16  # requests that go through the model at a time
@@ -76,7 +76,7 @@ def run_tasks(
     manager = check_tasks(model, names, include_path=include_path, trust_remote_code=trust_remote_code)
     with contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO()):
         try:
-            found = _harness().simple_evaluate(
+            found = importlib.import_module("lm_eval").simple_evaluate(
                 model="hf",
                 model_args={"pretrained": str(model), "trust_remote_code": trust_remote_code},
                 tasks=list(names),
@@ -116,6 +116,16 @@ def scores_table(scores: Sequence[TaskScore]) -> Any:
     return table
 
 
+def missing() -> list[TargetError]:
+    """What this machine lacks to run tasks."""
+    try:
+        importlib.import_module("lm_eval")
+    except ImportError:
+        way_out = "install it: pip install --editable '.[tasks]'"
+        return [TargetError("lm-evaluation-harness is not installed", hint=way_out)]
+    return []
+
+
 def check_tasks(
     model: Path, names: Sequence[str], *, include_path: Path | None = None, trust_remote_code: bool = False
 ) -> Any:
@@ -128,7 +138,7 @@ def check_tasks(
         TargetError: the harness is not installed, or does not know a task.
         CheckpointError: the model brings code of its own, which is run only on request.
     """
-    _harness()
+    raise_all(missing())
     if include_path is not None and not os.path.isdir(include_path):
         raise TargetError("no such folder of tasks", file=include_path)
     if not trust_remote_code and read_json(model / "config.json").get("auto_map"):
@@ -186,12 +196,3 @@ def _samples(found: Mapping[str, Any], task: str) -> int:
 
 def _unknown(manager: Any, names: Sequence[str]) -> list[str]:
     return [name for name in names if not manager.match_tasks([name])]
-
-
-def _harness() -> Any:
-    try:
-        return importlib.import_module("lm_eval")
-    except ImportError as error:
-        raise TargetError(
-            "lm-evaluation-harness is not installed", hint="install it: pip install --editable '.[tasks]'"
-        ) from error

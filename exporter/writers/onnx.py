@@ -27,7 +27,7 @@ from exporter.network import (
 )
 from exporter.safetensors_io import Shards
 from exporter.wide_ffn import wide_ffn_problems
-from exporter.writers.files import Content, json_bytes
+from exporter.writers.files import Content, json_bytes, sizes_of
 from exporter.writers.onnx_graph import Form, NetworkBuilder, cache_slots
 from exporter.writers.onnx_options import (
     NETWORK_DTYPES,
@@ -82,12 +82,26 @@ def check_structure(graph: ModelGraph, options: Options) -> list[FuselageError]:
 
 
 def emit(graph: ModelGraph, options: Options) -> Iterator[tuple[str, Content | bytes]]:
-    """Yield the folder's files for `files.save_folder(kind=KIND)`; weights stream in chunks.
+    """Return the folder's files for `files.save_folder(kind=KIND)`; weights stream in chunks.
 
     Raises:
-        TargetError: what `check` returns.
+        TargetError: what `check` returns; at once, not at the first file.
     """
     raise_all(check(graph, options))
+    return _files(graph, options)
+
+
+def total_bytes(graph: ModelGraph, options: Options) -> int:
+    """How large the folder's files would be, of a graph whose weights need not be there yet.
+
+    Raises:
+        TargetError: what `check_structure` returns.
+    """
+    raise_all(check_structure(graph, options))
+    return sum(sizes_of(_files(graph, options)).values())
+
+
+def _files(graph: ModelGraph, options: Options) -> Iterator[tuple[str, Content | bytes]]:
     laid_out = _lay_out(graph, options)
     yield NETWORK_FILE, json_bytes(laid_out.manifest.model_dump(mode="json"))
     yield from laid_out.networks.items()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,19 @@ import numpy as np
 import pytest
 import torch
 
-from engines.run import run_recipe
+from engines.run import dry_run_recipe, run_recipe
 from exporter.distill import _Trainer
 from exporter.errors import FuselageError, OutputError
 from exporter.read import open_model
 from exporter.recipe import Recipe, read_recipe
 from exporter.writers import hf
-from exporter.writers.files import save_folder
+from exporter.writers.files import read_manifest, save_folder
 from tests.command_line import done
 from tests.exporter.analysis.test_evaluate import word_tokenizer
 from tests.exporter.test_distill import everything
 from tests.tiny import tiny_graph
+
+ROOT = Path(__file__).parents[2]
 
 
 def save_model(folder: Path, pattern: str) -> None:
@@ -61,13 +65,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "distillation_warmup_of_an_epoch": (distilling(max_windows=16, warmup=2), "out", "leaves no steps to train"),
     "distillation_layer": (distilling(blocks=[[1, 3]]), "out", "layer 3 is not in the model"),
     "distillation_of_nothing": (distilling({"drop_attention": [0], "drop_ffn": [0]}, blocks=[0]), "out", "are empty"),
-    "distillation_gpu": (distilling(device="cuda"), "out", "a CUDA device of its own: expected at least 1, found 0"),
 }
 
 
+@pytest.mark.parametrize("carry_out", [run_recipe, dry_run_recipe])
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_can_be_known_beforehand_is_refused_beforehand(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, carry_out: Callable[[Recipe, Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys, output, message = REFUSED[case]
     monkeypatch.chdir(tmp_path)
@@ -78,7 +82,36 @@ def test_what_can_be_known_beforehand_is_refused_beforehand(
     before = sorted(os.walk(tmp_path))
     defaults = {"model": "model", "variants": VARIANTS, "analysis": {"text": "text.txt"}}
     with pytest.raises(FuselageError, match=message):
-        run_recipe(Recipe.model_validate(defaults | keys), Path(output))
+        carry_out(Recipe.model_validate(defaults | keys), Path(output))
+    assert sorted(os.walk(tmp_path)) == before
+
+
+LACKING: dict[str, tuple[dict[str, Any], str]] = {
+    "gpu": (distilling(device="cuda"), "a CUDA device of its own: expected at least 1, found 0"),
+    "runtime": ({"network": {"to": "trtllm"}, "bench": None}, "TensorRT-LLM"),
+    "compiler": ({"bench": {"runtime": "cpp"}}, "there is no C\\+\\+ compiler .* Use --runtime python"),
+    "harness": ({"evaluate": {"tasks": ["hellaswag"]}}, "lm-evaluation-harness is not installed"),
+}
+
+
+@pytest.mark.parametrize("case", LACKING)
+def test_what_a_machine_lacks_stops_a_run_and_not_a_dry_one(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, message = LACKING[case]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    for module in ("lm_eval", "tensorrt_llm"):
+        monkeypatch.setitem(sys.modules, module, None)
+    save_model(Path("model"), "AF F AF")
+    Path("text.txt").write_text("w1 w2 w3 " * 50)
+    before = sorted(os.walk(tmp_path))
+    recipe = Recipe.model_validate({"model": "model", "variants": [{"name": "a"}], **keys})
+    (problem,) = dry_run_recipe(recipe, Path("out")).missing
+    assert re.search(message, str(problem))
+    with pytest.raises(FuselageError, match=message):
+        run_recipe(recipe, Path("out"))
     assert sorted(os.walk(tmp_path)) == before
 
 
@@ -130,6 +163,78 @@ def steps_made(recipe: Path) -> list[str]:
     made: list[str] = []
     run_recipe(read_recipe(recipe), Path("out"), notify=lambda step, now: made.append(step) if now else None)
     return made
+
+
+def steps_foreseen(recipe: Path) -> list[str]:
+    """The steps that a dry run says would be made."""
+    return [step.name for step in dry_run_recipe(read_recipe(recipe), Path("out")).steps if not step.is_there]
+
+
+CHANGES = [  # before, after, steps that are made again
+    ("evaluate: {text: text.txt, context: 16}", "evaluate: {text: text.txt, context: 12}", [STEPS[3], STEPS[10]]),
+    ("int8-smoothquant", "fp8", STEPS[6:]),
+    ("bench: null", "bench: {rounds: 1, output_len: [2], runtime: python}", ["benchmark", "results", "report"]),
+]
+
+
+def test_a_dry_run_foresees_the_steps_and_their_sizes(recipe: Path) -> None:
+    assert steps_foreseen(recipe) == STEPS
+    assert not Path("out").exists()
+    assert steps_made(recipe) == STEPS
+    before = sorted(os.walk("out"))
+    found = dry_run_recipe(read_recipe(recipe), Path("out"))
+    assert sorted(os.walk("out")) == before
+    assert [(step.name, step.is_there) for step in found.steps] == [(name, True) for name in STEPS]
+    assert [variant.name for variant in found.variants] == ["trained", "rounded"]
+    for step in found.steps:
+        manifest = read_manifest(Path("out") / step.name.replace(": ", "/"))
+        if step.total_bytes is not None and manifest is not None:
+            assert step.total_bytes == sum(entry.bytes for entry in manifest.files.values()), step.name
+    assert [step.name for step in found.steps if step.total_bytes] == [
+        "trained: network",
+        "rounded: checkpoint",
+        "rounded: network",
+    ]
+    for old, new, made_again in CHANGES:
+        recipe.write_text(recipe.read_text().replace(old, new))
+        assert steps_foreseen(recipe) == made_again
+        assert steps_made(recipe) == made_again
+
+
+def test_a_dry_run_does_without_weights(tmp_path: Path) -> None:
+    variants = [{"name": "source"}, {"name": "fused", "plan": {"fuse": [[42, 50], [53, 69]]}}]
+    model = ROOT / "tests/data/nemotron-super-49b.structure.json"
+    network = {"target": "tensorrt", "dtype": "bfloat16"}
+    recipe = Recipe.model_validate({"model": model, "network": network, "variants": variants, "bench": None})
+    found = dry_run_recipe(recipe, tmp_path / "out")
+    fused = found.variants[1].structure
+    assert fused is not None
+    assert len(fused.blocks) == 80 - 8 - 16
+    assert [step.name for step in found.steps if step.total_bytes is not None] == [
+        "source: network",
+        "fused: checkpoint",
+        "fused: network",
+    ]
+    for step in found.steps:
+        assert step.total_bytes is None or step.total_bytes == pytest.approx(2 * fused.num_parameters, rel=1e-3)
+    with pytest.raises(FuselageError, match=r"TensorRT cannot be imported|structure without weights"):
+        run_recipe(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_ends_where_a_plan_is_yet_to_be_suggested(recipe: Path) -> None:
+    auto = {"analysis": {"text": "text.txt", "drop": 1}, "variants": [{"name": "a"}, {"name": "b", "plan": "auto"}]}
+    recipe.write_text(
+        json.dumps({"model": "model", **auto, "bench": {"rounds": 1, "output_len": [2], "runtime": "python"}})
+    )
+    first = dry_run_recipe(read_recipe(recipe), Path("out"))
+    assert [step.name for step in first.steps] == ["analysis", "a: network", "a: engine", "benchmark", "report"]
+    assert [variant.structure is None for variant in first.variants] == [False, True]
+    made = steps_made(recipe)
+    then = dry_run_recipe(read_recipe(recipe), Path("out"))
+    assert [step.name for step in then.steps] == made
+    assert all(step.is_there for step in then.steps)
+    assert None not in [variant.structure for variant in then.variants]
 
 
 def assert_same_model(found: Path, expected: Path) -> None:
