@@ -195,7 +195,7 @@ OPTIONS_OF_REPORT = (
     "--fail-on-regression",
     "threshold",
     type=SHARE,
-    help="--compare, and exit with code 3 if anything is slower by more than this, e.g. 5%.",
+    help="--compare, and exit with code 3 if anything is slower by more than this, e.g. 5%, or an engine now stops.",
 )
 @click.option(
     "-o",
@@ -303,9 +303,10 @@ def _compare(
         save_file(output, json_bytes(changes.to_json()), force=force)
         save_file(markdown, changes_markdown(changes, threshold).encode(), force=force)
         say_written(quiet, output)
-    slower = [] if threshold is None else [change for change in changes.changes if change.is_regression(threshold)]
-    if slower:
-        click.echo(f"{len(slower)} of {len(changes.changes)} figures are more than {threshold:.1%} slower", err=True)
+    regressions = [] if threshold is None else changes.regressions(threshold)
+    for regression in regressions:
+        click.echo(regression, err=True)
+    if regressions:
         sys.exit(3)
 
 

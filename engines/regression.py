@@ -70,11 +70,22 @@ class Changes:
     """All that two results files have in common, and what to know about what they have not."""
 
     changes: tuple[Change, ...]
+    stopped: tuple[str, ...]  # engines that were timed to the end before, and not after
     notes: tuple[str, ...]  # one sentence each
 
     def to_json(self) -> dict[str, Any]:
-        changes = [{**asdict(change), "shape": change.shape._asdict()} for change in self.changes]
-        return {"comparison_schema": COMPARISON_SCHEMA, "changes": changes, "notes": list(self.notes)}
+        return {
+            "comparison_schema": COMPARISON_SCHEMA,
+            "changes": [{**asdict(change), "shape": change.shape._asdict()} for change in self.changes],
+            "stopped": list(self.stopped),
+            "notes": list(self.notes),
+        }
+
+    def regressions(self, threshold: float) -> list[str]:
+        """Say what became slower beyond noise and by more than this share, and which engines no longer end."""
+        slower = sum(change.is_regression(threshold) for change in self.changes)
+        found = [f"{slower} of {len(self.changes)} figures are more than {threshold:.1%} slower"] if slower else []
+        return found + [f"engine {label} ran to the end before, and stopped after" for label in self.stopped]
 
 
 def compare_results(before: Results, after: Results, *, metrics: Sequence[str] | None = None) -> Changes:
@@ -126,7 +137,9 @@ def compare_results(before: Results, after: Results, *, metrics: Sequence[str] |
         _change(old, new, metric, p_value) for (old, new, metric), p_value in zip(measured, p_values, strict=True)
     )
     notes = (*_notes(before, after, engines, pairs), *_doubts(measured))
-    return Changes(changes=changes, notes=notes)
+    ended = {engine.label for engine in before.engines if engine.stopped is None}
+    stopped = tuple(engine.label for engine in after.engines if engine.stopped is not None and engine.label in ended)
+    return Changes(changes=changes, stopped=stopped, notes=notes)
 
 
 def _common_engines(
@@ -263,6 +276,8 @@ def changes_markdown(changes: Changes, threshold: float | None) -> str:
     if threshold is not None:
         slower = sum(change.is_regression(threshold) for change in changes.changes)
         lines[-1] += f" {slower or 'None'} slower by more than {threshold:.1%}."
+    if changes.stopped:
+        lines[-1] += f" **Ran to the end before, and stopped after: {markdown_escaped(', '.join(changes.stopped))}.**"
     lines += [
         "",
         "| engine | request | metric | before, ms | after, ms | ratio | 95 % interval | p | |",

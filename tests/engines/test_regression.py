@@ -14,6 +14,7 @@ from engines.regression import (
     SIGNIFICANCE,
     Changes,
     adjusted_p_values,
+    changes_markdown,
     changes_table,
     compare_results,
     ratio_interval,
@@ -119,7 +120,7 @@ def test_rounds_too_few_for_a_single_change_are_said(rounds: int, is_seen: bool)
     assert len(changes.changes) == 36
     assert changes.changes[1].metric == "inter_token_ms"
     assert [change.verdict == "faster" for change in changes.changes] == [False, is_seen, *[False] * 34]
-    assert (changes.notes == ()) is is_seen
+    assert [" that takes 7 rounds in both runs" in note for note in changes.notes] == [True] * (not is_seen)
 
 
 def test_figures_are_medians_of_both_runs() -> None:
@@ -143,10 +144,17 @@ def test_an_engine_that_stopped_in_one_run_is_said_to_be_incomplete() -> None:
     assert f"Engine {label} is incomplete in the run after: it stopped after 3 of 8 rounds at {shape}." in found.notes
     assert f"Too few rounds to compare: {label}, {shape}." in found.notes
     assert {change.engine for change in found.changes} == {cell.engine for cell in cut} - {label}
+    assert found.regressions(threshold=100) == [f"engine {label} ran to the end before, and stopped after"]
+    assert f"**Ran to the end before, and stopped after: {label}.**" in changes_markdown(found, None)
     unopened = tuple(e.model_copy(update={"device": "cuda"}) if e.label == label else e for e in engines)
     others = tuple(cell for cell in cut if cell.engine != label)
     found = compare_results(before, after.model_copy(update={"engines": unopened, "cells": others}))
     assert {change.engine for change in found.changes} == {cell.engine for cell in others}
+    assert found.stopped == (label,)
+    both = compare_results(
+        before.model_copy(update={"engines": unopened}), after.model_copy(update={"engines": unopened, "cells": others})
+    )
+    assert both.stopped == ()  # it was like that before
     left = tuple(cell for cell in cut if cell.engine == label)
     with pytest.raises(EngineError, match="too few rounds"):  # and there is nothing else
         compare_results(before, after.model_copy(update={"engines": engines, "cells": left}))
@@ -161,6 +169,8 @@ def test_requests_of_one_token_have_no_time_between_tokens() -> None:
     ):
         results = DEMO.model_copy(update={"cells": (cell,)})
         assert [change.metric for change in compare_results(results, results).changes] == ["ttft_ms", "request_ms"]
+        with pytest.raises(EngineError, match="nothing of that metric"):
+            compare_results(results, results, metrics=["inter_token_ms"])
 
 
 def test_a_narrow_terminal_cuts_nothing_short() -> None:
@@ -223,6 +233,10 @@ def test_runs_that_cannot_be_compared() -> None:
     rng = np.random.default_rng(6)
     with pytest.raises(EngineError, match=r"too few rounds .*: expected at least 4 in both runs, found 3"):
         compare_results(run(rng), run(rng, rounds=3))
+    whole = run(rng)
+    cut = whole.model_copy(update={"cells": (first_rounds(whole.cells[0], 3), *whole.cells[1:])})
+    with pytest.raises(EngineError, match="too few rounds"):  # of an engine that did not stop
+        compare_results(whole, cut)
     renamed = [engine.model_copy(update={"label": f"{engine.label}-2"}) for engine in DEMO.engines]
     cells = [cell.model_copy(update={"engine": f"{cell.engine}-2"}) for cell in DEMO.cells]
     other = DEMO.model_copy(update={"engines": tuple(renamed), "cells": tuple(cells)})
