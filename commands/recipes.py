@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +63,7 @@ def _run(recipe_path: Path, output: Path, quiet: bool) -> None:
 def _foresee(recipe_path: Path, output: Path, quiet: bool) -> None:
     from engines.run import dry_run_recipe
     from exporter.recipe import read_recipe
+    from exporter.writers.files import size_text
 
     found = dry_run_recipe(read_recipe(recipe_path), output)
     console = wide_console()
@@ -71,7 +73,10 @@ def _foresee(recipe_path: Path, output: Path, quiet: bool) -> None:
     for problem in found.missing:
         click.echo(f"note: this machine cannot carry it out: {problem}", err=True)
     if not quiet:
-        click.echo("nothing was written")
+        needed = sum(step.total_bytes or 0 for step in found.steps if not step.is_there)
+        place = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
+        free = size_text(shutil.disk_usage(place).free)
+        click.echo(f"nothing was written; models and networks would take {size_text(needed)}, and {free} are free")
 
 
 def _variants_table(variants: Sequence[ForeseenVariant]) -> Table:
