@@ -375,16 +375,18 @@ class _Worker:
     def _end(self, *, patience_s: float = 0) -> None:
         if self.is_ended:
             return
-        if patience_s:
-            with suppress(subprocess.TimeoutExpired):  # then it is killed like any other
-                self._process.wait(timeout=patience_s)
-        with suppress(ProcessLookupError):  # it leads a session; what it started, such as ranks, goes with it
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._stderr):
-            assert stream is not None
-            with suppress(BrokenPipeError):  # bytes that a dead worker never read
-                stream.close()
+        try:
+            if patience_s:
+                with suppress(subprocess.TimeoutExpired):  # then it is killed like any other
+                    self._process.wait(timeout=patience_s)
+        finally:  # also on KeyboardInterrupt
+            with suppress(ProcessLookupError):  # it leads a session; what it started, such as ranks, goes with it
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            for stream in (self._process.stdin, self._process.stdout, self._stderr):
+                assert stream is not None
+                with suppress(BrokenPipeError):  # bytes that a dead worker never read
+                    stream.close()
 
 
 def _setting_problems(

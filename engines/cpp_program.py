@@ -25,6 +25,7 @@ from typing import Literal
 
 from engines.base import ENGINE_KIND, EngineManifest
 from engines.bench import WorkerCommand, python_worker
+from engines.programs import run_program
 from exporter.errors import EngineError, raise_all
 from exporter.writers.files import NO_LOCKS, check_folder
 
@@ -250,7 +251,8 @@ def _build(cmake: str, settings: Mapping[str, str], program: Path) -> None:
             [cmake, "-S", str(SOURCES), "-B", folder, *generator, *definitions],
             [cmake, "--build", folder, "--parallel", str(os.cpu_count() or 1)],
         ):
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+            environment = {**os.environ, "TMPDIR": folder}  # a compiler that is killed leaves its files there
+            done = run_program(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
             if done.returncode:
                 printed = done.stdout.decode(errors="replace").strip().splitlines()
                 raise EngineError(

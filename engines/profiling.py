@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -54,7 +56,9 @@ def profile_engine(
         command += ["--threads", str(threads)]
     if cpus is not None:
         command += ["--cpus", ",".join(map(str, cpus))]
-    done = subprocess.run(command, capture_output=True, cwd=PACKAGE_ROOT, check=False)
+    with tempfile.TemporaryDirectory() as temporary:  # for what the process would leave if it is killed
+        environment = {**os.environ, "TMPDIR": temporary}
+        done = subprocess.run(command, capture_output=True, cwd=PACKAGE_ROOT, env=environment, check=False)
     try:
         reply = Reply.validate_json(done.stdout)
     except ValidationError as error:

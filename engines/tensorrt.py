@@ -23,7 +23,7 @@ from engines.tensorrt_library import Gpu
 from engines.tensorrt_runner import CudaDevice, TensorRtRunner
 from exporter.errors import EngineError, IncompleteError, raise_all
 from exporter.network import NETWORK_KIND
-from exporter.writers.files import FileCopy, check_folder, refuse_existing
+from exporter.writers.files import FileCopy, check_folder, parent_of, refuse_existing
 
 NAME = "tensorrt"
 PLAN_FILE = "engine.plan"
@@ -67,8 +67,10 @@ class TensorRt:
         trt = library.load()
         _check_import(plan, trt.__version__)
         check_folder(network, NETWORK_KIND, hashes=True)  # reads all weights, so everything quick comes before
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.build-") as folder:
+        with (
+            parent_of(output) as parent,
+            tempfile.TemporaryDirectory(dir=parent, prefix=f".{output.name}.build-") as folder,
+        ):
             built = Path(folder, PLAN_FILE)
             timing_cache, lost_timings = build_engine(trt, plan, built, self._progress)
             options = _options(plan, here, trt.__version__, timing_cache)

@@ -284,7 +284,7 @@ def build_engine(
         EngineError: TensorRT does not import or build the network, one problem for each error that its parser names;
             or the timing cache is another version's or another GPU's.
         OutputError: the engine cannot be written, or not the folder of the timing cache.
-        KeyboardInterrupt: the build was interrupted.
+        KeyboardInterrupt, SystemExit: what SIGINT or SIGTERM raises here.
     """
     logger = make_logger(trt)
     builder = start(trt.Builder, logger)
@@ -307,13 +307,11 @@ def build_engine(
     monitor = _make_monitor(trt, progress)
     config.progress_monitor = monitor
     try:
-        with engine_file.open("wb") as file, _interrupts_told(monitor):
+        with engine_file.open("wb") as file, _signals_put_off(monitor):
             writer = _make_writer(trt, file)
             built = builder.build_serialized_network_to_stream(network, config, writer)
     except OSError as error:
         raise OutputError(f"the engine cannot be written ({error.strerror})", file=engine_file.parent) from error
-    if monitor.interrupted:
-        raise KeyboardInterrupt
     if writer.error is not None:
         raise OutputError(
             f"the engine cannot be written ({writer.error.strerror})", file=engine_file.parent
@@ -545,23 +543,33 @@ def _make_monitor(trt: Any, progress: BuildProgress | None) -> Any:
 
 
 @contextmanager
-def _interrupts_told(monitor: Any) -> Iterator[None]:
-    """Have an interrupt set `monitor.interrupted`, for which TensorRT stops at the next step.
+def _signals_put_off(monitor: Any) -> Iterator[None]:
+    """Have SIGINT and SIGTERM set `monitor.interrupted`, for which TensorRT stops at the next step; then they count.
 
-    Python would raise it in the callback that happens to run next, and there TensorRT's bindings drop it.
+    Python would raise what they stand for in the callback that happens to run next, and there TensorRT's bindings drop
+    it.
     """
     if threading.current_thread() is not threading.main_thread():  # which no signal reaches
         yield
         return
+    arrived: list[int] = []
 
-    def tell(*_: object) -> None:
+    def tell(number: int, _: object) -> None:
         monitor.interrupted = True
+        arrived.append(number)
 
-    before = signal.signal(signal.SIGINT, tell)
+    # Where Python has no handler, a signal does what it does: SIGTERM ends a program that is not our command line.
+    known = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in known.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, tell)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if arrived:
+            signal.raise_signal(arrived[0])
 
 
 def _make_writer(trt: Any, file: BinaryIO) -> Any:

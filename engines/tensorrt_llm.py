@@ -10,7 +10,6 @@ import importlib.metadata
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,12 +19,14 @@ from typing import Annotated, Any
 
 from engines.base import EngineManifest, Runner, save_engine
 from engines.machine import version_numbers
+from engines.programs import run_program
 from engines.settings import Setting, range_problems
 from exporter.errors import EngineError, OutputError, raise_all
 from exporter.safetensors_io import read_json
 from exporter.writers.files import (
     FileCopy,
     check_folder,
+    parent_of,
     refuse_existing,
     size_text,
 )
@@ -117,19 +118,19 @@ class TensorRtLlm:
         check_folder(network, CHECKPOINT_KIND, hashes=False)
         checkpoint = read_checkpoint_manifest(network)
         _check_settings(checkpoint, self.settings)
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        _check_space(checkpoint, output.absolute().parent)
-        folder = check_folder(network, CHECKPOINT_KIND, hashes=True)  # reads all of it
-        with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.build-") as built:
-            workers = self.settings.workers or min(len(checkpoint.ranks), len(_gpus()))
-            settings = replace(self.settings, workers=workers)
-            command = build_command(network, Path(built), checkpoint, settings)
-            _run(command, build_environment(network, checkpoint))
-            manifest = _engine_manifest(checkpoint, folder.fingerprint, label or output.name, settings, command)
-            files = [(path.name, FileCopy(path)) for path in sorted(Path(built).iterdir()) if path.is_file()]
-            if checkpoint.model_class is not None:
-                files.append((MODEL_FILE, FileCopy(network / MODEL_FILE)))
-            return save_engine(output, manifest, files, details=details, force=force)
+        with parent_of(output) as parent:
+            _check_space(checkpoint, parent)
+            folder = check_folder(network, CHECKPOINT_KIND, hashes=True)  # reads all of it
+            with tempfile.TemporaryDirectory(dir=parent, prefix=f".{output.name}.build-") as built:
+                workers = self.settings.workers or min(len(checkpoint.ranks), len(_gpus()))
+                settings = replace(self.settings, workers=workers)
+                command = build_command(network, Path(built), checkpoint, settings)
+                _run(command, build_environment(network, checkpoint))
+                manifest = _engine_manifest(checkpoint, folder.fingerprint, label or output.name, settings, command)
+                files = [(path.name, FileCopy(path)) for path in sorted(Path(built).iterdir()) if path.is_file()]
+                if checkpoint.model_class is not None:
+                    files.append((MODEL_FILE, FileCopy(network / MODEL_FILE)))
+                return save_engine(output, manifest, files, details=details, force=force)
 
     def open(self, engine: Path, *, threads: int | None) -> Runner:
         raise EngineError(
@@ -268,7 +269,7 @@ def _leaves_out(checkpoint: Path, sublayer: str) -> bool:
 def _run(command: Sequence[str], environment: Mapping[str, str]) -> None:
     """Run `trtllm-build`; what it prints goes to stderr as it comes."""
     try:
-        status = subprocess.run(command, env={**os.environ, **environment}, stdout=sys.stderr, check=False).returncode
+        status = run_program(command, env={**os.environ, **environment}, stdout=sys.stderr).returncode
     except OSError as error:
         raise EngineError(f"{command[0]} does not start: {error.strerror}") from error
     if status:

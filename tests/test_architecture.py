@@ -31,7 +31,7 @@ FLOORS: list[tuple[str, list[str], str]] = [
     ("suggestion", ["exporter.suggest", "exporter.quantize"], "none"),
     ("order", ["exporter.recipe", "exporter.pipeline", "exporter.summary"], "none"),
     ("custom ops", ["plugins.wide_ffn", "plugins.wide_ffn.*"], "kin"),
-    ("run", ["engines.base", "engines.machine", "engines.settings"], "none"),
+    ("run", ["engines.base", "engines.machine", "engines.programs", "engines.settings"], "none"),
     ("steps", ["engines.sequences", "engines.profile"], "none"),
     (
         "kernels",

@@ -159,7 +159,7 @@ def save_file(output: Path, content: bytes, *, force: bool = False) -> None:
     """
     refuse_existing_file(output, force=force)
     try:
-        with _parent_of(output) as parent:
+        with parent_of(output) as parent:
             temporary = parent / f".{output.name}.partial-{os.getpid()}"
             try:
                 with temporary.open("wb") as file:
@@ -343,7 +343,7 @@ def json_bytes(value: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def _parent_of(output: Path) -> Iterator[Path]:
+def parent_of(output: Path) -> Iterator[Path]:
     """Make the folders above `output`, and remove those again if what is done in them fails."""
     parent = output.absolute().parent
     made = [path for path in (parent, *parent.parents) if not os.path.lexists(path)]
@@ -362,7 +362,7 @@ def _partial_folder(output: Path, needed: int) -> Iterator[Path]:
     """Give a marked and locked temporary folder beside `output`; remove it unless it was published."""
     prefix = f".{output.name}.partial-"
     try:
-        with _parent_of(output) as parent:
+        with parent_of(output) as parent:
             _remove_stale(parent, prefix)
             free = shutil.disk_usage(parent).free
             if needed > free:

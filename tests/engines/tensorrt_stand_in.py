@@ -37,7 +37,8 @@ class StandIn:
         """`changes` replace behaviours; "__" stands for the dot of their names."""
         self.errors: list[Any] = []  # of the parser
         self.logged: list[tuple[str, str]] = []  # severity and words that a build logs
-        self.interrupted_in: str | None = None  # the callback of a monitor in which an interrupt arrives
+        self.interrupted_in: str | None = None  # the callback of a monitor in which a signal arrives
+        self.interrupted_by = signal.SIGINT
         self.streamable = 1000
         self.enqueued: list[tuple[int, dict[str, tuple[int, ...]], dict[str, int]]] = []  # profile, shapes, addresses
         behaviours: dict[str, Behaviour] = {
@@ -148,7 +149,7 @@ class StandIn:
         """Call a monitor as the bindings do, which drop exceptions (python/src/infer/pyCore.cpp, PyProgressMonitor)."""
         try:
             if callback.__name__ == self.interrupted_in:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(self.interrupted_by)
             return callback(*arguments)
         except BaseException:
             return False

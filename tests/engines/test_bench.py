@@ -583,6 +583,15 @@ def test_an_interrupt_ends_the_workers_and_keeps_what_was_measured(tmp_path, one
         assert (engine.stopped and engine.stopped.problem) == problem
 
 
+def test_an_interrupt_ends_a_worker_that_said_goodbye_and_stays(tmp_path):
+    closed = json.dumps({"event": "closed", "peak_memory_gib": 1})
+    stays = f"(print({closed!r}, flush=True), time.sleep(0.5), os.kill(os.getppid(), 2), time.sleep(600))"
+    results = bench_engines(
+        [engine_folder(tmp_path, "fused")], GRID, rounds=1, worker=speaking(fused=f"order['op'] == 'close' and {stays}")
+    )
+    assert results.is_complete
+
+
 def test_a_worker_ends_when_its_parent_does(tmp_path):
     engine = engine_folder(tmp_path, "baseline")
     command = scripted(tmp_path)(engine, manifest_of(), None, None)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import tempfile
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +72,7 @@ TOGETHER: dict[str, tuple[list[str], Place]] = {
     "residual and norm": (["blocks.0.attention.residual", "blocks.0.ffn.norm"], Place("attention", 0)),
     "of two sublayers": (["blocks.0.ffn.down_proj", "blocks.1.ffn.gate_proj"], Place("other")),
     "with something unknown": (["myl_7", "blocks.2.ffn.up_proj"], Place("ffn", 2)),
+    "a norm with something unknown": (["myl_7", "blocks.2.ffn.norm"], Place("norm", 2)),
     "unknown": (["myl_7"], Place("other")),
     "nothing": ([], Place("other")),
 }
@@ -232,6 +238,23 @@ def test_what_cannot_be_profiled(engine: Path, tmp_path: Path) -> None:
     gone = manifest.model_copy(update={"backend": "gone"})  # which the program refuses before it can say so in JSON
     with pytest.raises(EngineError, match=r"(?s)ended with status 2.*invalid choice"):
         profile_engine(engine, gone, RequestShape(1, 4, 1), threads=1, cpus=None, seed=0)
+
+
+def test_an_interrupt_leaves_nothing(engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # where it was
+
+    def interrupt() -> None:
+        while not list(tmp_path.rglob("profile*")):  # which ONNX Runtime's profiler writes, in the other process
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        profile_engine(engine, read_engine_manifest(engine), RequestShape(1, 4, 4), threads=1, cpus=None, seed=0)
+    thread.join()
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
 def event(name: str, ts: int, dur: int, op: str | None = None) -> dict[str, Any]:

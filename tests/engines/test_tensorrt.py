@@ -191,6 +191,7 @@ import io
 import tensorrt_bindings as trt
 from engines.tensorrt_build import _make_monitor, _make_writer
 from engines.tensorrt_library import make_logger, start
+from engines.tensorrt_profile import make_profiler
 from exporter.errors import EngineError
 
 told = []
@@ -203,6 +204,9 @@ assert monitor.step_complete("Building", 0) is True
 monitor.phase_finish("Building")
 file = io.BytesIO()
 assert _make_writer(trt, file).write(b"engine") == 6
+profiler = make_profiler(trt)
+profiler.report_layer_time("gemm", 0.5)
+assert profiler.times == [("gemm", 0.5)]
 assert logger.errors == ["nothing is"] and file.getvalue() == b"engine", logger.errors
 assert told == [(0, 2, "Building"), (0, 2, "Building: Timing"), (1, 2, "Building: Timing"), (2, 2, "Building: Timing")]
 for make in (trt.Builder, trt.Runtime):  # the stubs return null pointers, as TensorRT does where it cannot start
@@ -414,15 +418,25 @@ def test_a_disk_that_is_full(machine: list[HostDevice], tmp_path: Path, monkeypa
 
 
 @needs_bindings
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("callback", ["phase_start", "step_complete", "phase_finish"])
-def test_an_interrupt(callback: str, machine: list[HostDevice], stand_in: StandIn, tmp_path: Path) -> None:
+def test_an_interrupt(
+    callback: str,
+    number: signal.Signals,
+    machine: list[HostDevice],
+    stand_in: StandIn,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It arrives while a monitor is told something, for else TensorRT works and Python waits."""
-    stand_in.interrupted_in = callback
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        built(tmp_path)
+    stand_in.interrupted_in, stand_in.interrupted_by = callback, number
+    monkeypatch.chdir(tmp_path)
+    source = network(tmp_path)
+    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    result = call("engine", source, "--backend", "tensorrt", "-o", "engines/one")
+    assert result.exit_code == (1 if number == signal.SIGINT else 143), result.output
     assert [path.name for path in tmp_path.iterdir()] == ["network"]
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 @needs_bindings
@@ -785,6 +799,10 @@ def test_what_tensorrt_refuses_at_run_time(
     cases: dict[str, tuple[Any, str]] = {
         "Runtime__deserialize_cuda_engine": (lambda runtime, serialized_engine: None, "does not load the engine"),
         "ICudaEngine__create_execution_context": (lambda engine, strategy: None, "makes no execution context"),
+        "IExecutionContext__set_optimization_profile_async": (
+            lambda context, profile_index, stream_handle: False,
+            "choose the profile of prefill",
+        ),
         "IExecutionContext__set_tensor_address": (lambda context, name, memory: False, "take an address for logits"),
         "IExecutionContext__set_input_shape": (lambda context, name, shape: False, r"take input_ids as \[1, 2\]"),
         "IExecutionContext__infer_shapes": (lambda context: ["past_k_0"], "lacks the shapes of past_k_0"),

@@ -80,7 +80,8 @@ def test_command(name: str | None, settings: dict[str, Any], expected: dict[str,
     folder = checkpoint(graph, tmp_path / "checkpoint", tp_size=2)
     options = options_of(folder, **settings)
     assert expected.items() <= options.items()
-    assert {"max_seq_len": "512", "workers": "2", "kv_cache_type": "paged"}.items() <= options.items()
+    lengths = {"max_input_len": "512", "max_seq_len": "512", "max_beam_width": "1"}
+    assert {**lengths, "workers": "2", "kv_cache_type": "paged"}.items() <= options.items()
     assert ("model_cls_file" in options) == (name == "int8-smoothquant-token")
     assert ("gemm_swiglu_plugin" in options) == (name == "fp8" and not settings)
 
@@ -120,11 +121,13 @@ def manifest_with(**changes: Any) -> CheckpointManifest:
     return CheckpointManifest(**{**known, **changes})
 
 
-def test_memory_by_hand() -> None:
-    (memory,) = memory_per_gpu(manifest_with(), BuildSettings(max_batch_size=4, max_seq_len=9999, max_num_tokens=256))
+@pytest.mark.parametrize(("dtype", "itemsize"), [("bfloat16", 2), ("float32", 4)])
+def test_memory_by_hand(dtype: str, itemsize: int) -> None:
+    settings = BuildSettings(max_batch_size=4, max_seq_len=9999, max_num_tokens=256)
+    (memory,) = memory_per_gpu(manifest_with(dtype=dtype), settings)
     assert memory.weights == 10
     assert memory.kv_cache == 4 * 2048 * 100
-    assert memory.activations == 2 * 256 * (4096 + 3 * 512) + 4 * 4 * 1000
+    assert memory.activations == itemsize * 256 * (4096 + 3 * 512) + 4 * 4 * 1000
     assert memory.total == memory.weights + memory.kv_cache + memory.activations
 
 
@@ -242,6 +245,9 @@ def test_build(tmp_path: Path) -> None:
     assert seen["argv"][seen["argv"].index("--workers") + 1] == "2"  # the GPUs that there are
     assert manifest.kv_bytes_per_token == 4 * 3 * 2 * 1 * 16 * 2  # ranks, layers, k and v, heads, size, bfloat16
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "checkpoint", "engine"]
+    one_by_one = TensorRtLlm(BuildSettings(workers=1)).build(folder, tmp_path / "a" / "b", label=None, force=False)
+    command = read_engine_manifest(one_by_one).options["command"]
+    assert command[command.index("--workers") + 1] == "1"
     with pytest.raises(EngineError, match="bench"):
         TensorRtLlm().open(engine, threads=None)
     assert python_worker(engine, manifest, 4, [0])[1:] == ["-m", "engines.tensorrt_llm_worker", str(engine)]
@@ -300,8 +306,8 @@ def test_a_build_that_fails_leaves_nothing(case: str, tmp_path: Path, monkeypatc
         folder = tmp_path / "model"
         save_folder(folder, hf.emit(PLAIN, hf.Options()), kind="checkpoint", details={})
     with pytest.raises(FuselageError, match=words):
-        TensorRtLlm().build(folder, tmp_path / "engine", label=None, force=False)
-    assert not [path for path in tmp_path.iterdir() if "engine" in path.name]
+        TensorRtLlm().build(folder, tmp_path / "engines" / "plain", label=None, force=False)
+    assert not (tmp_path / "engines").exists()
 
 
 @pytest.mark.parametrize("content", [{}, {"checkpoint_schema": 2}, {"checkpoint_schema": 1}])
@@ -326,7 +332,7 @@ class Clock:
 
 
 class FakeExecutor:
-    """Streams `tokens_per_response` tokens of every request in turn."""
+    """Streams `tokens_per_response` tokens of every request in turn; what is not streamed comes as a whole."""
 
     def __init__(self, model_path: str, model_type: str, executor_config: Any) -> None:
         self.arguments = (model_path, model_type, executor_config)
@@ -337,10 +343,12 @@ class FakeExecutor:
     def enqueue_request(self, request: Any) -> int:
         self.prompts.append(request.input_token_ids)
         self.left[len(self.prompts)] = request.max_tokens - self.missing_tokens
+        self.is_streaming = request.streaming
         return len(self.prompts)
 
     def await_responses(self, request_id: int) -> list[Any]:
-        count = min(self.tokens_per_response, self.left[request_id])
+        left = self.left[request_id]
+        count = min(self.tokens_per_response, left) if self.is_streaming else left
         self.left[request_id] -= count
         result = types.SimpleNamespace(output_token_ids=[[1] * count], is_final=not self.left[request_id])
         return [types.SimpleNamespace(result=result, has_error=lambda: self.error, error_msg="out of memory")]
@@ -483,7 +491,7 @@ REPORT = {
     "engine": {"model": "m", "model_path": "p", "engine_dir": "e", "version": "1.2.1", "backend": "TRT",
                "dtype": "bfloat16", "kv_cache_dtype": "FP8", "quantization": "FP8", "max_input_length": 1024},
     "machine": {"name": "NVIDIA H100 80GB HBM3", "memory.total": 79.1, "clocks.mem": 2.6},
-    "world_info": {"tp_size": 8, "pp_size": 1, "ep_size": None, "world_size": 8, "max_batch_size": 1},
+    "world_info": {"tp_size": 4, "pp_size": 2, "ep_size": None, "world_size": 8, "max_batch_size": 1},
     "request_info": {"num_requests": 2, "avg_num_concurrent_requests": 1.0, "avg_input_length": 128.0},
     "performance": {"total_latency_ms": 50.0},
     "streaming_metrics": {"avg_ttft_ms": 6.0},
@@ -528,6 +536,24 @@ def test_the_pytorch_backend_says_so(tmp_path: Path) -> None:
     assert converted(tmp_path, report).engines[0].backend == "tensorrt-llm (pytorch)"
 
 
+@pytest.mark.usefixtures("toolchain")
+def test_conversion_of_what_ran_in_an_engine(tmp_path: Path) -> None:
+    folder = TensorRtLlm().build(checkpoint(PLAIN, tmp_path / "in"), tmp_path / "engine", label="x", force=False)
+    (engine,), manifest = converted(tmp_path, model=folder).engines, read_engine_manifest(folder)
+    assert engine.engine_bytes == sum(path.stat().st_size for path in folder.iterdir())
+    assert (engine.weight_bytes, engine.network_sha256) == (manifest.weight_bytes, manifest.network_sha256)
+    assert (engine.label, engine.kv_bytes_per_token) == ("fused", manifest.kv_bytes_per_token)
+
+
+def test_conversion_needs_no_weights_and_counts_no_single_gpu(tmp_path: Path) -> None:
+    save_folder(tmp_path / "whole", hf.emit(PLAIN, hf.Options()), kind="checkpoint", details={})
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tmp_path / "whole" / "config.json", tmp_path / "bare")
+    report = {**REPORT, "world_info": {"tp_size": 1, "pp_size": 1}}
+    (engine,) = converted(tmp_path, report, model=tmp_path / "bare").engines
+    assert (engine.device, engine.weight_bytes) == ("NVIDIA H100 80GB HBM3", PLAIN.weight_bytes)
+
+
 @pytest.mark.parametrize(
     ("report", "requests", "words"),
     [
@@ -535,6 +561,11 @@ def test_the_pytorch_backend_says_so(tmp_path: Path) -> None:
         (REPORT, REQUESTS[:1], "different runs"),
         (REPORT, [REQUESTS[0], {**REQUESTS[1], "time_to_first_token": 27 * 10**6}], "--streaming"),
         (REPORT, [{**one, "output_tokens": 1, "end_timestamp": 1} for one in REQUESTS], "times that no request has"),
+        (
+            REPORT,
+            [{**one, "time_to_first_token": 0} for one in REQUESTS],
+            "time_to_first_token: Input should be greater",
+        ),
         (REPORT, [{"id": 1}, {"id": 2}], "not what trtllm-bench writes"),
         ({"engine": {}}, REQUESTS, "not what trtllm-bench writes"),
     ],
