@@ -25,7 +25,7 @@ from exporter.passes.drop_attention import drop_attention  # noqa: E402
 from exporter.passes.find_blocks import blocks_of_range  # noqa: E402
 from exporter.passes.fuse_ffn import fuse_ffn  # noqa: E402
 from exporter.read import open_model  # noqa: E402
-from exporter.text import open_tokenizer, token_windows  # noqa: E402
+from exporter.text import model_windows  # noqa: E402
 
 
 def reversed_run(graph: ModelGraph, run: tuple[int, int]) -> ModelGraph:
@@ -46,14 +46,7 @@ def main() -> None:
     args = parser.parse_args()
 
     checkpoint = open_model(args.model, need_weights=True)
-    tokenizer = open_tokenizer(checkpoint.path, checkpoint.graph.vocab_size)
-    tokens = token_windows(
-        args.text,
-        tokenizer,
-        vocab_size=checkpoint.graph.vocab_size,
-        max_positions=checkpoint.graph.max_position_embeddings,
-        context=args.context,
-    )
+    tokens = model_windows(args.text, checkpoint, context=args.context)
     first, last = args.drop
     dropped = drop_attention(checkpoint.graph, range(first, last + 1))
 

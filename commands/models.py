@@ -158,7 +158,7 @@ def quantize(
     from exporter.quantization import read_quantization, recipe_with
     from exporter.quantize import error_files, errors_summary, split_windows
     from exporter.quantize import quantize as quantize_graph
-    from exporter.text import open_tokenizer, token_windows
+    from exporter.text import model_windows
     from exporter.writers.files import refuse_existing, save_folder
 
     recipe = recipe_with(read_quantization(format_name), kv_cache=kv_cache, exclude=exclude)
@@ -192,16 +192,7 @@ def quantize(
     if calibrates or recipe.searches_alpha or report_path is not None:
         if text is None:
             raise click.UsageError("this needs a --text: to calibrate on, to choose alpha, or for the --report")
-        tokenizer = open_tokenizer(checkpoint.path, graph.vocab_size)
-        windows = token_windows(
-            text,
-            tokenizer,
-            vocab_size=graph.vocab_size,
-            max_positions=graph.max_position_embeddings,
-            context=context,
-            max_windows=max_windows,
-        )
-        tokens, aside = split_windows(windows)
+        tokens, aside = split_windows(model_windows(text, checkpoint, context=context, max_windows=max_windows))
     if dry_run:
         carry_out(prospect, dry_run, quiet)
         return
@@ -319,23 +310,14 @@ def distill(
     from exporter.distill_state import remove_run
     from exporter.pipeline import checkpoint_writing, distilled_writing, refuse_overlap, source_fingerprint
     from exporter.read import open_model
-    from exporter.text import check_same_tokens, open_tokenizer, token_windows
+    from exporter.text import model_windows
 
     checkpoint, graph = open_planned(model, plan_path, norm)
     original = open_model(teacher, need_weights=True)
     for folder in [teacher, *([resume] if resume else [])]:
         refuse_overlap(folder, output)
     checkpoint_writing(checkpoint, graph, output, details={}, force=force)  # what cannot be written is not trained
-    tokenizer = open_tokenizer(checkpoint.path, graph.vocab_size)
-    check_same_tokens(tokenizer, original.path, original.graph.vocab_size)
-    tokens = token_windows(
-        text,
-        tokenizer,
-        vocab_size=graph.vocab_size,
-        max_positions=min(graph.max_position_embeddings, original.graph.max_position_embeddings),
-        context=context,
-        max_windows=max_windows,
-    )
+    tokens = model_windows(text, checkpoint, original, context=context, max_windows=max_windows)
     settings = Settings(steps=steps or steps_of(epochs, len(tokens), how["batch"]), **how)
     with (
         joined_processes(device) as processes,

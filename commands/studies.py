@@ -114,7 +114,7 @@ def analyze(
     from exporter.pipeline import source_fingerprint
     from exporter.read import open_model
     from exporter.suggest import Wishes, analysis_files, check_wishes, source_text, suggest
-    from exporter.text import open_tokenizer, token_windows
+    from exporter.text import model_windows
     from exporter.writers.files import refuse_existing, save_folder
 
     refuse_existing(output, force=force)
@@ -133,15 +133,7 @@ def analyze(
         number = format_of_graph(checkpoint.graph)
         placed = Deployment(gpu=gpu_named(gpu, read_gpus()), tp_size=tp, format=number)
         gain = gain_text(checkpoint.graph, placed, Tokens.decode(1, context))
-    tokenizer = open_tokenizer(checkpoint.path, checkpoint.graph.vocab_size)
-    tokens = token_windows(
-        text,
-        tokenizer,
-        vocab_size=checkpoint.graph.vocab_size,
-        max_positions=checkpoint.graph.max_position_embeddings,
-        context=context,
-        max_windows=max_windows,
-    )
+    tokens = model_windows(text, checkpoint, context=context, max_windows=max_windows)
     with step_progress(quiet) as progress:
         with resumable(resume is not None):
             dependency = measure_dependency(
@@ -249,21 +241,11 @@ def _evaluate_text(
     """Evaluate a graph on a text, print the figures and return them."""
     from exporter.analysis.evaluate import evaluate as evaluate_graph
     from exporter.read import open_model
-    from exporter.text import check_same_tokens, open_tokenizer, token_windows
+    from exporter.text import model_windows
 
     other = None if reference is None else open_model(reference, need_weights=True)
-    tokenizer = open_tokenizer(checkpoint.path, graph.vocab_size)
-    if other is not None:
-        check_same_tokens(tokenizer, other.path, other.graph.vocab_size)
-    graphs = [graph] if other is None else [graph, other.graph]
-    tokens = token_windows(
-        text,
-        tokenizer,
-        vocab_size=graph.vocab_size,
-        max_positions=min(one.max_position_embeddings for one in graphs),
-        context=context,
-        max_windows=max_windows,
-    )
+    models = [checkpoint] if other is None else [checkpoint, other]
+    tokens = model_windows(text, *models, context=context, max_windows=max_windows)
     with step_progress(quiet) as progress:
         found = evaluate_graph(
             graph,

@@ -108,7 +108,7 @@ class ForeseenStep:
 
     name: str
     is_there: bool  # complete; False: it would be made, unless the steps before it turn out as they were
-    total_bytes: int | None  # of its files; None: known once it is made
+    total_bytes: int | None  # of a model or network; None: it is neither
 
 
 @dataclass(frozen=True, slots=True)

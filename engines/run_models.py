@@ -28,7 +28,7 @@ from exporter.recipe import (
     WindowsRecipe,
 )
 from exporter.safetensors_io import read_json
-from exporter.text import MAX_TEXT_BYTES
+from exporter.text import MAX_TEXT_BYTES, check_context, check_text, model_windows, open_tokenizer
 from exporter.writers import hf
 from exporter.writers.files import json_bytes, save_folder
 
@@ -88,8 +88,6 @@ class Variant:
 
 def check_measuring(recipe: Recipe, source: Checkpoint) -> None:
     """Raise what would keep the recipe's texts or tasks from being measured, and wishes that no measurement fulfils."""
-    from exporter.text import check_context, check_text, open_tokenizer
-
     trained = [wanted.distill for wanted in recipe.variants]
     measured = [
         (wanted.text, wanted.context)
@@ -213,8 +211,9 @@ def distill_step(wanted: DistillRecipe, variant: Variant, progress: Progress | N
             identity={"model": variant.key, "norm": variant.recipe.norm},
             progress=progress,
         )
-        details = {**details, **variant.described, "text": str(wanted.text), "context": wanted.context}
-        save(distilled_writing(source, found, folder, details=details, force=True))
+        described = {**variant.described, "text": str(wanted.text), "context": wanted.context}
+        writing = distilled_writing(source, found, folder, details=described, force=True)
+        save(replace(writing, details={**writing.details, **details}))
 
     def tidy() -> None:
         if variant.saved_run.is_dir():
@@ -229,8 +228,18 @@ def distill_step(wanted: DistillRecipe, variant: Variant, progress: Progress | N
         # What is left out says where the text is, or is about the machine and changes the result by rounding at most.
         "distill": wanted.model_dump(mode="json", exclude={"text", "accumulate", "recompute", "device", "save_every"}),
     }
+
+    def total_bytes() -> int:
+        return checkpoint_writing(variant.checkpoint, variant.graph, folder, details={}, force=True).total_bytes
+
     return Step(
-        name=f"{variant.name}: distillation", folder=folder, kind="checkpoint", inputs=inputs, make=make, tidy=tidy
+        name=f"{variant.name}: distillation",
+        folder=folder,
+        kind="checkpoint",
+        inputs=inputs,
+        make=make,
+        tidy=tidy,
+        total_bytes=total_bytes,
     )
 
 
@@ -368,17 +377,7 @@ def evaluate_step(wanted: EvaluateRecipe, variant: Variant, source: Checkpoint, 
 
 def _windows(text: Path, wanted: WindowsRecipe, model: Checkpoint) -> np.ndarray:
     """A text in the model's tokens, int64 [windows, context]."""
-    from exporter.text import open_tokenizer, token_windows
-
-    tokenizer = open_tokenizer(model.path, model.graph.vocab_size)
-    return token_windows(
-        text,
-        tokenizer,
-        vocab_size=model.graph.vocab_size,
-        max_positions=model.graph.max_position_embeddings,
-        context=wanted.context,
-        max_windows=wanted.max_windows,
-    )
+    return model_windows(text, model, context=wanted.context, max_windows=wanted.max_windows)
 
 
 def _calibration_windows(wanted: CalibrationRecipe, model: Checkpoint) -> tuple[np.ndarray, np.ndarray]:

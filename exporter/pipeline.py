@@ -227,7 +227,9 @@ class Step:
     inputs: Mapping[str, Any]  # plain JSON data
     make: Callable[[Mapping[str, Any]], object]  # writes `folder`, with these details in its manifest
     tidy: Callable[[], None] | None = None  # once `folder` is complete, made now or before
-    total_bytes: Callable[[], int] | None = None  # of its files, reckoned without reading a tensor; None: not known
+    total_bytes: Callable[[], int] | None = (
+        None  # of a model or network, before it is made; None: neither
+    )
 
     @property
     def key(self) -> str:

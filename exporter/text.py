@@ -7,11 +7,12 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from exporter.errors import CheckpointError, FuselageError
+from exporter.graph import ModelGraph
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 TOKENIZER = "tokenizer.json"
 MAX_TEXT_BYTES = 1 << 30
 MAX_PIECE = 1 << 20  # characters that are encoded at a time: the library takes 200 bytes for each
-WORD_END = re.compile(r"(?<=\w)\s")  # before which no tokenizer of ours joins characters
+# Before it no tokenizer of ours joins characters; Llama 3's joins "_" and the end of a line.
+WORD_END = re.compile(r"(?<=[^\W_])\s")
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")  # JSON can spell it, and tokenizers do not take it
 
 
@@ -148,18 +150,54 @@ def check_same_tokens(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> No
 
 def _encoded(document: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """The ids of a document, int64, a piece at a time; special tokens stand around the whole, as if it were one."""
-    start = 0
+    start = ahead = 0
     while start < len(document):
-        stop = len(document)
+        stop, word_end = len(document), None
         if stop - start > MAX_PIECE:
             word_end = WORD_END.search(document, start + MAX_PIECE // 2, start + MAX_PIECE)
             stop = start + MAX_PIECE if word_end is None else word_end.start()
-        encoding = tokenizer.encode(document[start:stop])
-        of_text = np.flatnonzero(np.asarray(encoding.special_tokens_mask) == 0)
-        first = 0 if start == 0 else of_text.min(initial=len(encoding))
-        last = len(encoding) if stop == len(document) else of_text.max(initial=-1) + 1
+        encoding = tokenizer.encode(document[start - ahead : stop])
+        of_text = np.flatnonzero(np.asarray(encoding.special_tokens_mask) == 0).tolist()
+        offsets = encoding.offsets
+        first = 0 if start == 0 else next((i for i in of_text if offsets[i][0] >= ahead), len(encoding))
+        last = len(encoding) if stop == len(document) else max(of_text, default=-1) + 1
         yield np.asarray(encoding.ids[first:last], dtype=np.int64)
         start = stop
+        # Llama's and Mistral's put a space in front of any text: then it is the last word's end that gets it.
+        ahead = 0 if word_end is None else 1
+
+
+class Model(Protocol):
+    """A model folder that was opened (`exporter.read.Checkpoint`)."""
+
+    @property
+    def path(self) -> Path:
+        """The folder, which has the tokenizer."""
+
+    @property
+    def graph(self) -> ModelGraph:
+        """Says how many tokens and positions the model has."""
+
+
+def model_windows(path: Path, *models: Model, context: int, max_windows: int | None = None) -> np.ndarray:
+    """Cut a text file into windows that all of the models take: int64 [windows, context]; see `token_windows`.
+
+    Raises:
+        CheckpointError: as `open_tokenizer` for the first model, whose tokenizer is used.
+        TextError: as `token_windows`, or the models' tokenizers differ.
+    """
+    first, *others = models
+    tokenizer = open_tokenizer(first.path, first.graph.vocab_size)
+    for other in others:
+        check_same_tokens(tokenizer, other.path, other.graph.vocab_size)
+    return token_windows(
+        path,
+        tokenizer,
+        vocab_size=first.graph.vocab_size,
+        max_positions=min(model.graph.max_position_embeddings for model in models),
+        context=context,
+        max_windows=max_windows,
+    )
 
 
 def token_windows(

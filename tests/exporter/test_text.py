@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 
 from exporter import text
@@ -21,7 +22,11 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.mark.parametrize("special", [False, True])
-def test_pieces_are_tokens_of_the_whole(special: bool, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("space_first", [False, True])
+def test_pieces_are_tokens_of_the_whole(
+    space_first: bool, special: bool, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=space_first)
     if special:
         tokenizer.post_processor = TemplateProcessing(single="[B] [B] $A [E]", special_tokens=[("[B]", 0), ("[E]", 1)])
     whole = tokenizer.encode((DEMO / "heldout.txt").read_text()).ids
