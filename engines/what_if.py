@@ -93,7 +93,7 @@ def _latencies(
 def _lines(plan: Plan) -> Iterator[tuple[str, Plan, Plan]]:
     """Yield (what, plan without the line, plan with it), and the whole plan last."""
     without = Plan()
-    for key in ("drop_attention", "drop_ffn", "fuse", "parallel"):
+    for key in Plan.model_fields:  # in the order in which a plan is applied
         for entry in getattr(plan, key):
             shown = entry if isinstance(entry, int) else list(entry)
             yield f"{key} {shown}", without, without.model_copy(update={key: [entry]})

@@ -1,7 +1,8 @@
 """A model folder, a config or a structure file in; a ModelGraph with lazy weights out. No tensor data is read.
 
-That holds for the scales of quantized folders too: names, shapes and dtypes are checked here, their values when
-something reads them (`exporter.lazy_quantized.stored_scale`).
+That holds for the scales of quantized folders too, and for a tied embedding that is there twice: names, shapes and
+dtypes are checked here, their values when something reads them (`exporter.lazy_quantized.stored_scale`,
+`_RepeatedEmbedding`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from exporter.architectures import family_of
@@ -24,6 +26,7 @@ from exporter.architectures.base import (
     LayerSpec,
     LinearSpec,
     ModelSpec,
+    refuse_unread,
 )
 from exporter.architectures.quantization import HF_QUANT_CONFIG, QuantizationSpec, Scheme, quantization_from_config
 from exporter.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32, FLOAT64, DType
@@ -42,13 +45,14 @@ from exporter.graph import (
     RMSNorm,
     Segment,
 )
-from exporter.lazy import LazyTensor, full, shape_only
+from exporter.lazy import Derived, LazyTensor, full, shape_only, slice_rows
 from exporter.lazy_quantized import stored_scale
 from exporter.manifests import shown
 from exporter.safetensors_io import SkippedTensor, has_checkpoint, path_inside, read_checkpoint, read_json
 from exporter.writers.files import Manifest, check_files, read_manifest
 
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
 STRUCTURE_SUFFIX = ".structure.json"
 MAX_CONFIG_BYTES = 4 << 20  # the longest we know has 60 KB
 WEIGHT_DTYPES = (FLOAT32, FLOAT16, BFLOAT16, FLOAT64)
@@ -60,6 +64,8 @@ SCALE_HINTS = {
     "zero_point": "only symmetric codes are read",
     "scale": "the quantization config says nothing of it",
 }
+
+TIE_HINT = "set tie_word_embeddings to false in config.json, or remove the tensor"
 
 # Files beside the weights that belong to a model and that a writer copies along.
 ASSET_NAMES = (
@@ -108,6 +114,12 @@ def open_model(path: Path, *, need_weights: bool) -> Checkpoint:
         manifest = read_manifest(folder)
         if manifest is not None:
             check_files(folder, manifest, hashes=False)
+        if not is_file and os.path.lexists(folder / ADAPTER):  # transformers would apply it, where peft is installed
+            raise CheckpointError(
+                "an adapter (LoRA and the like) is not read",
+                file=folder / ADAPTER,
+                hint="merge it into its model (peft: merge_and_unload), and save that",
+            )
         if not is_file and not os.path.lexists(folder / CONFIG):
             raise CheckpointError("no config.json in the model folder", file=folder, hint=_hint_for(folder, manifest))
         config_path = path if is_file else path_inside(folder, CONFIG)
@@ -145,6 +157,7 @@ def _understand(config: Any, path: Path) -> tuple[Family, ModelSpec]:
         raise CheckpointError("config is not a JSON object", file=path)
     try:
         family = family_of(config.get("architectures"), config.get("model_type"))
+        refuse_unread(config, family.config)
         # By way of JSON, because pydantic's strict mode knows only there that a list can be a tuple.
         return family, family.config.model_validate_json(json.dumps(config)).spec()
     except ValidationError as error:
@@ -258,6 +271,14 @@ def _expected_tensors(family: Family, spec: ModelSpec) -> Iterator[_Expected]:
     def scale(name: str, shape: tuple[int, ...], layer: int, optional: bool = False) -> _Expected:
         return _Expected(name, shape, layer, "the quantization config", SCALE_DTYPES, (*shape, 1), optional)
 
+    def stacked(role: str, layer: int, parts: Mapping[str, tuple[int, str]], bias: bool) -> Iterator[_Expected]:
+        """Linears by role, with their rows and where those come from, or the one that the family has in their place."""
+        if role in table:
+            sizes, origins = zip(*parts.values(), strict=True)
+            parts = {role: (sum(sizes), " + ".join(origins))}
+        for part, (rows, origin) in parts.items():
+            yield from linear(part, layer, (rows, size), bias, origin)
+
     yield _Expected(table["embedding"], (spec.vocab_size, size), None, "vocab_size, hidden_size")
     for layer, entry in enumerate(spec.layers):
         attention, ffn = entry.attention, entry.ffn
@@ -266,13 +287,14 @@ def _expected_tensors(family: Family, spec: ModelSpec) -> Iterator[_Expected]:
         if isinstance(attention, LinearSpec):
             yield from linear("attention.linear", layer, (size, size), False, "replace_with_linear")
         elif attention is not None:
-            q_size = attention.num_attention_heads * attention.head_dim
-            kv_size = attention.num_key_value_heads * attention.head_dim
             heads, kv_heads = "num_attention_heads * head_dim", "key-value heads * head_dim"
-            yield from linear("attention.q_proj", layer, (q_size, size), attention.qkv_bias, heads)
-            yield from linear("attention.k_proj", layer, (kv_size, size), attention.qkv_bias, kv_heads)
-            yield from linear("attention.v_proj", layer, (kv_size, size), attention.qkv_bias, kv_heads)
-            yield from linear("attention.o_proj", layer, (size, q_size), attention.o_bias, heads)
+            projections = {
+                "attention.q_proj": (attention.q_size, heads),
+                "attention.k_proj": (attention.kv_size, kv_heads),
+                "attention.v_proj": (attention.kv_size, kv_heads),
+            }
+            yield from stacked("attention.qkv_proj", layer, projections, attention.qkv_bias)
+            yield from linear("attention.o_proj", layer, (size, attention.q_size), attention.o_bias, heads)
             if attention.qk_norm:
                 for role in ("attention.q_norm", "attention.k_norm"):
                     yield _Expected(table[role].format(layer=layer), (attention.head_dim,), layer, "head_dim")
@@ -284,8 +306,8 @@ def _expected_tensors(family: Family, spec: ModelSpec) -> Iterator[_Expected]:
             yield from linear("ffn.linear", layer, (size, size), False, "replace_with_linear")
         elif ffn is not None:
             width, origin = ffn.intermediate_size, f"intermediate_size of layer {layer}"
-            yield from linear("ffn.gate_proj", layer, (width, size), ffn.bias, origin)
-            yield from linear("ffn.up_proj", layer, (width, size), ffn.bias, origin)
+            projections = {"ffn.gate_proj": (width, origin), "ffn.up_proj": (width, origin)}
+            yield from stacked("ffn.gate_up_proj", layer, projections, ffn.bias)
             yield from linear("ffn.down_proj", layer, (size, width), ffn.bias, origin)
     yield _Expected(table["norm"], (size,), None, "hidden_size")
     if not spec.tie_word_embeddings:
@@ -313,7 +335,7 @@ def _kv_scale_names(family: Family, spec: ModelSpec, layer: int) -> tuple[str, .
     if spec.quantization is None or spec.quantization.kv_codes is None:
         return ()
     layout = spec.quantization.layout
-    attention = family.tensors["attention.k_proj"].format(layer=layer).rpartition(".")[0]
+    attention = family.tensors["attention.o_proj"].format(layer=layer).rpartition(".")[0]
     return tuple(name.format(attention=attention) for name in (layout.k_scale, layout.v_scale))
 
 
@@ -368,6 +390,20 @@ def _check_tensors(
             )
         else:
             weights[expected.name] = found
+    head, embedding = f"{family.tensors['lm_head']}.weight", weights.get(family.tensors["embedding"])
+    if spec.tie_word_embeddings and head in tensors and embedding is not None:
+        found = tensors[head]
+        if (found.dtype, found.shape) != (embedding.dtype, embedding.shape):
+            problems.append(
+                CheckpointError(
+                    "a tied lm_head is the embedding once more",
+                    file=getattr(found, "path", path.parent),
+                    tensor=head,
+                    expected=f"{embedding.dtype} {list(embedding.shape)}",
+                    found=f"{found.dtype} {list(found.shape)}",
+                    hint=TIE_HINT,
+                )
+            )
     unknown = _unknown_names(set(tensors) - {expected.name for expected in expected_tensors}, family, spec)
     for name in unknown:
         problems.append(
@@ -424,6 +460,15 @@ def _graph_from_tensors(
         weight = weights[f"{stem}.weight"]
         return Linear(weight=weight, bias=weights.get(f"{stem}.bias"), quantization=quantization(stem, weight.shape[0]))
 
+    def stacked(role: str, layer: int, parts: Mapping[str, int]) -> Iterator[Linear]:
+        if role not in table:
+            yield from (linear(part, layer) for part in parts)
+            return
+        whole, start = linear(role, layer), 0
+        for rows in parts.values():
+            yield _rows_of(whole, start, start + rows)
+            start += rows
+
     def quantization(stem: str, rows: int) -> Quantization | None:
         scheme = _scheme_of(spec, stem)
         if scheme is None:
@@ -452,11 +497,17 @@ def _graph_from_tensors(
             return None
         if isinstance(entry, LinearSpec):
             return LinearSublayer(norm=norm("attention.norm", layer), linear=linear("attention.linear", layer))
+        projections = {
+            "attention.q_proj": entry.q_size,
+            "attention.k_proj": entry.kv_size,
+            "attention.v_proj": entry.kv_size,
+        }
+        q_proj, k_proj, v_proj = stacked("attention.qkv_proj", layer, projections)
         return Attention(
             norm=norm("attention.norm", layer),
-            q_proj=linear("attention.q_proj", layer),
-            k_proj=linear("attention.k_proj", layer),
-            v_proj=linear("attention.v_proj", layer),
+            q_proj=q_proj,
+            k_proj=k_proj,
+            v_proj=v_proj,
             o_proj=linear("attention.o_proj", layer),
             num_attention_heads=entry.num_attention_heads,
             num_key_value_heads=entry.num_key_value_heads,
@@ -471,11 +522,13 @@ def _graph_from_tensors(
             return None
         if isinstance(entry, LinearSpec):
             return LinearSublayer(norm=norm("ffn.norm", layer), linear=linear("ffn.linear", layer))
-        segments = entry.segments or ((layer, entry.intermediate_size),)
+        width = entry.intermediate_size
+        segments = entry.segments or ((layer, width),)
+        gate_proj, up_proj = stacked("ffn.gate_up_proj", layer, {"ffn.gate_proj": width, "ffn.up_proj": width})
         return FFN(
             norm=norm("ffn.norm", layer),
-            gate_proj=linear("ffn.gate_proj", layer),
-            up_proj=linear("ffn.up_proj", layer),
+            gate_proj=gate_proj,
+            up_proj=up_proj,
             down_proj=linear("ffn.down_proj", layer),
             activation=entry.activation,
             segments=tuple(Segment(source, width) for source, width in segments),
@@ -488,9 +541,12 @@ def _graph_from_tensors(
             source_layers=entry.source_layers if entry.source_layers is not None else (layer,),
         )
 
+    embedding, head = tensor("embedding"), tensors.get(f"{table['lm_head']}.weight")
+    if spec.tie_word_embeddings and isinstance(head, LazyTensor):
+        embedding = _RepeatedEmbedding(embedding, head)
     try:
         return ModelGraph(
-            embedding=tensor("embedding"),
+            embedding=embedding,
             blocks=tuple(block(layer, entry) for layer, entry in enumerate(spec.layers)),
             norm=norm("norm"),
             lm_head=None if spec.tie_word_embeddings else linear("lm_head"),
@@ -499,3 +555,38 @@ def _graph_from_tensors(
         )
     except FuselageError as error:
         raise CheckpointError(f"contradictory config ({error})", file=path) from error
+
+
+def _rows_of(linear: Linear, start: int, stop: int) -> Linear:
+    """The linear that gives outputs `start` to `stop` of another."""
+    bias, quantization = linear.bias, linear.quantization
+    if quantization is not None and quantization.weight_scale.shape:
+        quantization = replace(quantization, weight_scale=slice_rows(quantization.weight_scale, start, stop))
+    return Linear(
+        weight=slice_rows(linear.weight, start, stop),
+        bias=None if bias is None else slice_rows(bias, start, stop),
+        quantization=quantization,
+    )
+
+
+class _RepeatedEmbedding(Derived):
+    """A tied embedding that the files hold once more as the head: what is read of the two has to be equal.
+
+    Where it is not, transformers from 5 on takes them as they are, and other readers take the embedding for both.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, embedding: LazyTensor, head: LazyTensor) -> None:
+        super().__init__(embedding.shape, embedding.dtype, embedding, head)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        embedding, head = (source.rows(start, stop) for source in self.sources)
+        if not np.array_equal(embedding, head):
+            raise CheckpointError(
+                "lm_head differs from the embedding, and the config says that the two are tied",
+                file=getattr(self.sources[1], "path", None),
+                tensor=getattr(self.sources[1], "name", None),
+                hint=TIE_HINT,
+            )
+        return embedding

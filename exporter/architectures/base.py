@@ -2,12 +2,13 @@
 
 A config.json is untrusted data. pydantic holds it against types and bounds (strictly: "32", 32.0 or true are not 32);
 everything a table does not read is ignored, as every reader of these files does, except what would change the
-arithmetic, which is refused by name.
+arithmetic, which is refused by name: `NEUTRAL`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -36,6 +37,14 @@ class AttentionSpec:
     o_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
+
+    @property
+    def q_size(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_key_value_heads * self.head_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +82,28 @@ class ModelSpec:
     quantization: QuantizationSpec | None = None
 
 
+Windows = Sequence[int | None]  # the attention window of every layer, None for all positions
+Keys = dict[str, Any]  # of a config.json
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One family of checkpoints. Both directions use the same tables: reading and writing."""
+    """One family of checkpoints. Both directions use the same tables: reading and writing.
+
+    `config_keys` says what all layers have in common, but for their windows, in the family's words, beside the keys
+    that all families share; None where it has no words for that. A family without it is read and never written, but
+    for Nemotron-NAS, whose config describes every layer by itself.
+    """
 
     name: str
     model_types: tuple[str, ...]
     architectures: tuple[str, ...]
     config: type[DecoderConfig]
-    tensors: Mapping[str, str]  # role -> name; "{layer}" is the layer number; linears without .weight / .bias
+    # role -> name; "{layer}" is the layer number; linears without .weight / .bias. A family that stores some of them as
+    # one matrix, their rows in this order, has "attention.qkv_proj" or "ffn.gate_up_proj" in their place.
+    tensors: Mapping[str, str]
     unused: tuple[str, ...] = ()  # names that may occur and carry nothing
+    config_keys: Callable[[AttentionSpec, FFNSpec, Windows], Keys | None] | None = None
 
 
 class _Table(BaseModel):
@@ -213,6 +234,45 @@ class WrittenModel(_Table):
     blocks: list[WrittenBlock]
 
 
+# Keys that some family or some reader of ours computes with and that leave no trace among the tensors, each with the
+# value (or, of a list, the element) under which it changes nothing. A table that reads one has a field of its name.
+NEUTRAL: Mapping[str, object] = {
+    "is_causal": True,  # transformers >= 5 and vLLM, of every family: embedding models see both ways
+    "layer_types": "full_attention",
+    "attention_chunk_size": None,
+    "no_rope_layers": 1,
+    "rope_interleaved": False,
+    "rotary_pct": 1,
+    "rope_pct": 1,
+    "alibi": False,
+    "clip_qkv": None,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "attn_temperature_tuning": False,
+    "use_parallel_residual": False,
+    "parallel_attn": False,
+    "scale_emb": 1,
+    "embedding_multiplier": 1,
+    "residual_multiplier": 1,
+    "logits_scaling": 1,
+    "logit_scale": 1,  # vLLM, of Llama
+}
+
+
+def refuse_unread(config: Mapping[str, Any], table: type[DecoderConfig]) -> None:
+    """Raise CheckpointError for a key of `NEUTRAL` that `table` does not read and that would change the arithmetic."""
+    for key, neutral in NEUTRAL.items():
+        value = config.get(key)
+        if value is None or key in table.model_fields:
+            continue
+        if any(element != neutral for element in (value if isinstance(value, list) else [value])):
+            raise CheckpointError(
+                f"{key!r} would change the arithmetic, and is not supported in this family",
+                found=value,
+                hint="if the model is run without it, remove the key",
+            )
+
+
 class DecoderConfig(_Table):
     """The config spellings that the families share; a family overrides fields or the properties below."""
 
@@ -231,6 +291,7 @@ class DecoderConfig(_Table):
     rope_parameters: RopeTable | None = None
     original_max_position_embeddings: Positions | None = None
     partial_rotary_factor: Factor = 1.0
+    attention_multiplier: Factor | None = None
     tie_word_embeddings: bool = False
     dtype: str | None = Field(None, validation_alias=AliasChoices("torch_dtype", "dtype"))
     block_configs: list[BlockConfig] | None = None
@@ -364,6 +425,11 @@ class DecoderConfig(_Table):
         head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if head_dim % 2:
             raise CheckpointError("head_dim is even", found=head_dim)
+        scale = head_dim**-0.5
+        if self.attention_multiplier is not None and not math.isclose(self.attention_multiplier, scale, rel_tol=1e-6):
+            raise CheckpointError(
+                "attention_multiplier is 1 / sqrt(head_dim)", expected=scale, found=self.attention_multiplier
+            )
         return AttentionSpec(
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=num_key_value_heads,
@@ -425,6 +491,25 @@ class AttentionBiasConfig(DecoderConfig):
     @property
     def o_bias(self) -> bool:
         return self.attention_bias
+
+
+class LayerTypesConfig(DecoderConfig):
+    """`layer_types` names the layers whose attention has the window (Mistral, Qwen 2 and 3)."""
+
+    layer_types: list[str] | None = None
+
+    def is_sliding(self, layer: int, otherwise: bool) -> bool:
+        """Whether a layer is one of them, `otherwise` where the config has no list."""
+        if self.layer_types is None:
+            return otherwise
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise CheckpointError(
+                "layer_types has one entry per layer", expected=self.num_hidden_layers, found=len(self.layer_types)
+            )
+        kind = self.layer_types[layer]
+        if kind not in ("full_attention", "sliding_attention"):
+            raise CheckpointError(f"layer_types[{layer}]: unknown kind of attention", found=kind)
+        return kind == "sliding_attention"
 
 
 WIDTH_MULTIPLE = 256

@@ -1,6 +1,15 @@
 """Llama 1 to 3.x, and everything that writes its config as Llama (`LlamaForCausalLM`)."""
 
-from exporter.architectures.base import LLAMA_TENSORS, LLAMA_UNUSED, AttentionBiasConfig, Family
+from exporter.architectures.base import (
+    LLAMA_TENSORS,
+    LLAMA_UNUSED,
+    AttentionBiasConfig,
+    AttentionSpec,
+    Family,
+    FFNSpec,
+    Keys,
+    Windows,
+)
 
 
 class LlamaConfig(AttentionBiasConfig):
@@ -11,6 +20,12 @@ class LlamaConfig(AttentionBiasConfig):
         return self.mlp_bias
 
 
+def _config_keys(attention: AttentionSpec, ffn: FFNSpec, windows: Windows) -> Keys | None:
+    if attention.qk_norm or attention.qkv_bias != attention.o_bias or any(windows):
+        return None
+    return {"attention_bias": attention.qkv_bias, "mlp_bias": ffn.bias}
+
+
 FAMILY = Family(
     name="llama",
     model_types=("llama",),
@@ -18,4 +33,5 @@ FAMILY = Family(
     config=LlamaConfig,
     tensors=LLAMA_TENSORS,
     unused=LLAMA_UNUSED,
+    config_keys=_config_keys,
 )

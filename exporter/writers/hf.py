@@ -13,14 +13,17 @@ that know one dtype only cast to it. Quantized linears have scales beside their 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from exporter.architectures import FAMILIES, llama, mistral, nemotron_nas, qwen2, qwen3
+from exporter.architectures import FAMILIES, llama, nemotron_nas
 from exporter.architectures.base import (
     WIDTH_MULTIPLE,
+    AttentionSpec,
+    FFNSpec,
+    Keys,
     WrittenBlock,
     WrittenModel,
     ffn_mult_from_width,
@@ -282,93 +285,26 @@ def _written_block(block: Block) -> WrittenBlock:
 # --- plain families
 
 
-@dataclass(frozen=True, slots=True)
-class _LayerShape:
-    """What a plain family's config says once for all layers."""
-
-    num_attention_heads: int
-    num_key_value_heads: int
-    intermediate_size: int
-    activation: Activation
-    qkv_bias: bool
-    o_bias: bool
-    ffn_bias: bool
-    qk_norm: bool
-
-
-Windows = Sequence[int | None]  # of every layer
-Keys = dict[str, Any]
-
-
-def _llama_keys(shape: _LayerShape, windows: Windows) -> Keys | None:
-    if shape.qk_norm or shape.qkv_bias != shape.o_bias or any(windows):
-        return None
-    return {"attention_bias": shape.qkv_bias, "mlp_bias": shape.ffn_bias}
-
-
-def _mistral_keys(shape: _LayerShape, windows: Windows) -> Keys | None:
-    if shape.qk_norm or shape.qkv_bias or shape.o_bias or shape.ffn_bias or len(set(windows)) > 1:
-        return None
-    return {"sliding_window": windows[0]}
-
-
-def _qwen2_keys(shape: _LayerShape, windows: Windows) -> Keys | None:
-    if shape.qk_norm or not shape.qkv_bias or shape.o_bias or shape.ffn_bias:
-        return None
-    return _qwen_window_keys(windows)
-
-
-def _qwen3_keys(shape: _LayerShape, windows: Windows) -> Keys | None:
-    window_keys = _qwen_window_keys(windows)
-    if not shape.qk_norm or shape.qkv_bias != shape.o_bias or shape.ffn_bias or window_keys is None:
-        return None
-    return {"attention_bias": shape.qkv_bias, **window_keys}
-
-
-def _qwen_window_keys(windows: Windows) -> Keys | None:
-    """One window size, on any layers: `layer_types` names them, `max_window_layers` is what older readers go by."""
-    sizes = sorted({window for window in windows if window is not None})
-    if len(sizes) > 1:
-        return None
-    if not sizes:
-        return {"use_sliding_window": False, "sliding_window": None, "max_window_layers": len(windows)}
-    return {
-        "use_sliding_window": True,
-        "sliding_window": sizes[0],
-        "max_window_layers": next(layer for layer, window in enumerate(windows) if window is not None),
-        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
-    }
-
-
-PLAIN_FAMILIES: dict[str, Callable[[_LayerShape, Windows], Keys | None]] = {
-    llama.FAMILY.name: _llama_keys,
-    mistral.FAMILY.name: _mistral_keys,
-    qwen2.FAMILY.name: _qwen2_keys,
-    qwen3.FAMILY.name: _qwen3_keys,
-}
-
-
 def _plain_keys(graph: ModelGraph, family: str) -> Keys | None:
     """The keys that say this graph in a plain family's config, beside those of `_config`; None if it cannot."""
-    shapes = {_layer_shape(layer, entry) for layer, entry in enumerate(graph.blocks)}
-    if family not in PLAIN_FAMILIES or len(shapes) != 1:
+    config_keys = FAMILIES[family].config_keys
+    layers = {_plain_layer(layer, entry) for layer, entry in enumerate(graph.blocks)}
+    layer = layers.pop() if len(layers) == 1 else None
+    if config_keys is None or layer is None:
         return None
-    shape = shapes.pop()
-    if shape is None:
-        return None
-    windows = [attention.sliding_window for _, attention in graph.attentions]
-    keys = PLAIN_FAMILIES[family](shape, windows)
+    attention, ffn = layer
+    keys = config_keys(attention, ffn, [attention.sliding_window for _, attention in graph.attentions])
     if keys is None:
         return None
     return {
-        "intermediate_size": shape.intermediate_size,
-        "num_key_value_heads": shape.num_key_value_heads,
+        "intermediate_size": ffn.intermediate_size,
+        "num_key_value_heads": attention.num_key_value_heads,
         **keys,
     }
 
 
-def _layer_shape(layer: int, entry: Block | ParallelBlocks) -> _LayerShape | None:
-    """None if this is not exactly layer `layer` of some plain model."""
+def _plain_layer(layer: int, entry: Block | ParallelBlocks) -> tuple[AttentionSpec, FFNSpec] | None:
+    """What is the same in all layers of a plain model; None if this is not exactly layer `layer` of some."""
     if not isinstance(entry, Block) or entry.source_layers != (layer,):
         return None
     attention, ffn = entry.attention, entry.ffn
@@ -378,15 +314,16 @@ def _layer_shape(layer: int, entry: Block | ParallelBlocks) -> _LayerShape | Non
     ffn_biases = {linear.bias is not None for linear in linears(ffn).values()}
     if len(qkv_biases) > 1 or len(ffn_biases) > 1:
         return None
-    return _LayerShape(
-        num_attention_heads=attention.num_attention_heads,
-        num_key_value_heads=attention.num_key_value_heads,
-        intermediate_size=ffn.intermediate_size,
-        activation=ffn.activation,
-        qkv_bias=qkv_biases.pop(),
-        o_bias=attention.o_proj.bias is not None,
-        ffn_bias=ffn_biases.pop(),
-        qk_norm=attention.q_norm is not None,
+    return (
+        AttentionSpec(
+            num_attention_heads=attention.num_attention_heads,
+            num_key_value_heads=attention.num_key_value_heads,
+            head_dim=attention.head_dim,
+            qkv_bias=qkv_biases.pop(),
+            o_bias=attention.o_proj.bias is not None,
+            qk_norm=attention.q_norm is not None,
+        ),
+        FFNSpec(ffn.intermediate_size, ffn.activation, ffn_biases.pop()),
     )
 
 

@@ -37,6 +37,8 @@ LLAMA: dict[str, Any] = {
 }
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "sliding_window": 32}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32}
+PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "original_max_position_embeddings": 4096}
+SEED_OSS = LLAMA | {"architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss"}
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
 ACTIVE = {"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 6.0}}
 DECI = {key: value for key, value in LLAMA.items() if key not in ("intermediate_size", "num_key_value_heads")} | {
@@ -176,18 +178,52 @@ MEANINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llama, dtype": ({k: v for k, v in LLAMA.items() if k != "torch_dtype"} | {"dtype": "float16"}, {"dtype": FLOAT16}),
     "llama, gelu": (LLAMA | {"hidden_act": "gelu_pytorch_tanh"}, {"activation": Activation.GELU_TANH}),
     "llama ignores a window": (LLAMA | {"sliding_window": 16}, {"window": None}),
+    "llama, keys that change nothing": (
+        LLAMA
+        | {
+            "is_causal": True, "layer_types": ["full_attention"] * 3, "no_rope_layers": [1, 1, 1], "logit_scale": 1.0,
+            "embedding_multiplier": 1, "attention_multiplier": 0.25, "attn_logit_softcapping": None,
+        },
+        {"d": 16},
+    ),
     "mistral": (MISTRAL, {"window": None}),
     "mistral, window": (MISTRAL | {"sliding_window": 16}, {"window": 16}),
-    "mistral, key missing": ({k: v for k, v in MISTRAL.items() if k != "sliding_window"}, {"window": 4096}),
+    "mistral, keys missing": (
+        {k: v for k, v in MISTRAL.items() if k not in ("sliding_window", "num_key_value_heads")}
+        | {"num_attention_heads": 16},
+        {"window": 4096, "kv": 8},
+    ),
+    "mistral, null key-value heads": (MISTRAL | {"num_key_value_heads": None}, {"kv": 4}),
+    "ministral": (
+        MISTRAL
+        | {"architectures": ["MinistralForCausalLM"], "model_type": "ministral", "sliding_window": 16},
+        {"window": 16},
+    ),
     "qwen2": (QWEN2, {"qkv_bias": True, "o_bias": False, "window": None}),
     "qwen2, window": (QWEN2 | {"use_sliding_window": True, "max_window_layers": 0}, {"window": 32}),
+    "qwen2, window switched off": (QWEN2 | {"max_window_layers": 0}, {"window": None}),
     "qwen2, window above": (QWEN2 | {"use_sliding_window": True, "max_window_layers": 1}, {"window": None}),
     "qwen2, window of layer_types": (
         QWEN2 | {"use_sliding_window": True, "layer_types": ["sliding_attention"] + ["full_attention"] * 2},
         {"window": 32},
     ),
+    "qwen2, key-value heads missing": (
+        {k: v for k, v in QWEN2.items() if k != "num_key_value_heads"}
+        | {"num_attention_heads": 64, "hidden_size": 128},
+        {"kv": 32},
+    ),
     "qwen3": (QWEN3, {"d": 32, "qkv_bias": False, "qk_norm": True}),
     "qwen3, bias": (QWEN3 | {"attention_bias": True}, {"qkv_bias": True, "o_bias": True}),
+    "phi3": (PHI3, {"kv": 2, "d": 16, "qkv_bias": False, "ffn_bias": False, "width": 160, "window": None}),
+    "phi3, window": (PHI3 | {"sliding_window": 16, "num_key_value_heads": None}, {"kv": 4, "window": 16}),
+    "seed-oss": (SEED_OSS, {"d": 128, "qkv_bias": True, "o_bias": False, "ffn_bias": False}),
+    "seed-oss, bias on o alone": (
+        SEED_OSS | {"attention_bias": False, "attention_out_bias": True, "head_dim": None},
+        {"d": 16, "qkv_bias": False, "o_bias": True},
+    ),
+    "seed-oss, key-value heads missing": (
+        {k: v for k, v in SEED_OSS.items() if k != "num_key_value_heads"} | {"num_attention_heads": 16}, {"kv": 8}
+    ),
     "deci": (DECI, {"kv": 2, "width": 256}),
     "deci, schema with widths": (
         DECI | {"block_configs": [{"attention": {"n_heads_in_group": 1}, "ffn": {"intermediate_size": 100}}] * 3},
@@ -232,6 +268,19 @@ def test_windows_per_layer_are_those_of_transformers(family: str, max_window_lay
     graph = graph_from_config(config)
     assert [attention.sliding_window for _, attention in graph.attentions] == [
         32 if kind == "sliding_attention" else None for kind in kinds
+    ]
+
+
+@pytest.mark.parametrize("kinds", ["SFS", "FFF", "SSS"])
+def test_mistral_with_layer_types_is_what_transformers_makes_of_it(kinds: str, tmp_path: Path) -> None:
+    """It takes such a config for one of Ministral, whatever it says it is."""
+    layer_types = [{"S": "sliding_attention", "F": "full_attention"}[kind] for kind in kinds]
+    config = MISTRAL | {"sliding_window": 32, "layer_types": layer_types}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    hf = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(hf, transformers.MinistralConfig)
+    assert [attention.sliding_window for _, attention in graph_from_config(config).attentions] == [
+        hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types
     ]
 
 
@@ -281,6 +330,37 @@ CONFIGS_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"unknown architecture: expected LlamaForCausalLM.*DeciLMForCausalLM.*found .*GPT2LMHeadModel",
     ),
     "known type under an unknown architecture": (LLAMA | {"architectures": ["LlamaForX"]}, "unknown architecture"),
+    "known architecture under an unknown type": (
+        LLAMA | {"model_type": "granite"},
+        "model_type is not that of LlamaForCausalLM: expected llama, found granite",
+    ),
+    "another family's type": (
+        MISTRAL | {"model_type": "qwen2"}, "model_type is not .* expected mistral or ministral, found qwen2"
+    ),
+    **{
+        f"arithmetic of others: {key}": (LLAMA | {key: value}, f"{key}' would change the arithmetic.*found {found}")
+        for key, value, found in [
+            ("is_causal", False, "false"), ("layer_types", ["full_attention", "sliding_attention"], ".*sliding_att"),
+            ("attention_chunk_size", 8192, 8192), ("no_rope_layers", [1, 1, 0], ".*1, 1, 0"),
+            ("rope_interleaved", True, "true"), ("rotary_pct", 0.25, 0.25), ("rope_pct", 0.25, 0.25),
+            ("alibi", True, "true"), ("clip_qkv", 8.0, 8.0), ("attn_logit_softcapping", 50.0, 50.0),
+            ("final_logit_softcapping", 30.0, 30.0), ("attn_temperature_tuning", True, "true"),
+            ("use_parallel_residual", True, "true"), ("parallel_attn", True, "true"), ("scale_emb", 12, 12),
+            ("embedding_multiplier", 12.0, 12.0), ("residual_multiplier", 0.22, 0.22), ("logits_scaling", 16, 16),
+            ("logit_scale", 0.0625, 0.0625),
+        ]
+    },
+    "phi3, its word for longrope": (
+        PHI3 | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "not supported in Phi-3: expected default, found Yarn"
+    ),
+    "phi3, longrope": (
+        PHI3 | {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}},
+        "RoPE scaling is not supported.*found longrope",
+    ),
+    "phi3, partial rotary": (PHI3 | {"partial_rotary_factor": 0.75}, "partial rotary embedding is not supported"),
+    "attention_multiplier": (
+        LLAMA | {"attention_multiplier": 0.0625}, r"1 / sqrt\(head_dim\): expected 0.25, found 0.0625"
+    ),
     "neither": (LLAMA | {"architectures": None, "model_type": None}, "unknown architecture"),
     "quantized otherwise": (
         LLAMA | {"quantization_config": {"quant_method": "fp8"}}, "unknown quantization method.*found fp8",
@@ -297,7 +377,7 @@ CONFIGS_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "layer_types has one entry per layer: expected 3, found 1",
     ),
     "layer_types of another kind": (
-        QWEN2 | {"use_sliding_window": True, "layer_types": ["chunked_attention"] * 3},
+        QWEN2 | {"layer_types": ["chunked_attention"] * 3},
         r"layer_types\[0\].*found chunked_attention",
     ),
     "deci without block_configs": ({k: v for k, v in DECI.items() if k != "block_configs"}, "block_configs: Field req"),
@@ -373,7 +453,8 @@ def test_every_architecture_and_model_type_has_one_family() -> None:
     assert len(set(architectures)) == len(architectures)
     assert len(set(model_types)) == len(model_types)
     for family in FAMILIES.values():
-        assert all(family_of([name], "anything") is family for name in family.architectures)
+        assert all(family_of([name], None) is family for name in family.architectures)
+        assert all(family_of([name], family.model_types[-1]) is family for name in family.architectures)
         assert all(family_of(None, name) is family for name in family.model_types)
 
 

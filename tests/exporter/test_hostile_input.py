@@ -444,6 +444,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "pickle only": (only_pickle, ("pytorch_model.bin", "pickles", "never opened", "safetensors")),
     "no weights": (no_weights, ("no safetensors weights: expected model.safetensors or model.safetensors.index.json",)),
+    "an adapter": (
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        ("adapter_config.json: an adapter", "is not read. Merge it into its model"),
+    ),
     "no config": (lambda folder: (folder / "config.json").unlink(), ("no config.json in the model folder",)),
     "marker of an interrupted run": (
         lambda folder: (folder / ".fuselage-incomplete").touch(),

@@ -1,12 +1,30 @@
-"""What a recipe's steps are recognized by."""
+"""That every key of a plan is applied, and what a recipe's steps are recognized by."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from exporter.pipeline import source_fingerprint
+import pytest
+
+from exporter.graph import structure
+from exporter.pipeline import apply_plan, source_fingerprint
+from exporter.plan import Plan
 from exporter.writers.files import save_folder
+from tests.tiny import tiny_graph
+
+PLANS = {
+    "drop_attention": Plan(drop_attention=[1]),
+    "drop_ffn": Plan(drop_ffn=[2]),
+    "fuse": Plan(fuse=[(3, 4)]),
+    "parallel": Plan(parallel=[(1, 2)]),
+}
+
+
+@pytest.mark.parametrize("key", Plan.model_fields)
+def test_every_key_of_a_plan_changes_the_model(key: str) -> None:
+    graph = tiny_graph("AF AF AF F F")
+    assert structure(apply_plan(graph, PLANS[key])) != structure(graph)
 
 
 def test_a_model_of_others_is_recognized_by_names_sizes_and_times(tmp_path: Path) -> None:

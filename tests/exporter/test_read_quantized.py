@@ -366,6 +366,7 @@ TAMPERED: dict[str, tuple[ModelGraph, str, Callable[[Folder], object], tuple[str
     "packed": (INT8, "compressed-tensors", say(format="pack-quantized"), ("group_0.format", "found pack-quantized")),
     "sparse": (INT8, "compressed-tensors", say(sparsity_config={"format": "sparse-24-bitmask"}), ("sparsity_config",)),
     "rotated": (INT8, "compressed-tensors", say(transform_config={"config_groups": {"R1": {}}}), ("transform_config",)),
+    "a type of its own": (INT8, "compressed-tensors", say_of("weights", type="fp"), ("weights.type", "found fp")),
     "4 bits": (INT8, "compressed-tensors", say_of("weights", num_bits=4), ("group_0.weights.num_bits", "found 4")),
     "bits a string": (INT8, "compressed-tensors", say_of("weights", num_bits="8"), ("weights.num_bits: ", "valid int")),
     "bits a truth": (INT8, "compressed-tensors", say_of("weights", num_bits=True), ("weights.num_bits: ", "valid int")),
@@ -457,3 +458,48 @@ def test_scales_are_positive_numbers(
             tmp_path / "out", emit(opened, Options(quantization_layout="modelopt")), kind="checkpoint", details={}
         )
     assert not (tmp_path / "out").exists()
+
+
+STACKS = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
+
+def stack(tensors: Tensors) -> None:
+    """Store q, k, v and gate, up as Phi-3 does."""
+    for layer in ("model.layers.0", "model.layers.1"):
+        for stacked, parts in STACKS.items():
+            for ending in ("weight", "weight_scale", "input_scale"):
+                found = [tensors.pop(f"{layer}.{part}.{ending}", None) for part in parts]
+                if found[0] is not None:
+                    is_of_rows = found[0].numel() > 1
+                    tensors[f"{layer}.{stacked}.{ending}"] = torch.cat(found) if is_of_rows else found[0]
+
+
+@pytest.mark.parametrize(
+    ("graph", "layout"),
+    [(FP8, "modelopt"), (FP8_ROWS, "modelopt"), (INT8, "compressed-tensors")],
+    ids=["FP8, KV cache", "FP8 per row", "INT8"],
+)
+def test_stacked_linears_are_those_that_lie_apart(graph: ModelGraph, layout: str, tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "model", graph, layout)
+    apart = folder.open()
+    folder.tensors(stack)
+    path = folder.path / "config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3"})
+    )
+    assert list(differences(folder.open(), apart)) == []
+
+
+def test_a_stack_of_another_size_is_refused(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "model", INT8, "compressed-tensors")
+    folder.tensors(stack)
+    path = folder.path / "config.json"
+    changes = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "num_key_value_heads": 4}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(
+        CheckpointError, match=r"self_attn\.qkv_proj\.weight .*expected \[192, 64\] from num_att.*\[128, 64"
+    ):
+        folder.open()

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import pytest
+from pydantic import BaseModel
 
-from commands.models import distill
+from commands.models import distill, quantize
+from commands.networks import export
+from commands.studies import analyze
+from commands.timing import bench
 from exporter.errors import PlanError
 from exporter.plan import Plan, read_plan
-from exporter.recipe import read_recipe
+from exporter.recipe import AnalysisRecipe, BenchRecipe, CalibrationRecipe, TensorRtLlmRecipe, read_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,10 +91,29 @@ def test_a_distillation_has_the_options_and_defaults_of_the_command(tmp_path: Pa
     assert {name: value for name, value in found if name != "text"} == expected
 
 
+SECTIONS: dict[str, tuple[BaseModel, click.Command, str, int]] = {
+    "analysis": (AnalysisRecipe(text=Path("t")), analyze, "m --text t -o o", 7),
+    "bench": (BenchRecipe(), bench, "e -o o", 9),
+    "calibration": (CalibrationRecipe(text=Path("t")), quantize, "m --format fp8 --text t -o o", 3),
+    "network for TensorRT-LLM": (TensorRtLlmRecipe(to="trtllm"), export, "m --to trtllm -o o", 3),
+}
+
+
+@pytest.mark.parametrize(("section", "command", "arguments", "shared"), SECTIONS.values(), ids=SECTIONS.keys())
+def test_sections_have_the_defaults_of_commands(
+    section: BaseModel, command: click.Command, arguments: str, shared: int
+) -> None:
+    chosen = command.make_context(command.name, arguments.split()).params
+    found = {name: value for name, value in section if name in chosen and name not in ("text", "runtime")}
+    assert len(found) == shared
+    assert found == {name: chosen[name] for name in found}
+
+
 REFUSED = {
     "not_a_mapping": ("- a\n- b\n", "not a recipe: expected keys title, model"),
     "no_model": ("variants: [{name: a}]\n", "model: key is missing"),
     "misspelled_key": ("modle: m\nvariants: [{name: a}]\n", "modle: unknown key: found m"),
+    "network_is_a_word": ("model: m\nnetwork: trtllm\nvariants: [{name: a}]\n", "network: "),
     "no_variants": ("model: m\nvariants: []\n", "variants: List should have at least 1 item"),
     "unknown_key": ("model: m\nvariants: [{name: a}]\nbatch: 1\n", "batch: unknown key"),
     "unknown_plan_key": ("model: m\nvariants: [{name: a, plan: {drop: [1]}}]\n", "drop: unknown key"),
@@ -157,6 +181,14 @@ REFUSED = {
     "distilled_without_folder": (
         "model: m\nvariants: [{name: a, plan: {drop_ffn: [1]}, checkpoint: false, distill: {text: t}}]\n",
         "variant 'a': what is distilled is written as a Hugging Face folder",
+    ),
+    "quantized_without_folder": (
+        "model: m\ncalibration: {text: t}\nvariants: [{name: a, checkpoint: false, quantize: fp8}]\n",
+        "variant 'a': what is quantized is written as a Hugging Face folder",
+    ),
+    "quantized_without_calibration": (
+        "model: m\nvariants: [{name: a, quantize: fp8}]\n",
+        "variant 'a': quantize needs a section `calibration`",
     ),
     "distilled_without_text": ("model: m\nvariants: [{name: a, distill: {}}]\n", "distill.text: key is missing"),
     "rate": ("model: m\nvariants: [{name: a, distill: {text: t, lr: .inf}}]\n", "distill.lr: .*finite"),

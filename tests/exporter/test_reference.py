@@ -10,13 +10,15 @@ import pytest
 import torch
 import transformers
 
-from exporter.errors import GraphError
+from exporter.dtypes import FLOAT8_E4M3FN, INT8, DType
+from exporter.errors import GraphError, TargetError
 from exporter.graph import Linear
-from exporter.lazy import array
+from exporter.lazy import CHUNK_BYTES, LazyTensor, array
+from exporter.numerics import amax, dequantize, quantize, scale_from_amax
 from exporter.passes.quantize_linears import quantize_linears
 from exporter.quantization import QuantizationRecipe
 from exporter.read import open_model
-from exporter.reference import Reference
+from exporter.reference import Reference, fake_quantized, torch_from_lazy
 from tests.tiny import tiny_graph
 
 LLAMA3 = {
@@ -42,9 +44,21 @@ CASES = {
     "llama_gelu": ("Llama", {"hidden_act": "gelu_pytorch_tanh"}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral_window": ("Mistral", {"sliding_window": 5}),
+    "ministral": (
+        "Ministral",
+        {
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "head_dim": 16,  # MinistralConfig does not work it out
+        },
+    ),
     "qwen2": ("Qwen2", {}),
     "qwen2_window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
+    "phi3": ("Phi3", {"pad_token_id": 0}),
+    "phi3_window": ("Phi3", {"pad_token_id": 0, "sliding_window": 5, "num_key_value_heads": 4}),
+    "seed_oss": ("SeedOss", {"head_dim": 24}),
+    "seed_oss_biases": ("SeedOss", {"head_dim": 16, "attention_out_bias": True, "mlp_bias": True}),
     "qwen3_yarn": ("Qwen3", {"head_dim": 16, "rope_parameters": YARN}),
 }
 
@@ -105,6 +119,23 @@ def test_resident_and_streamed_weights_give_the_same_logits() -> None:
     assert torch.equal(once.logits(tokens), again.logits(tokens))
 
 
+def test_an_embedding_that_is_not_kept_is_read_by_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = tiny_graph("AF")
+    read: list[tuple[int, int]] = []
+    rows = type(graph.embedding).rows
+
+    def spy(tensor: LazyTensor, start: int, stop: int) -> np.ndarray:
+        if tensor is graph.embedding:
+            read.append((start, stop))
+        return rows(tensor, start, stop)
+
+    monkeypatch.setattr(type(graph.embedding), "rows", spy)
+    embedded = Reference(graph).embed(torch.tensor([[7, 300, 7], [9, 9, 7]]))
+    assert read == [(7, 8), (9, 10), (300, 301)]
+    expected = graph.embedding.numpy()[[[7, 300, 7], [9, 9, 7]]]
+    np.testing.assert_array_equal(embedded.numpy(), expected)
+
+
 def test_parallel_blocks_are_the_sum_of_their_contributions() -> None:
     graph = tiny_graph("AF (AF F A) AF")
     tokens = torch.arange(10)[None]
@@ -114,6 +145,25 @@ def test_parallel_blocks_are_the_sum_of_their_contributions() -> None:
     span = Reference(alone, dtype=torch.float64).span(tokens.shape, None)
     members = [Reference(alone, dtype=torch.float64).block(index) for index in (1, 2, 3)]
     torch.testing.assert_close(y, x + sum(block(x, span) - x for block in members), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT8_E4M3FN, INT8], ids=str)
+def test_tokens_are_rounded_as_rows_of_a_weight_are(dtype: DType) -> None:
+    tokens = np.array([[1, 2, -3], [0, 0, 0], [1e-44, 0, -3e-45], [3e-38, -1e-38, 0], [3e38, -1, 0]], np.float32)
+    scale = scale_from_amax(amax(tokens, axis=1), dtype)
+    found = fake_quantized(torch.from_numpy(tokens), dtype, None)
+    np.testing.assert_array_equal(found.numpy(), dequantize(quantize(tokens, scale, dtype), scale))
+
+
+def test_a_tensor_of_several_chunks_is_read_whole() -> None:
+    values = np.arange(3 * CHUNK_BYTES // 8, dtype=np.float32).reshape(-1, 6)
+    loaded = torch_from_lazy(array(values), torch.device("cpu"), torch.float64)
+    np.testing.assert_array_equal(loaded.numpy(), values)
+
+
+def test_a_device_that_torch_does_not_know_is_refused() -> None:
+    with pytest.raises(TargetError, match=r"torch cannot use this device .*found nonsense"):
+        Reference(tiny_graph("AF"), device="nonsense")
 
 
 def test_a_full_cache_is_refused() -> None:

@@ -70,6 +70,8 @@ ROUND_TRIPS: dict[str, tuple[ModelGraph, str, str]] = {
     "qwen2, lower window": (windowed(tiny_graph("AF AF AF", qkv_bias=True), 9, None, 9), "qwen2", "qwen2"),
     "qwen3": (tiny_graph("AF AF", qk_norm=True, head_dim=32), "qwen3", "qwen3"),
     "qwen3 with biases": (tiny_graph("AF AF", qk_norm=True, qkv_bias=True, o_bias=True), "qwen3", "qwen3"),
+    "seed-oss": (tiny_graph("AF AF", qkv_bias=True, ffn_bias=True, head_dim=32), "seed-oss", "seed-oss"),
+    "seed-oss with windows": (tiny_graph("AF AF", qkv_bias=True, sliding_window=9), "seed-oss", NEMOTRON_NAS),
     "windows no plain family has": (windowed(tiny_graph("AF AF AF"), 9, None, 4), "mistral", NEMOTRON_NAS),
     "windows in llama": (tiny_graph("AF AF", sliding_window=9), "llama", NEMOTRON_NAS),
     "other source layers": (renumbered(tiny_graph("AF AF")), "llama", NEMOTRON_NAS),

@@ -59,6 +59,10 @@ CASES: dict[str, tuple[ModelGraph, str, str]] = {
     "qwen2": (tiny_graph("AF AF", qkv_bias=True), "qwen2", "qwen2"),
     "qwen2, upper window": (with_windows(tiny_graph("AF AF AF", qkv_bias=True), [None, None, 6]), "qwen2", "qwen2"),
     "qwen3": (tiny_graph("AF AF", qk_norm=True, head_dim=32), "qwen3", "qwen3"),
+    "seed-oss": (tiny_graph("AF AF", qkv_bias=True, head_dim=32), "seed-oss", "seed-oss"),
+    "seed-oss, all biases": (
+        tiny_graph("AF AF", qkv_bias=True, o_bias=True, ffn_bias=True), "seed-oss", "seed-oss"
+    ),
     "attention dropped": (tiny_graph("AF F F AF"), "llama", NEMOTRON_NAS),
     "attention dropped, first block": (tiny_graph("F AF"), "llama", NEMOTRON_NAS),
     "fused": (fused_llama(), "llama", NEMOTRON_NAS),
@@ -75,6 +79,7 @@ CASES: dict[str, tuple[ModelGraph, str, str]] = {
     "gelu": (tiny_graph("AF F", activation=Activation.GELU_TANH), "llama", NEMOTRON_NAS),
     "qwen2, dropped": (tiny_graph("AF F AF", qkv_bias=True), "qwen2", NEMOTRON_NAS),
     "qwen3, dropped": (tiny_graph("AF F AF", qk_norm=True, head_dim=32), "qwen3", NEMOTRON_NAS),
+    "seed-oss, dropped": (tiny_graph("AF F AF", qkv_bias=True, head_dim=32), "seed-oss", NEMOTRON_NAS),
     "mistral, window, dropped": (tiny_graph("AF F AF", sliding_window=5), "mistral", NEMOTRON_NAS),
     "several windows": (with_windows(tiny_graph("AF AF AF"), [4, None, 7]), "llama", NEMOTRON_NAS),
     "FFN bias, padded": (tiny_graph("AF F", ffn_bias=True, intermediate_size=300), "llama", NEMOTRON_NAS),
