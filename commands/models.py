@@ -153,6 +153,7 @@ def quantize(
     int8-weight-only. Those with static scales or smoothing calibrate on a text, or use a calibration that was kept.
     """
     from exporter.calibration import calibrate, calibration_files, check_belongs, read_calibration
+    from exporter.hidden_states import remove_states
     from exporter.passes.quantize_linears import structure_quantized
     from exporter.pipeline import checkpoint_writing, refuse_overlap
     from exporter.quantization import read_quantization, recipe_with
@@ -196,27 +197,40 @@ def quantize(
     if dry_run:
         carry_out(prospect, dry_run, quiet)
         return
-    with resumable(resume is not None), step_progress(quiet) as progress:
+
+    def save_ranges() -> None:
+        if save_calibration is not None and known is not None:
+            files = calibration_files(known)
+            save_folder(save_calibration, files.items(), kind="calibration", details=details, force=force)
+            say_written(quiet, save_calibration)
+
+    with resumable(resume is not None):
         if calibrates and tokens is not None and text is not None:
-            known = calibrate(
-                checkpoint.graph,
-                tokens,
-                text=text.name,
-                percentile=percentile,
+            with step_progress(quiet) as progress:
+                known = calibrate(
+                    checkpoint.graph,
+                    tokens,
+                    text=text.name,
+                    percentile=percentile,
+                    device=device,
+                    work=resume,
+                    progress=progress and (lambda done, total: progress(done, total, "calibration")),
+                )
+        if resume is None:  # else it is safe there, and the same command would find the folder in its way
+            save_ranges()
+        with step_progress(quiet) as progress:
+            found = quantize_graph(
+                graph,
+                recipe,
+                source=checkpoint.graph,
+                calibration=known,
+                tokens=aside,
                 device=device,
-                work=resume,
-                progress=progress and (lambda done, total: progress(done, total, "calibration")),
+                progress=progress,
             )
-    if save_calibration is not None and known is not None:
-        save_folder(
-            save_calibration, calibration_files(known).items(), kind="calibration", details=details, force=force
-        )
-        say_written(quiet, save_calibration)
-    with step_progress(quiet) as progress:
-        found = quantize_graph(
-            graph, recipe, source=checkpoint.graph, calibration=known, tokens=aside, device=device, progress=progress
-        )
-    carry_out(writing_of(found.graph), dry_run, quiet)
+        carry_out(writing_of(found.graph), dry_run, quiet)
+    if resume is not None:
+        save_ranges()
     if report_path is not None and aside is not None and text is not None:
         source = f"{format_name}, {model.name}, {aside.size:,} tokens of {text.name}"
         with step_progress(quiet) as progress:
@@ -225,6 +239,8 @@ def quantize(
         if not quiet:
             click.echo(errors_summary(files))
         say_written(quiet, report_path)
+    if resume is not None:
+        remove_states(resume)
 
 
 @click.command(

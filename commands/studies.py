@@ -111,6 +111,7 @@ def analyze(
     from engines.what_if import gain_text
     from exporter.analysis.dependency import measure_dependency
     from exporter.analysis.plan import Constraints
+    from exporter.hidden_states import remove_states
     from exporter.pipeline import source_fingerprint
     from exporter.read import open_model
     from exporter.suggest import Wishes, analysis_files, check_wishes, source_text, suggest
@@ -134,19 +135,18 @@ def analyze(
         placed = Deployment(gpu=gpu_named(gpu, read_gpus()), tp_size=tp, format=number)
         gain = gain_text(checkpoint.graph, placed, Tokens.decode(1, context))
     tokens = model_windows(text, checkpoint, context=context, max_windows=max_windows)
-    with step_progress(quiet) as progress:
-        with resumable(resume is not None):
-            dependency = measure_dependency(
-                checkpoint.graph,
-                tokens,
-                blocks=None if layers is None else block_range_from_text(checkpoint.graph, layers),
-                kl=kl,
-                device=device,
-                budget_bytes=budget_bytes,
-                work=resume,
-                identity=source_fingerprint(model),
-                progress=progress and (lambda done, total: progress(done, total, "blocks")),
-            )
+    with resumable(resume is not None), step_progress(quiet) as progress:
+        dependency = measure_dependency(
+            checkpoint.graph,
+            tokens,
+            blocks=None if layers is None else block_range_from_text(checkpoint.graph, layers),
+            kl=kl,
+            device=device,
+            budget_bytes=budget_bytes,
+            work=resume,
+            identity=source_fingerprint(model),
+            progress=progress and (lambda done, total: progress(done, total, "blocks")),
+        )
         suggestion = suggest(
             checkpoint.graph,
             dependency,
@@ -160,6 +160,8 @@ def analyze(
     files = analysis_files(dependency, suggestion, constraints=constraints, source=source, gain=gain)
     details = {"model": str(model), "text": str(text), "context": context}
     save_folder(output, files, kind="analysis", details=details, force=force)
+    if resume is not None:
+        remove_states(resume)
     say_written(quiet, output)
 
 

@@ -96,7 +96,7 @@ def calibrate(
         percentile: of the tokens, per channel, e.g. 99.9: what lies above is clipped. None: nothing is.
         budget_bytes: hidden states beyond this go to files.
         work: folder for those files; an interrupted calibration goes on from there when called again with the same
-            arguments. Removed at the end.
+            arguments, and a finished one is read from there, until `exporter.hidden_states.remove_states`.
 
     Raises:
         CalibrationError: a quantized graph, or a percentile out of range.

@@ -159,20 +159,18 @@ def _make_file(path: Path, size: int) -> None:
 def states_folder(work: Path | None, needed_bytes: int, budget_bytes: int) -> Iterator[Path | None]:
     """Where hidden states go: `work` if given, a temporary folder if they do not fit the budget, else None (memory).
 
-    `work` keeps its files when the measurement is interrupted and loses them, and itself, when it is done.
+    `work` keeps its files until `remove_states`: what is made of a measurement may be interrupted as well.
 
     Raises:
         OutputError: `work` holds something else, is in use by another run, or cannot be made.
     """
     if work is not None:
-        with _own(work):
+        with _locked(work):
+            others = sorted(n for n in os.listdir(work) if not OWN_FILES.fullmatch(n) and not n.startswith("."))
+            if others:
+                found = ", ".join(others[:5])
+                raise OutputError("the folder to resume from holds something else", file=work, found=found)
             yield work
-            (work / PROGRESS_FILE).unlink()  # first: it means nothing without the others
-            for name in os.listdir(work):
-                if OWN_FILES.fullmatch(name):
-                    (work / name).unlink()
-            with contextlib.suppress(OSError):  # a link to a folder, or somebody else uses it by now
-                work.rmdir()
     elif needed_bytes > budget_bytes:
         with tempfile.TemporaryDirectory(prefix="fuselage-states-") as folder:
             yield Path(folder)
@@ -180,20 +178,30 @@ def states_folder(work: Path | None, needed_bytes: int, budget_bytes: int) -> It
         yield None
 
 
+def remove_states(work: Path) -> None:
+    """Remove what a measurement has left in its folder, and the folder if nothing else is in it.
+
+    Raises:
+        OutputError: another run is using it.
+    """
+    with _locked(work):
+        (work / PROGRESS_FILE).unlink(missing_ok=True)  # first: it means nothing without the others
+        for name in os.listdir(work):
+            if OWN_FILES.fullmatch(name):
+                (work / name).unlink()
+        with contextlib.suppress(OSError):  # a link to a folder, or there is something else in it
+            work.rmdir()
+
+
 @contextlib.contextmanager
-def _own(folder: Path) -> Iterator[None]:
-    """Make the folder, or see that nobody else's files are in it, and keep every other run out of it."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Make a folder, and keep every other run out of it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        others = sorted(n for n in os.listdir(folder) if not OWN_FILES.fullmatch(n) and not n.startswith("."))
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise OutputError(f"cannot be a folder for hidden states: {error.strerror}", file=folder) from error
     try:
-        if others:
-            raise OutputError(
-                "the folder to resume from holds something else", file=folder, found=", ".join(others[:5])
-            )
         if not try_lock(lock):
             hint = "wait for it, or give another folder"
             raise OutputError("another run is using the folder to resume from", file=folder, hint=hint)

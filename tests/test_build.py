@@ -24,6 +24,7 @@ import build
 from engines.backends import BACKENDS, Kind, backends_by_setting
 from engines.settings import Setting
 from exporter.dtypes import BFLOAT16, FLOAT32, DType
+from exporter.errors import EngineError
 from exporter.plan import read_plan
 from exporter.read import open_model
 from exporter.reference import Reference
@@ -249,6 +250,41 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(tmp_path: Path) -> None:
     assert "needs weights" in call(*arguments).output
 
 
+@pytest.mark.parametrize("command", [("transform",), ("quantize", "--format", "int8-weight-only")], ids=lambda c: c[0])
+def test_weight_files_are_as_large_as_asked(command: tuple[str, ...], tmp_path: Path) -> None:
+    name, *options = command
+    output = done(name, ROOT / "demo" / "model", *options, "--shard-size", "2MB", "--dry-run", "-o", tmp_path / "out")
+    files = [line.split() for line in output.output.splitlines() if line.endswith(".safetensors")]
+    sizes = [int(size.replace(",", "")) for size, _ in files]
+    assert sum(sizes) > 4 * 10**6
+    assert max(sizes) <= 2 * 10**6 + 20_000  # and a header
+
+
+def test_a_benchmark_is_made_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def bench_engines(engines: object, grid: object, **settings: Any) -> None:
+        given.update(settings, engines=engines, grid=grid)
+        raise EngineError("known enough")
+
+    monkeypatch.setattr("engines.bench.bench_engines", bench_engines)
+    lengths = ["--batch", "1,3", "--input-len", 5, "--output-len", "7,8"]
+    counts = ["--rounds", 9, "--warmup", 0, "--threads", 2, "--seed", 11]
+    arguments = ["bench", "a", "b", *lengths, *counts, "--cpus", "0,1", "--one-at-a-time", "--profile"]
+    assert "known enough" in call(*arguments, "-o", tmp_path / "results.json").output
+    assert given.pop("engines") == (Path("a"), Path("b"))
+    assert given.pop("grid") == ((1, 5, 7), (1, 5, 8), (3, 5, 7), (3, 5, 8))
+    assert {name: value for name, value in given.items() if name not in ("progress", "worker")} == {
+        "rounds": 9,
+        "warmup": 0,
+        "threads": 2,
+        "cpus": [0, 1],
+        "seed": 11,
+        "one_at_a_time": True,
+        "profile": True,
+    }
+
+
 def test_evaluate_prints_and_writes_the_same_figures(model: Path, plan: Path, tmp_path: Path) -> None:
     text = ["--text", model.parent / "text.txt", "--context", 20]
     output = tmp_path / "evaluation.json"
@@ -274,6 +310,13 @@ def test_analyze_suggests_a_plan_that_transform_takes(model: Path, tmp_path: Pat
     assert len(plan.dropped_layers) == 3
     assert len(plan.parallel) == 1
     done("export", model, "--to", "onnx", "--plan", tmp_path / "a" / "plan.yaml", "-o", tmp_path / "network")
+
+
+@pytest.mark.parametrize(("gib", "is_fused"), [(1, True), (1e-6, False)])
+def test_analyze_fuses_what_a_gpu_holds(gib: float, is_fused: bool, model: Path, tmp_path: Path) -> None:
+    arguments = ["--text", model.parent / "text.txt", "--context", 20, "--drop", 4, "--fuse-last"]
+    done("analyze", model, *arguments, "--max-gib-per-gpu", gib, "-o", tmp_path / "a")
+    assert bool(read_plan(tmp_path / "a" / "plan.yaml").fuse) is is_fused
 
 
 def test_analyze_of_a_range(model: Path, tmp_path: Path) -> None:
@@ -537,6 +580,10 @@ REFUSED = {
     "shard_size_without_unit": (["transform", "{model}", "--shard-size", "5", "-o", "{tmp}/out"], "'5' is 5 bytes"),
     "small_shard_size": (["transform", "{model}", "--shard-size", "999KB", "-o", "{tmp}/out"], "give at least 1MB"),
     "readers": (["transform", "{model}", "--check-for", "vllm,", "-o", "{tmp}/out"], "not a list of names"),
+    "weights_of_trtllm": (
+        ["export", str(ROOT / "tests" / "data" / "llama-3.1-405b.config.json"), "--to", "trtllm", "-o", "{tmp}/out"],
+        "needs weights",
+    ),
     "trtllm_of_onnx": (
         ["export", "{model}", "--to", "onnx", "--tp", "2", "-o", "{tmp}/out"],
         "--tp belongs to --to trtllm",
@@ -606,6 +653,7 @@ MEASURE = "exporter.analysis.dependency.measure_dependency"
 INTERRUPTED = {
     "run": (["run", "{recipe}", "-o", "{tmp}/out"], "engines.run.run_recipe", True),
     "resumable_analysis": (["analyze", *ANALYZE, "--resume", "{tmp}/work"], MEASURE, True),
+    "resumable_suggestion": (["analyze", *ANALYZE, "--resume", "{tmp}/work"], "exporter.suggest.suggest", True),
     "analysis": (["analyze", *ANALYZE], MEASURE, False),
 }
 

@@ -155,6 +155,26 @@ def test_refused(case: str, model: Path, tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_interrupted_after_the_calibration_it_does_not_calibrate_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, work = tmp_path / "calibration", tmp_path / "work"
+    command = ["quantize", model, "--format", "fp8", *on_text(model), "--save-calibration", kept, "--resume", work]
+    with monkeypatch.context() as patched:
+        patched.setattr("exporter.quantize.quantize", interrupt)
+        result = call(*command, "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "the same command goes on from here" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["work"]
+    monkeypatch.setattr("exporter.calibration._measured_block", interrupt)
+    done(*command, "-o", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration", "out"]
+
+
 def test_a_calibration_of_another_model_is_refused(model: Path, tmp_path: Path) -> None:
     kept = tmp_path / "calibration"
     done("quantize", model, "--format", "fp8", *on_text(model), "--save-calibration", kept, "-o", tmp_path / "a")

@@ -97,10 +97,11 @@ def measure_dependency(
         blocks: first and last index in `graph.blocks`; None: all.
         kinds: what is removed, one part at a time.
         importance: carry every variant to the end of the model; without it the pass stops after the range.
-        kl: also compare logits (needs `importance`).
+        kl: also compare logits, for which every variant is carried to the end, too.
         budget_bytes: hidden states beyond this go to files.
         work: folder for those files; a measurement that was interrupted goes on from there when it is called again
-            with the same arguments. None: a temporary folder where files are needed at all.
+            with the same arguments, and a finished one is read from there, until `hidden_states.remove_states`. None: a
+            temporary folder where files are needed at all.
         identity: plain JSON data that tells this model from others of the same structure, for `work`.
         batch: windows that go through a block at a time.
         progress: called with (blocks done, blocks in all).

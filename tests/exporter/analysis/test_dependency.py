@@ -18,6 +18,7 @@ from exporter.analysis import dependency
 from exporter.analysis.dependency import Kind, dependency_from_json, measure_dependency
 from exporter.errors import CheckpointError, OutputError, PlanError
 from exporter.graph import ModelGraph
+from exporter.hidden_states import remove_states
 from exporter.lazy import LazyTensor, array
 from exporter.passes.parallelize_blocks import parallelize_blocks
 from exporter.read import open_model
@@ -165,6 +166,13 @@ def test_files_memory_and_batch_give_the_same(tmp_path: Path) -> None:
     in_memory = measure_dependency(graph, TOKENS, kl=True, batch=4)
     same(in_memory, measure_dependency(graph, TOKENS, kl=True, batch=4, budget_bytes=0))
     same(in_memory, measure_dependency(graph, TOKENS, kl=True, batch=4, work=tmp_path / "work"))
+    seen: list[int] = []
+    again = measure_dependency(
+        graph, TOKENS, kl=True, batch=4, work=tmp_path / "work", progress=lambda done, _: seen.append(done)
+    )
+    same(in_memory, again)
+    assert seen == [6]  # nothing was left to be measured
+    remove_states(tmp_path / "work")
     assert list(tmp_path.iterdir()) == []
     one_by_one = measure_dependency(graph, TOKENS, kl=True, batch=1)
     for kind, matrix in in_memory.matrices.items():
@@ -190,29 +198,32 @@ def test_logits_are_taken_a_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch
 
 def test_a_range_is_the_matching_part_of_the_whole() -> None:
     graph = tiny_graph("AF AF F AF AF")
-    whole, part = (measure_dependency(graph, TOKENS, blocks=blocks) for blocks in (None, (1, 3)))
+    whole = measure_dependency(graph, TOKENS, kl=True)
+    part = measure_dependency(graph, TOKENS, blocks=(1, 3), importance=False, kl=True)
     for kind in dependency.KINDS:
         np.testing.assert_allclose(part.matrices[kind], whole.matrices[kind][1:4, 1:4], atol=1e-9)
         np.testing.assert_allclose(part.importance[kind], whole.importance[kind][1:4], atol=1e-9)
+        np.testing.assert_allclose(part.kl[kind], whole.kl[kind][1:4], atol=1e-9)
 
 
-def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [0, 2])
+def test_an_interrupted_measurement_goes_on_where_it_stopped(stop: int, tmp_path: Path) -> None:
     graph = tiny_graph("AF AF F AF")
     undisturbed = measure_dependency(graph, TOKENS)
 
-    def stop_at_two(done: int, _: int) -> None:
-        if done == 2:
+    def interrupt(done: int, _: int) -> None:
+        if done == stop:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure_dependency(graph, TOKENS, work=tmp_path, progress=stop_at_two)
+        measure_dependency(graph, TOKENS, work=tmp_path, progress=interrupt)
     with pytest.raises(OutputError, match="another measurement"):
         measure_dependency(graph, TOKENS + 1, work=tmp_path)
     with pytest.raises(OutputError, match="another measurement"):
         measure_dependency(graph, TOKENS, work=tmp_path, identity={"model": "another"})
     resumed_graph, counters = counted(graph)
     same(undisturbed, measure_dependency(resumed_graph, TOKENS, work=tmp_path))
-    assert [block[0].count > 0 for block in counters] == [False, False, True, True]
+    assert [block[0].count > 0 for block in counters] == [index >= stop for index in range(4)]
 
 
 def test_parallel_groups_are_removed_as_one() -> None:
@@ -224,7 +235,14 @@ def test_parallel_groups_are_removed_as_one() -> None:
 
 def test_json_round_trip() -> None:
     measured = measure_dependency(tiny_graph("AF F A"), TOKENS, kl=True)
-    same(measured, dependency_from_json(measured.to_json()))
+    back = dependency_from_json(measured.to_json())
+    same(measured, back)
+    assert back.first == 0
+    assert back.last == 2
+    np.testing.assert_array_equal(back.distance_of_output, measured.distance_of_output)
+    for kind in dependency.KINDS:
+        np.testing.assert_array_equal(back.matrices[kind], measured.matrices[kind])
+        np.testing.assert_array_equal(back.kl[kind], measured.kl[kind])
 
 
 def test_a_range_that_is_not_in_the_model_is_refused() -> None:
