@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from engines.results import EngineResult, EvaluatedModel, validation_problems
 from engines.structure_strip import layers_text
@@ -20,7 +20,7 @@ from exporter.errors import EngineError
 from exporter.manifests import DEPENDENCY_FILE, PLAN_FILE
 from exporter.plan import Plan, read_plan
 from exporter.safetensors_io import read_json
-from exporter.structure import Count
+from exporter.structure import Count, Sealed
 
 MAX_DEPENDENCY_BYTES = 256 * 2**20  # three matrices of a thousand blocks take about 70 MB
 
@@ -28,10 +28,8 @@ Kind = Literal["block", "attention", "ffn"]
 Figures = tuple[Annotated[float, Field(allow_inf_nan=False)] | None, ...]  # null where there is nothing to compare
 
 
-class _Measurements(BaseModel):
+class _Measurements(Sealed):
     """`exporter.analysis.dependency.Dependency` as JSON; n blocks from `first` to `last`, both included."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     source_layers: tuple[Annotated[tuple[Count, ...], Field(min_length=1)], ...] = Field(min_length=1, max_length=4096)
     first: Count
@@ -41,8 +39,8 @@ class _Measurements(BaseModel):
     distance_of_output: Figures  # [n]
     distance_of_contribution: Figures
     relative_contribution: Figures
-    importance: dict[Kind, Figures] = {}
-    kl: dict[Kind, Figures] = {}
+    importance: dict[Kind, Figures] = Field(default_factory=dict)
+    kl: dict[Kind, Figures] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> _Measurements:

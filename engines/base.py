@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from exporter.errors import EngineError
 from exporter.manifests import Model, manifest_from_json, validated
 from exporter.network import CacheSlot, FileName
 from exporter.safetensors_io import read_json
-from exporter.structure import Count, Positive
+from exporter.structure import Count, Positive, Sealed
 from exporter.writers.files import Content, json_bytes, save_folder
 
 ENGINE_KIND = "engine"  # of the folder's manifest
@@ -27,10 +26,8 @@ ENGINE_SCHEMA = 1
 BuildProgress = Callable[[int, int, str], None]  # (done, total, what is being done)
 
 
-class EngineManifest(BaseModel):
+class EngineManifest(Sealed):
     """What an engine folder says about itself in `engine.json`; the files' hashes are in the folder's manifest."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     engine_schema: int = ENGINE_SCHEMA
     backend: str  # a key of `engines.backends.BACKENDS`

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import psutil
-from pydantic import BaseModel, ConfigDict
 
 from engines.base import ENGINE_KIND, EngineManifest, backend_options, read_engine_manifest, save_engine
 from engines.machine import cpu_name, version_numbers
@@ -46,6 +45,7 @@ from exporter.network import (
     network_manifest_from_json,
 )
 from exporter.safetensors_io import read_json
+from exporter.structure import Sealed
 from exporter.writers.files import FileCopy, Manifest, check_folder, refuse_existing
 
 if TYPE_CHECKING:
@@ -134,10 +134,8 @@ def _check_version(manifest: EngineManifest, engine: Path) -> None:
         )
 
 
-class EngineOptions(BaseModel):
+class EngineOptions(Sealed):
     """What this backend keeps in `EngineManifest.options`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     device: Literal["cpu"]
     emulated: bool = False  # whether a number format is imitated, so that timings say nothing about it

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
-from exporter.structure import Count, Positive
+from exporter.structure import Count, Positive, Sealed
 
 Kind = Literal["attention", "ffn", "embedding", "lm_head", "norm", "other", "between"]
 Phase = Literal["prefill", "decode"]
@@ -31,11 +31,7 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=r
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class KernelTime(_Strict):
+class KernelTime(Sealed):
     """What one kernel took in one sublayer and call, all of its executions together."""
 
     kind: Kind  # of sublayer; a norm in front of one is "norm", its residual addition belongs to it
@@ -45,7 +41,7 @@ class KernelTime(_Strict):
     executions: Positive
 
 
-class Profile(_Strict):
+class Profile(Sealed):
     """A call of one phase, taken apart."""
 
     phase: Phase

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from engines import tensorrt_library
 from engines.base import read_engine_manifest
@@ -26,15 +26,14 @@ from engines.results import RequestShape
 from engines.tensorrt import TensorRt
 from engines.tensorrt_profile import profile_requests
 from engines.worker import Failure, Send, cpu_list, pin, reporting, timed_request, token_ids
+from exporter.structure import Sealed
 
 REQUESTS = 9  # that count, after one of warm-up; each has one prefill
 STEPS = 4  # of decode in each, at most
 
 
-class Profiles(BaseModel):
+class Profiles(Sealed):
     """What the process found."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     event: Literal["profiles"] = "profiles"
     profiles: tuple[Profile, ...]

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from engines.results import validation_problems
 from exporter.errors import EngineError
 from exporter.manifests import ERRORS_FILE
 from exporter.safetensors_io import read_json
-from exporter.structure import Count
+from exporter.structure import Count, Sealed
 
 MAX_ERRORS_BYTES = 64 * 2**20
 WORST = 6  # linears that a report lists
@@ -25,11 +25,7 @@ Number = Annotated[float, Field(allow_inf_nan=False, ge=0)]
 Text = Annotated[str, Field(max_length=1000)]
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LinearError(_Table):
+class LinearError(Sealed):
     """See `exporter.analysis.quantization.LinearError`."""
 
     name: Text
@@ -38,7 +34,7 @@ class LinearError(_Table):
     saturation: Number | None
 
 
-class SmoothingCell(_Table):
+class SmoothingCell(Sealed):
     """See `exporter.analysis.quantization.SmoothingCell`."""
 
     block: Count
@@ -48,7 +44,7 @@ class SmoothingCell(_Table):
     relative_error: Number
 
 
-class _Errors(_Table):
+class _Errors(Sealed):
     source: Text
     tokens: Count
     linears: tuple[LinearError, ...] = Field(max_length=100_000)

@@ -20,8 +20,6 @@ from typing import Annotated, Final, Literal, NamedTuple
 import numpy as np
 from pydantic import (
     AwareDatetime,
-    BaseModel,
-    ConfigDict,
     Field,
     StringConstraints,
     TypeAdapter,
@@ -32,7 +30,7 @@ from pydantic_core import from_json
 
 from engines.profile import Profile
 from exporter.errors import EngineError, IncompleteError
-from exporter.structure import Count, Positive, Structure, Text
+from exporter.structure import Count, Positive, Sealed, Structure, Text
 
 RESULTS_SCHEMA: Final = 2  # 2: engines may have `stopped`
 READ_SCHEMAS: Final = (1, 2)
@@ -49,11 +47,7 @@ Duration = Annotated[float, Field(ge=1e-12, le=1e15, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Environment(_Strict):
+class Environment(Sealed):
     """Machine, software and settings of one benchmark."""
 
     cpu: Text
@@ -71,7 +65,7 @@ class Environment(_Strict):
     command: tuple[Text, ...]  # the exact command line, word by word
 
 
-class TaskScore(_Strict):
+class TaskScore(Sealed):
     """One metric of one task of the evaluation harness."""
 
     task: Label
@@ -82,7 +76,7 @@ class TaskScore(_Strict):
     samples: Count
 
 
-class Accuracy(_Strict):
+class Accuracy(Sealed):
     """Quality of a model on held-out text and tasks; None is what was not measured."""
 
     perplexity: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # of a broken model beyond bounds
@@ -91,7 +85,7 @@ class Accuracy(_Strict):
     tasks: tuple[TaskScore, ...] = Field(default=(), max_length=1000)
 
 
-class Stopped(_Strict):
+class Stopped(Sealed):
     """Where the benchmark of an engine ended early, and why; the samples until then were kept."""
 
     batch: Positive
@@ -107,7 +101,7 @@ class Stopped(_Strict):
         return f"after {self.rounds} of {self.rounds_asked} rounds at {shape}"
 
 
-class EngineResult(_Strict):
+class EngineResult(Sealed):
     """One engine, and what does not depend on the request; None is what does not apply (predicted figures)."""
 
     label: Label
@@ -136,7 +130,7 @@ class EngineResult(_Strict):
         return self.kind if self.stopped is None else f"{self.kind}, incomplete"
 
 
-class EvaluatedModel(_Strict):
+class EvaluatedModel(Sealed):
     """A model that was judged on text or tasks, and not timed."""
 
     label: Label
@@ -156,7 +150,7 @@ class RequestShape(NamedTuple):
         return f"batch {self.batch}, input {self.input_len}, output {self.output_len}"
 
 
-class Cell(_Strict):
+class Cell(Sealed):
     """Raw samples of one engine at one request shape, rounds in the order they were taken."""
 
     engine: Label
@@ -206,7 +200,7 @@ class Cell(_Strict):
         )
 
 
-class Results(_Strict):
+class Results(Sealed):
     """A results file."""
 
     results_schema: Literal[1, 2] = RESULTS_SCHEMA

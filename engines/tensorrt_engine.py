@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from engines.base import EngineManifest, backend_options
 from exporter.errors import EngineError, raise_all
@@ -16,9 +16,8 @@ from exporter.network import (
     LOGITS_INDEX,
     POSITION_IDS,
     CacheSlot,
-    Count,
-    Positive,
 )
+from exporter.structure import Count, Positive, Sealed
 
 ProfileName = Literal["prefill", "decode"]
 PREFILL: ProfileName = "prefill"
@@ -27,14 +26,10 @@ DATA_TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}  # our 
 ANY = -1  # a size that is chosen at run time, as TensorRT writes it
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 Sizes = Annotated[tuple[Positive, Positive, Positive], Field(description="min, opt, max")]
 
 
-class Profile(_Strict):
+class Profile(Sealed):
     """One optimization profile: the sizes that a context may be given, and those that kernels are chosen for."""
 
     name: ProfileName
@@ -43,7 +38,7 @@ class Profile(_Strict):
     tokens: Sizes  # S, of one call
 
 
-class EngineOptions(_Strict):
+class EngineOptions(Sealed):
     """What this backend keeps in `EngineManifest.options`."""
 
     device: Literal["cuda"] = "cuda"

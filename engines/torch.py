@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import numpy as np
 import psutil
-from pydantic import BaseModel, ConfigDict
 
 from engines.base import ENGINE_KIND, EngineManifest, backend_options, read_engine_manifest, save_engine
 from engines.machine import cpu_name
@@ -31,6 +30,7 @@ from exporter.network import NETWORK_FILE
 from exporter.pipeline import refuse_overlap, source_fingerprint
 from exporter.read import CONFIG, HF_QUANT_CONFIG, Checkpoint, open_model
 from exporter.safetensors_io import checkpoint_files, path_inside
+from exporter.structure import Sealed
 from exporter.wide_ffn import wide_ffn_problems
 from exporter.writers.files import FileCopy, check_folder, refuse_existing
 
@@ -56,10 +56,8 @@ class BuildSettings:
     capacity: Annotated[int | None, Setting("tokens of a fixed KV cache; by request if not given.", least=1)] = None
 
 
-class EngineOptions(BaseModel):
+class EngineOptions(Sealed):
     """What this backend keeps in `EngineManifest.options`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     device: Device
     emulated: bool  # whether a number format is imitated, so that timings say nothing about it

@@ -30,22 +30,19 @@ from pathlib import Path
 from typing import Annotated, Final, Literal, TextIO
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 
 from engines.base import EngineManifest, Runner
 from engines.results import Amount, Duration
 from exporter.errors import EngineError, FuselageError
+from exporter.structure import Sealed
 
 PROTOCOL: Final = 1
 CLOCK = "time.perf_counter_ns"
 LINUX_STATUS = Path("/proc/self/status")
 
 
-class _Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Run(_Message):
+class Run(Sealed):
     """Time one request."""
 
     op: Literal["run"] = "run"
@@ -56,13 +53,13 @@ class Run(_Message):
     with_tokens: bool = False  # whether the sample is to hold what was generated
 
 
-class Close(_Message):
+class Close(Sealed):
     """Say goodbye and exit."""
 
     op: Literal["close"] = "close"
 
 
-class Ready(_Message):
+class Ready(Sealed):
     """The engine is open."""
 
     event: Literal["ready"] = "ready"
@@ -74,7 +71,7 @@ class Ready(_Message):
     program: Literal["cpp", "python"] = "python"  # that speaks
 
 
-class Sample(_Message):
+class Sample(Sealed):
     """One timed request."""
 
     event: Literal["sample"] = "sample"
@@ -86,14 +83,14 @@ class Sample(_Message):
     tokens: tuple[tuple[int, ...], ...] | None = None  # [output_len][B], if asked for
 
 
-class Closed(_Message):
+class Closed(Sealed):
     """The process has done its work."""
 
     event: Literal["closed"] = "closed"
     peak_memory_gib: Duration  # the most resident memory the process ever had
 
 
-class Failure(_Message):
+class Failure(Sealed):
     """The process cannot go on."""
 
     event: Literal["error"] = "error"

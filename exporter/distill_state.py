@@ -17,12 +17,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from exporter.distill_model import Processes
 from exporter.errors import CheckpointError, OutputError
 from exporter.lazy import LazyTensor, concat
 from exporter.safetensors_io import SafetensorsFile, read_json, read_safetensors
+from exporter.structure import Sealed
 from exporter.writers.files import check_folder, json_bytes, refuse_existing, save_file, save_folder
 
 RUN_FILE = "run.json"
@@ -31,10 +32,8 @@ TENSORS = "state.safetensors"
 KIND = "distill-state"
 
 
-class SavedRun(BaseModel):
+class SavedRun(Sealed):
     """run.json."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     key: str  # of what is trained on what, and how
     parts: Annotated[int, Field(ge=1, le=1 << 16)]

@@ -24,10 +24,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Field, StringConstraints
 
 from exporter.manifests import manifest_from_json
-from exporter.structure import Count, Positive, StructureJson
+from exporter.structure import Count, Positive, Sealed, StructureJson
 
 NETWORK_FILE = "network.json"
 NETWORK_KIND = "network"  # of the folder's manifest
@@ -44,11 +44,7 @@ FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$"
 FileName = Annotated[str, StringConstraints(pattern=FILE_NAME, max_length=200)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class CacheSlot(_Strict):
+class CacheSlot(Sealed):
     """The KV cache of one attention: two buffers [B, num_key_value_heads, capacity, head_dim] of the network's dtype.
 
     The four names are those of the network's inputs and outputs; a past and its present are bound to one buffer.
@@ -66,7 +62,7 @@ class CacheSlot(_Strict):
         return 2 * self.num_key_value_heads * self.head_dim
 
 
-class NetworkVariant(_Strict):
+class NetworkVariant(Sealed):
     """One network definition; those of one folder share weight files and differ in form."""
 
     file: FileName
@@ -80,7 +76,7 @@ class NetworkVariant(_Strict):
     options: dict[str, Any]  # of the writer, for people and for comparison
 
 
-class NetworkManifest(_Strict):
+class NetworkManifest(Sealed):
     """What a network folder says about itself in `network.json`; files' hashes are in the folder's manifest."""
 
     network_schema: int = NETWORK_SCHEMA

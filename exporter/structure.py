@@ -1,4 +1,4 @@
-"""What `exporter.graph.structure` says about a model, as types: for the JSON files that carry it."""
+"""Types of our JSON files: what all have in common, and what `exporter.graph.structure` says about a model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ MAX_TEXT = 10_000  # characters
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
+
+
+class Sealed(BaseModel):
+    """Part of a JSON file of ours: it has no fields but its own, and is never changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class _Open(BaseModel):

@@ -27,10 +27,11 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from exporter.errors import CheckpointError, FuselageError, OutputError
 from exporter.safetensors_io import read_json
+from exporter.structure import Sealed
 
 MANIFEST = "fuselage.manifest.json"
 MARKER = ".fuselage-incomplete"
@@ -89,17 +90,13 @@ class FileCopy:
             raise CheckpointError(f"cannot be read ({error.strerror or error})", file=self._path) from error
 
 
-class FileEntry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class FileEntry(Sealed):
     bytes: int
     sha256: str
 
 
-class Manifest(BaseModel):
+class Manifest(Sealed):
     """What a folder we wrote says about itself."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     manifest_schema: int = MANIFEST_SCHEMA
     kind: str  # "checkpoint", "network", "engine", "report", ...

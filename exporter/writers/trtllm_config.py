@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from exporter import __version__
 from exporter.dtypes import DType
@@ -25,7 +25,7 @@ from exporter.manifests import manifest_from_json
 from exporter.network import FileName
 from exporter.rope import LinearScaling, Llama3Scaling, Rope
 from exporter.safetensors_io import read_json
-from exporter.structure import Count, Positive, StructureJson
+from exporter.structure import Count, Positive, Sealed, StructureJson
 from exporter.writers.files import json_bytes
 from exporter.writers.trtllm_formats import KV_ALGOS, Format, exclude_modules
 from exporter.writers.trtllm_layout import Layer, Module, Rank, modules_of, stages
@@ -40,11 +40,7 @@ MODEL_FILE = "models.py"
 ARCHITECTURE = "DeciLMForCausalLM"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class RankFile(_Strict):
+class RankFile(Sealed):
     """What one GPU gets."""
 
     file: FileName
@@ -54,7 +50,7 @@ class RankFile(_Strict):
     widest_gemm: Count  # outputs of the widest GEMM, gate and up as one: what activations are sized by
 
 
-class CheckpointManifest(_Strict):
+class CheckpointManifest(Sealed):
     """What a checkpoint folder says about itself in `checkpoint.json`; files' hashes are in the folder's manifest."""
 
     checkpoint_schema: int = CHECKPOINT_SCHEMA
