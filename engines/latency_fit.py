@@ -109,17 +109,17 @@ def leave_one_out(observations: Sequence[Observation], criterion: Criterion = "l
     """The error for each observation of the constants that the others alone would give.
 
     Raises:
-        EngineError: without one of them nothing is left to fit to.
+        EngineError: without one of them too few are left to fit to.
     """
-    if len(observations) < 2:
+    fit = fit_constants(observations, criterion)
+    if len(observations) <= len(fit.fitted):
         raise EngineError(
             "constants are held against what they were not fitted to",
-            expected="at least two measured latencies",
+            expected=f"at least {len(fit.fitted) + 1} measured latencies, for {', '.join(fit.fitted)}",
             found=len(observations),
         )
-    start = fit_constants(observations, criterion).constants
     return [
-        one.error(_fit_from(start, [other for other in observations if other is not one], criterion).constants)
+        one.error(_fit_from(fit.constants, [other for other in observations if other is not one], criterion).constants)
         for one in observations
     ]
 

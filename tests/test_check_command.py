@@ -53,6 +53,19 @@ def test_warnings_are_printed_and_pass(network: Path, tmp_path: Path) -> None:
     assert "ir-version" in result.output
 
 
+def test_an_op_is_known_where_a_plugin_has_it(network: Path, tmp_path: Path) -> None:
+    import onnx
+
+    model = onnx.load(network / "tensorrt.onnx", load_external_data=False)
+    model.opset_import.append(onnx.helper.make_opsetid("ours", 1))
+    model.graph.node.append(onnx.helper.make_node("Mystery", [model.graph.input[0].name], ["found"], domain="ours"))
+    onnx.save(model, tmp_path / "ours.onnx")
+    for plugins in ([], ["--plugin", "Another"]):
+        result = call("check", tmp_path / "ours.onnx", *plugins)
+        assert (result.exit_code, "op-unknown" in result.output) == (2, True)
+    done("check", tmp_path / "ours.onnx", "--plugin", "Another", "--plugin", "Mystery")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -177,6 +177,8 @@ def test_compare_says_what_changed(slower: Path, tmp_path: Path) -> None:
     assert len(slower_rows) == sum(change["verdict"] == "slower" for change in changes) == 9
     assert slower_rows[0].startswith("| fused | batch 1, input 32, output 48 | inter-token | 0.501 | 0.751 | 1.500 | ")
     assert "**Of 36 figures: 9 slower, 27 no difference.**" in markdown
+    assert markdown.count("**") == 2 * (1 + 9)
+    assert len([line for line in markdown.splitlines() if line.startswith("|")]) == 2 + 36
 
 
 def test_a_comparison_names_its_threshold_and_escapes_what_it_prints(slower: Path, tmp_path: Path) -> None:
@@ -209,7 +211,10 @@ def test_compare_fails_on_a_regression(slower: Path, threshold: str, code: int) 
 def test_a_model_that_fits_nowhere_has_no_chart_of_its_throughput(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    done("predict", LLAMA, "--gpu", "l40s", "--tp", 1, "--batch", "1,2", "-o", tmp_path / "out")
+    arguments = ("predict", LLAMA, "--gpu", "l40s", "--tp", 1, "--batch", "1,2", "-o", tmp_path / "out")
+    done(*arguments)
+    assert "--force" in call(*arguments).output
+    done(*arguments, "--force")
     assert [path.name for path in (tmp_path / "out").glob("*.png")] == []
     assert [str(warning.message) for warning in recwarn] == []
 

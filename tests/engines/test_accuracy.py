@@ -80,6 +80,7 @@ WITH_LAST = "With the FFN of layer 3, the last of its run, fused as well, perple
             [FUSED, REMOVED, "AF F F F AF"], [f"{FUSED_OR_REMOVED}; as they were, 4.00 (2)."], id="and_as_they_were"
         ),
         pytest.param([FUSED, LONGER], [WITH_LAST], id="with_the_last"),
+        pytest.param(["AF F+F F", "AF F+F+F"], [WITH_LAST], id="with_the_last_of_the_model"),
         pytest.param([FUSED, LONGER, FUSED], [WITH_LAST.replace("(0)", "(0, 2)")], id="the_same_twice"),
         pytest.param([FUSED, "AF - - AF AF"], [], id="other_attentions"),
         pytest.param([FUSED, "AF - - - AF"], [], id="other_ffns_removed"),
@@ -116,6 +117,8 @@ def test_number_formats_are_not_mixed() -> None:
 
     assert findings([model(FUSED, "int8"), model(REMOVED, None)]) == []
     assert len(findings([model(FUSED, "int8"), model(REMOVED, "int8")])) == 1
+    unjudged = EvaluatedModel(label="on tasks alone", structure=structure(FUSED), accuracy=Accuracy())
+    assert findings([unjudged, model(REMOVED, None)]) == []
 
 
 def test_only_what_has_no_noise_is_judged_without_an_interval() -> None:
@@ -126,17 +129,24 @@ def test_only_what_has_no_noise_is_judged_without_an_interval() -> None:
             structure=structure(pattern),
             accuracy=Accuracy(
                 perplexity=perplexity,
-                tasks=(TaskScore(task="cloze", metric="acc", value=score, higher_is_better=True, samples=8),),
+                tasks=(
+                    TaskScore(task="cloze", metric="acc", value=score, higher_is_better=True, samples=8),
+                    TaskScore(task="cloze", metric="loss", value=1 - score, higher_is_better=False, samples=8),
+                ),
             ),
         )
         for label, pattern, perplexity, score in (("a", SOURCE, 8.0, 0.5), ("b", "AF F F AF AF AF", 9.0, 0.25))
     ]
+    models.append(EvaluatedModel(label="c", structure=structure(SOURCE), accuracy=Accuracy(perplexity=8.0)))
     interval = RatioInterval(ratio=0.5, low=0.4, high=0.6)
     for given, judged in ((None, "neutral"), (interval, "better")):
-        columns, (_, row) = accuracy_table(models, ("Latency", [2.0, 1.0]), [None, given])
+        columns, (_, row, without) = accuracy_table(models, ("Latency", [2.0, 1.0, None]), [None, given, None])
         assert {column.name: value.verdict for column, value in zip(columns, row.values, strict=True)} == {
             "Sequential sublayers": "better",
             "Perplexity": "worse",
             "cloze, acc": "neutral",
+            "cloze, loss": "neutral",
             "Latency": judged,
         }
+        assert [value.verdict for value in without.values] == ["same", "same", "neutral", "neutral", "neutral"]
+        assert [column.better for column in columns] == [-1, -1, 1, -1, -1]

@@ -53,7 +53,14 @@ def test_rounds_of_engines_that_took_turns_are_paired_and_no_others() -> None:
         expected = ratio_interval(ours, theirs, paired=paired)
         assert (found.ratio, found.low, found.high) == pytest.approx((expected.ratio, expected.low, expected.high))
     assert together[key] != apart[key]
+    _, _, uneven = compared(fewer({**REALISTIC, "cells": [doubled(cell) for cell in REALISTIC["cells"]]}, "fused", 9))
+    assert uneven[key] == ratio_interval((ours * 2)[:9], theirs * 2)
     assert apart["attention-dropped", SHAPE, "ttft_ms"] == together["attention-dropped", SHAPE, "ttft_ms"]
+
+
+def doubled(cell: dict) -> dict:
+    """The cell with every round twice."""
+    return {**cell, **{key: cell[key] * 2 for key in ("ttft_ms", "step_ms", "request_ms")}}
 
 
 def fewer(document: dict, engine: str, rounds: int) -> dict:
@@ -83,10 +90,16 @@ def test_which_ratios_have_an_interval(document: dict, labels: set[str]) -> None
     assert {label for label, _, _ in compared(document)[2]} == labels
 
 
-def test_times_of_zero_have_no_interval_and_cost_the_others_none() -> None:
+@pytest.mark.parametrize("rounds", [1, 5])
+def test_times_of_zero_have_no_interval_and_cost_the_others_none(rounds: int) -> None:
     """A clock may be too coarse for a step; ratios to nothing mean nothing."""
     for still, expected in (("fused", {"attention-dropped"}), ("baseline", set())):
-        cells = [{**cell, "request_ms": cell["ttft_ms"]} if is_at(cell, still) else cell for cell in REALISTIC["cells"]]
+        cells = [
+            {**cell, "request_ms": [*cell["ttft_ms"][:rounds], *cell["request_ms"][rounds:]]}
+            if is_at(cell, still)
+            else cell
+            for cell in REALISTIC["cells"]
+        ]
         _, _, found = compared(with_changes(cells=cells))
         assert {label for label, shape, name in found if (shape, name) == (SHAPE, "inter_token_ms")} == expected
 
@@ -148,6 +161,18 @@ def test_what_may_be_called_better_or_worse() -> None:
     assert judged["Peak memory"] == "worse"
     unsure = ("Decode step p50", "Decode step p90", "Decode step p99", "Load time")
     assert {judged[name] for name in unsure} == {"neutral"}
+
+
+def test_accuracy_is_lost_where_perplexity_and_divergence_grow_and_agreement_shrinks() -> None:
+    accuracies = [
+        {"perplexity": 8.0, "kl_divergence": 0.1, "top1_agreement": 0.9},
+        {"perplexity": 9.0, "kl_divergence": 0.2, "top1_agreement": 0.8},
+    ]
+    for (first, second), verdict in ((accuracies, "worse"), (accuracies[::-1], "better")):
+        engines = [{**ENGINES[0], "accuracy": first}, ENGINES[1], {**ENGINES[2], "accuracy": second}]
+        found = verdicts(with_changes(engines=engines))
+        names = ("Perplexity", "KL divergence, nats per token", "Top-1 agreement")
+        assert [found[name] for name in names] == [verdict] * 3
 
 
 @pytest.mark.parametrize(

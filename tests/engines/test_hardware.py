@@ -84,6 +84,7 @@ def test_what_a_gpu_cannot_do() -> None:
         ("4: [8, 40]", "3: [8, 40]", "all_reduce_us must have an entry for the largest group: expected 4"),
         ("[8, 40]", "8", "all_reduce_us.4"),
         ("memory_gb: 10", "memory_gb: -1", "gpus.mine.memory_gb: Input should be greater than 0"),
+        ("memory_gb: 10", "memory_gb: .inf", "gpus.mine.memory_gb: Input should be a finite number"),
         ("memory_gb: 10", "memory_gib: 10", "gpus.mine.memory_gib: unknown key"),
         ("gpus:\n  mine", "gpus:\n  other: 3\n  mine", "gpus.other"),
     ],

@@ -36,17 +36,20 @@ def test_as_scipy_does_it(rounds: int, paired: bool) -> None:
 
 
 @pytest.mark.parametrize("paired", [True, False])
-def test_as_a_plain_loop_does_it(paired: bool) -> None:
+@pytest.mark.parametrize(("rounds", "seed"), [(6, 0), (100, 7)])  # of 100 rounds hardly a resample has its like
+def test_as_a_plain_loop_does_it(rounds: int, seed: int, paired: bool) -> None:
     """Every resample by itself, quantiles by numpy: the same draws give the same numbers."""
-    ours, theirs = drawn(6)
+    ours, theirs = drawn(rounds)
     if not paired:  # then it does not matter which round is which
         ours, theirs = np.sort(ours), np.sort(theirs)
-    first, second = (np.sort(np.random.default_rng(seed).integers(0, 6, (RESAMPLES, 6)), axis=1) for seed in (0, 1))
+    first, second = (
+        np.sort(np.random.default_rng(of).integers(0, rounds, (RESAMPLES, rounds)), axis=1) for of in (seed, seed + 1)
+    )
     ratios = [
         np.median(ours[a]) / np.median(theirs[b]) for a, b in zip(first, first if paired else second, strict=True)
     ]
     low, high = np.quantile(ratios, (0.025, 0.975))
-    found = ratio_interval(ours, theirs, paired=paired)
+    found = ratio_interval(ours, theirs, paired=paired, seed=seed)
     assert (found.low, found.high) == pytest.approx((low, high), rel=1e-12)
 
 

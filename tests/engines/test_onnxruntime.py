@@ -232,7 +232,19 @@ def test_manifest(engine: Path) -> None:
     assert set(manifest.runtime) == {"onnxruntime"}
     assert manifest.kv_bytes_per_token == 2 * 2 * 16 * 4
     assert manifest.structure["sequential_sublayers"] == 3
+    assert manifest.options["emulated"] is False
     assert manifest.weight_bytes == (engine / "weights.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(("spare", "disabled"), [(0, "0"), (-1, "1")])
+def test_weights_are_packed_where_memory_holds_them_twice(
+    spare: int, disabled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = tiny_graph("F")
+    memory = SimpleNamespace(total=2 * 4 * graph.num_parameters + spare, available=10**9)
+    monkeypatch.setattr(backend_module.psutil, "virtual_memory", lambda: memory)
+    options = open_graph(graph, SYMBOLIC, tmp_path).manifest.options
+    assert options["session"]["session.disable_prepacking"] == disabled
 
 
 def test_generation(engine: Path) -> None:

@@ -125,7 +125,7 @@ def test_statistics_by_hand():
     assert figures.output_tokens_per_s_per_user == pytest.approx(1000 / 3)
     # 2 sequences x 3 tokens in 16, 18 and 25 ms
     assert figures.output_tokens_per_s_total.median == pytest.approx(6000 / 18)
-    assert figures.output_tokens_per_s_total.high == pytest.approx(375)
+    assert (figures.output_tokens_per_s_total.low, figures.output_tokens_per_s_total.high) == pytest.approx((240, 375))
 
 
 def test_one_output_token_has_no_inter_token_latency():
@@ -138,6 +138,13 @@ def test_one_output_token_has_no_inter_token_latency():
     assert figures.step_p99_ms is None
     assert figures.output_tokens_per_s_per_user is None
     assert figures.output_tokens_per_s_total.median == pytest.approx(1000 / 6)
+
+
+def test_tokens_that_came_all_at_once_have_no_rate():
+    figures = statistics(Cell(**{**CELL, "request_ms": CELL["ttft_ms"], "step_ms": []}))
+    assert figures.inter_token_ms is not None
+    assert figures.inter_token_ms.high == 0
+    assert (figures.step_p50_ms, figures.output_tokens_per_s_per_user) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -181,11 +188,12 @@ def test_a_file_of_the_first_version_is_read_and_written_as_one_of_the_second():
 
 
 def test_an_engine_that_stopped_comes_back_and_is_told_about():
-    document = {**DOCUMENT, "results_schema": 2, "engines": [{**ENGINE, "stopped": STOPPED}]}
+    engines = [{**ENGINE, "label": "whole"}, {**ENGINE, "stopped": STOPPED}]
+    document = {**DOCUMENT, "results_schema": 2, "engines": engines}
     results = results_from_json(json.dumps(document).encode())
     assert results_from_json(json_from_results(results)) == results
     assert not results.is_complete
-    assert results.engines[0].standing == "measured, incomplete"
+    assert [engine.standing for engine in results.engines] == ["measured", "measured, incomplete"]
     with pytest.raises(IncompleteError) as caught:
         refuse_incomplete(results, Path("out.json"))
     assert str(caught.value).splitlines() == [
@@ -210,6 +218,7 @@ REFUSED = {
     "NaN sample": (changed("cells.0.ttft_ms.0", float("nan")), "not JSON"),
     "infinite sample": (json.dumps(DOCUMENT).replace("16.0", "1e999").encode(), "finite number"),
     "sample beyond reason": (changed("cells.0.request_ms.0", 1e300), "cells.0.request_ms.0: Input should be less"),
+    "step beyond reason": (changed("cells.0.step_ms.0.1", 1e300), "cells.0.step_ms.0.1: Input should be less"),
     "sample of no time": (changed("cells.0.ttft_ms.0", 5e-324), "cells.0.ttft_ms.0: Input should be greater"),
     "a list": (b"[]", "not a results file"),
     "no version": (b"{}", "not a results file"),

@@ -520,17 +520,22 @@ def test_a_timing_cache_that_is_lost_after_the_build_costs_no_engine(
 # --- the plan
 
 
-def test_estimates_by_hand(tmp_path: Path) -> None:
-    graph = tiny_graph("AF (AF F)", intermediate_size=(256, 512, 64), dtype="bfloat16")
+@pytest.mark.parametrize(
+    ("widths", "widest"),
+    [((256, 512, 64), 2 * 512), ((16, 32, 16), (4 + 2 * 2) * 16)],  # gate and up; query, key and value
+)
+def test_estimates_by_hand(widths: tuple[int, ...], widest: int, tmp_path: Path) -> None:
+    graph = tiny_graph("AF (AF F)", intermediate_size=widths, dtype="bfloat16")
     source = network(tmp_path, graph, BFLOAT16, batch=3, max_positions=100)
     plan = plan_build(source, BuildSettings(max_input_len=10))
     assert plan.weight_bytes == 2 * graph.num_parameters
     assert plan.host_bytes == 8 * graph.num_parameters + HOST_BYTES_BESIDE
     assert plan.gpu_memory.weights == 2 * graph.num_parameters
     assert plan.gpu_memory.kv_cache == 3 * 100 * (2 * 2 * 2 * 16) * 2  # two attentions, k and v, two heads of 16
-    widest, logits = 2 * 512, 4 * 3 * 320
+    logits = 4 * 3 * 320
     assert plan.gpu_memory.activations == 3 * 10 * (2 * (widest + 3 * 64) + 100) + logits
-    streamed = plan_build(source, BuildSettings(weight_streaming=True, weight_streaming_budget=5))
+    streaming = BuildSettings(max_input_len=100, weight_streaming=True, weight_streaming_budget=5)
+    streamed = plan_build(source, streaming)
     assert streamed.gpu_memory.weights == 5
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from itertools import combinations
 
+import numpy as np
 import pytest
 
 from engines.charts import CHART_BOTTOM, CHART_HEIGHT, CHART_LEFT, CHART_TOP, CHART_WIDTH
@@ -118,6 +120,23 @@ def test_more_for_all_is_up_and_more_for_one_is_right() -> None:
     first, second = curve.dots
     assert second.x < first.x
     assert second.y < first.y
+
+
+@pytest.mark.parametrize("case", ["close", "wide"])
+def test_points_stand_between_the_ticks_of_their_values(case: str) -> None:
+    layout = throughput_layout(drawn(CASES[case]))
+    scale = np.log if case == "wide" else np.asarray
+    x_places, x_values = read_off(layout.x_ticks)
+    y_places, y_values = read_off(layout.y_ticks)
+    for curve, row in zip(layout.curves, CASES[case], strict=True):
+        for dot, (per_user, total) in zip(curve.dots, row, strict=True):
+            assert dot.x == pytest.approx(np.interp(per_user, x_values, x_places))
+            assert dot.y == pytest.approx(np.interp(scale(total), scale(y_values), y_places))
+
+
+def read_off(ticks: Sequence[tuple[float, str]]) -> tuple[list[float], list[float]]:
+    """Places and values of an axis."""
+    return [place for place, _ in ticks], [float(text.replace(",", "").replace("k", "e3")) for _, text in ticks]
 
 
 def test_predicted_curves_say_so() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,15 @@ def test_equals_the_reference(make: Callable[[], ModelGraph]) -> None:
     run(Recorded(runner_of(graph), 3)).compare(graph)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_rows_may_begin_at_different_calls(window: int | None) -> None:
+    graph = tiny_graph("AF AF", sliding_window=window)
+    recorded = Recorded(runner_of(graph), 3)
+    recorded.prefill(5, 0, 2)
+    recorded.decode(recorded.prefill(3, 6, 1), 2)
+    recorded.compare(graph)
+
+
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_quantized_linears_equal_the_reference(format_name: str) -> None:
     """On the products of codes that a GPU would run, too; PyTorch has them on a CPU."""
@@ -148,7 +158,7 @@ def test_int8_products(rows: int, longest: int, monkeypatch: pytest.MonkeyPatch)
     rng = np.random.default_rng(rows)
     weight = torch.from_numpy(rng.integers(-128, 128, (24, 16), dtype=np.int8))
     x = torch.from_numpy(rng.integers(-127, 128, (rows, 16))).to(torch.float32)
-    linear = RoundedInt8(weight, torch.tensor(1.0), None, Rounding(INT8, torch.tensor(1.0)))
+    linear = RoundedInt8(weight, torch.tensor(1.0), None, Rounding(torch.int8, torch.tensor(1.0)))
     np.testing.assert_array_equal(linear(x).numpy(), x.numpy() @ weight.numpy().T.astype(np.float32))
 
 
@@ -300,6 +310,11 @@ def test_the_benchmark_runs_torch_engines(tmp_path: Path) -> None:
     assert [len(step) for cell in results.cells for step in cell.step_ms] == [2, 2]
 
 
+def past_the_cache(runner: TorchRunner) -> None:
+    runner.prefill(np.zeros((1, 8), np.int64), np.array([8]))
+    runner.decode(np.array([1]))
+
+
 class TestRefusals:
     """One clear error each, and no folder."""
 
@@ -394,6 +409,16 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match="file was altered"):
             Torch().open(built, threads=1)
 
+    def test_weights_larger_than_memory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        graph = tiny_graph("AF")
+        built = engine(graph, tmp_path, replace(ON_CPU, dtype=FLOAT32))
+        memory = SimpleNamespace(available=graph.weight_bytes)
+        monkeypatch.setattr("engines.torch.psutil.virtual_memory", lambda: memory)
+        Torch().open(built, threads=1)
+        memory.available -= 1
+        with pytest.raises(EngineError, match="not enough memory for the model's weights"):
+            Torch().open(built, threads=1)
+
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_a_machine_without_gpu(self, tmp_path: Path) -> None:
         built = engine(tiny_graph("AF"), tmp_path, BuildSettings(device="cuda"))
@@ -409,6 +434,7 @@ class TestRefusals:
             (lambda runner: runner.prefill(np.zeros((2, 3), np.int64), np.array([3, 3])), "does not fit the batch"),
             (lambda runner: runner.prefill(np.zeros((1, 3), np.int64), np.array([4])), "lengths are beyond"),
             (lambda runner: runner.decode(np.array([320])), "expected 0 to 319, found 320"),
+            (past_the_cache, "the KV cache is full: expected at most 8 tokens, found 9"),
         ],
     )
     def test_steps(self, step: Callable[[TorchRunner], object], message: str) -> None:
@@ -417,21 +443,23 @@ class TestRefusals:
         with pytest.raises(EngineError, match=message):
             step(runner)
 
-    def test_a_cache_larger_than_memory(self) -> None:
+    def test_a_cache_larger_than_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         runner = runner_of(tiny_graph("AF"))
-        runner.manifest = runner.manifest.model_copy(update={"kv_bytes_per_token": 1 << 50})
-        with pytest.raises(EngineError, match="not enough memory for a KV cache of 1 x 8 tokens"):
-            runner.start(1, 8)
+        runner.manifest = runner.manifest.model_copy(update={"kv_bytes_per_token": 1000})
+        monkeypatch.setattr("engines.torch.psutil.virtual_memory", lambda: SimpleNamespace(available=2 * 8 * 1000))
+        runner.start(2, 8)
+        with pytest.raises(EngineError, match="not enough memory for a KV cache of 3 x 8 tokens"):
+            runner.start(3, 8)
 
 
 class TestCommand:
     def test_builds(self, tmp_path: Path) -> None:
         model = checkpoint(tiny_graph("AF F"), tmp_path / "model")
         built = tmp_path / "engine"
-        options = ("--device", "cpu", "--dtype", "bfloat16", "--plugins", "wide_ffn", "--capacity", "64")
+        options = ("--device", "cpu", "--dtype", "bfloat16", "--plugins", "wide_ffn", "--capacity", "512")
         done("engine", model, "--backend", "torch", *options, "--label", "fused", "-o", built)
         manifest = read_engine_manifest(built)
-        assert (manifest.label, manifest.capacity, manifest.dtype) == ("fused", 64, "bfloat16")
+        assert (manifest.label, manifest.capacity, manifest.dtype) == ("fused", 512, "bfloat16")
         assert json.loads((built / "engine.json").read_text())["options"]["plugins"] == ["wide_ffn"]
 
     def test_options_belong_to_their_backend(self, tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def test_points_stand_where_their_values_are() -> None:
     assert a.whisker[0] < a.x < a.whisker[1]
     ticks = {text: x for x, text in layout.x_ticks}
     assert (a.x - ticks["2"]) == pytest.approx(0)
+    assert {text: y for y, text in layout.y_ticks}["30"] == pytest.approx(a.y)
     assert [dot.series for dot in layout.dots] == [0, 1]
     assert a.tooltip == "a: perplexity 30.0, 2.00 ms (1.80 to 2.20 over the rounds)"
 
