@@ -1,19 +1,21 @@
-"""Timing on a GPU: recorded graphs, events, the copy bandwidth to compare with, and results that survive a stop.
+"""Timing on a GPU: recorded graphs, events, the bandwidths to compare with, and results that survive a stop.
 
-Imports PyTorch and NumPy, nothing else from outside. On a CPU the same functions take the host's clock, so that a
-benchmark's logic can be tried; such times say nothing, and are marked.
+Imports PyTorch and NumPy, on a GPU also Triton, nothing else from outside. On a CPU the same functions take the host's
+clock, so that a benchmark's logic can be tried; such times say nothing, and are marked.
 """
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import itertools
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,11 @@ import torch
 
 from engines.torch_model import recorded
 
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("plugins/wide_ffn/*.py", "engines/torch_*.py", "benchmarks/*gpu*.py")
+
 COPY_BYTES = 1 << 30
+WARM_S = 0.5  # until the clocks of an idle GPU are up
 L2_COLD = 4  # weights that take turns are so many times the L2 cache
 MIN_REPEATS, MAX_REPEATS, REPEAT_S = 10, 60, 0.3
 
@@ -65,12 +71,52 @@ def times_us(run: Callable[[], object], repeats: int, device: torch.device) -> l
     return [1e3 * before.elapsed_time(after) for before, after in itertools.pairwise(events)]
 
 
-def copy_bytes_per_s(device: torch.device, nbytes: int = COPY_BYTES) -> float:
-    """Bytes read and bytes written per second of a large copy within the device, median of 20."""
-    source = torch.empty(nbytes, dtype=torch.uint8, device=device).random_(0, 256)
+def bandwidths(device: torch.device, nbytes: int = COPY_BYTES) -> dict[str, float]:
+    """What large transfers within the device reach, bytes per second: medians, timed as calls of `call_times_us` are.
+
+    "copy_bytes_per_s" counts bytes read and bytes written and is that of the faster of a copy by the driver
+    ("memcpy_bytes_per_s") and one by a kernel ("kernel_copy_bytes_per_s"). "read_bytes_per_s" is that of a kernel that
+    only reads, as an FFN does with its weights; on a GPU only.
+    """
+    source = torch.empty(nbytes // 4, dtype=torch.int32, device=device).random_()
     target = torch.empty_like(source)
-    target.copy_(source)
-    return 2 * nbytes / (statistics.median(times_us(lambda: target.copy_(source), 20, device)) / 1e6)
+    began = time.monotonic()
+    while device.type == "cuda" and time.monotonic() - began < WARM_S:
+        target.copy_(source)
+        torch.cuda.synchronize()
+
+    def bytes_per_s(call: Callable[[int], torch.Tensor], moved: int) -> float:
+        return moved / (statistics.median(call_times_us(call, 1, device)) / 1e6)
+
+    found = {
+        "memcpy_bytes_per_s": bytes_per_s(lambda _: target.copy_(source), 2 * nbytes),
+        "kernel_copy_bytes_per_s": bytes_per_s(lambda _: torch.bitwise_not(source, out=target), 2 * nbytes),
+    }
+    found["copy_bytes_per_s"] = max(found.values())
+    if device.type == "cuda":
+        from gpu_read import read_all
+
+        found["read_bytes_per_s"] = bytes_per_s(lambda _: read_all(source), nbytes)
+    return found
+
+
+def clocks() -> dict[str, str] | None:
+    """What nvidia-smi says of the first GPU's clocks and state right now; None where there is no nvidia-smi."""
+    names = ["driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu", "pstate"]
+    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return dict(zip(names, (value.strip() for value in found.split(",")), strict=True))
+
+
+def sources_sha256() -> str:
+    """Over the files that decide what is measured and how; block sizes from a tuner are said with each case."""
+    digest = hashlib.sha256()
+    for file in sorted(file for pattern in SOURCES for file in ROOT.glob(pattern)):
+        digest.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def sets_for(nbytes: int, device: torch.device) -> int:
@@ -89,6 +135,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "os": platform.platform(),
         "utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": sys.orig_argv,
+        "sources_sha256": sources_sha256(),
+        "clock": "CUDA events" if device.type == "cuda" else "time.perf_counter",
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -98,7 +146,8 @@ def environment(device: torch.device) -> dict[str, Any]:
             "l2_bytes": properties.L2_cache_size,
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
-            "copy_bytes_per_s": copy_bytes_per_s(device),
+            **bandwidths(device),
+            "nvidia_smi": clocks(),  # just after a load
         }
         try:
             import triton
@@ -139,9 +188,10 @@ class Log:
 class Budget:
     """A time limit that parts share: each may use its share of it, and what earlier parts left."""
 
-    def __init__(self, minutes: float, shares: Sequence[float]) -> None:
+    def __init__(self, minutes: float, shares: Mapping[str, float]) -> None:
         self._began = time.monotonic()
-        self._ends = [60 * minutes * sum(shares[: part + 1]) / sum(shares) for part in range(len(shares))]
+        ends = itertools.accumulate(shares.values())
+        self._ends = {part: 60 * minutes * end / sum(shares.values()) for part, end in zip(shares, ends, strict=True)}
 
-    def is_spent(self, part: int) -> bool:
+    def is_spent(self, part: str) -> bool:
         return time.monotonic() - self._began >= self._ends[part]

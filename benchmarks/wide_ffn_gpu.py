@@ -1,6 +1,7 @@
 """The wide-FFN op against library GEMMs on one NVIDIA GPU: single FFNs, runs of them against one, and whole models.
 
     python benchmarks/wide_ffn_gpu.py -o benchmarks/results/wide_ffn_gpu.jsonl [--minutes 9] [--parts ffn fusion decode]
+                                      [--tune-below 0.88]
     python benchmarks/wide_ffn_gpu.py --dry-run         the cases, their bytes and the memory they need; no GPU
     python benchmarks/wide_ffn_gpu.py --smoke -o X      tiny sizes, on a CPU too: does the script work?
 
@@ -12,14 +13,19 @@ Needs PyTorch, Triton, NumPy and ml_dtypes; matplotlib for the plot. Parts:
     decode    tokens of whole models with random weights at real sizes: as published, and with attentions dropped and
               FFNs fused
 
+The cases of the target come first: single FFNs at least 28,672 wide in bf16 and fp8, of at most 32 tokens. With
+`--tune-below`, what reaches less of the copy's bandwidth there is tuned (`plugins.wide_ffn.tune`) and measured again.
+
 Contestants: `library` (cuBLASLt through PyTorch: torch.matmul, _scaled_mm, _int_mm, and eager kernels around them),
 `compiled` (the same through torch.compile, for few cases because it compiles for long), `op`
 (torch.ops.fuselage.wide_ffn). Times are those of CUDA-graph replays, over sets of weights that do not fit the L2 cache
 together; achieved bytes per second count every weight byte once, and are compared with a copy measured in the same
-session. Every contestant's result is held against the library's first.
+session, read and written bytes counted; weights are only read, so what a reading kernel reaches is given beside it.
+Every contestant's result is held against the library's first.
 
 The output is a log: a killed or timed-out run is continued by the same command, and cases that it holds are skipped,
-failed ones too (remove their lines to try again). Random weights say nothing about accuracy.
+failed ones too (remove their lines to try again). It also holds what was tuned: on a fresh machine the log is all that
+has to be there. Random weights say nothing about accuracy.
 """
 
 from __future__ import annotations
@@ -27,10 +33,14 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import json
 import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +50,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from gpu_models import FORMATS, LAYERS, decoder, ffn_of, nbytes, random_tensor  # noqa: E402
-from gpu_timing import Budget, Log, call_times_us, environment, sets_for, times_us  # noqa: E402
+from gpu_models import DECODERS, FORMATS, LAYERS, decoder, ffn_of, nbytes, random_tensor  # noqa: E402
+from gpu_timing import Budget, Log, bandwidths, call_times_us, clocks, environment, sets_for, times_us  # noqa: E402
 
 from engines.torch_model import DecodeStep, TorchModel, ffn_on_device  # noqa: E402
+from exporter.graph import FFN  # noqa: E402
+from plugins.wide_ffn.configs import FOLDER, MULTIPROCESSORS, bucket_of, config_for, row_of  # noqa: E402
+from plugins.wide_ffn.tune import Problem, compile_config, compilers, save_rows, tune  # noqa: E402
+from plugins.wide_ffn.tune import line_of as line_of_tuned  # noqa: E402
 
 TOKENS = (1, 16, 4, 32, 64)
 SHARDS = (8, 1, 4, 2)
@@ -51,7 +65,19 @@ FUSED = (2, 4, 8)
 COMPILED = ("bf16", "fp8", "int8", "fp8-weight-only", "int8-weight-only")  # one case each
 CONTEXT = 512  # tokens in the cache when a model's decode is timed
 DECODE_STEPS = 64
-SHARES = {"ffn": 5.0, "fusion": 1.5, "decode": 3.5}  # of the time limit
+PARTS = ("ffn", "fusion", "decode")
+SHARES = {  # of the time limit; what one does not need is the next one's
+    "target": 6.0,
+    "tuning": 8.0,
+    "tuned": 2.0,  # the target's cases again
+    "ffn": 4.0,
+    "fusion": 1.0,
+    "decode": 3.0,
+    "compiled": 2.0,
+}
+TARGET_WIDTH, TARGET_TOKENS, TARGET_FORMATS = 28672, 32, ("bf16", "fp8")  # at least so wide, at most so many tokens
+TARGET_SHARE = 0.88  # of the copy's bandwidth
+CONFIGS = FOLDER / "sm_90.json"
 LARGEST_DIFFERENCE = 0.05  # from the library's result, relative: some 8-bit codes are off by a step
 FREE_SHARE = 0.9  # of the device's memory may be used
 
@@ -78,6 +104,35 @@ class Case:
         return (self.part, self.format, self.layer, self.shards, self.fused, self.model, self.is_fused)
 
     @property
+    def stage(self) -> str:
+        """What it shares time with; a key of SHARES."""
+        if self.contestant == "compiled":
+            return self.contestant
+        is_of_target = self.part == "ffn" and self.format in TARGET_FORMATS and self.tokens <= TARGET_TOKENS
+        return "target" if is_of_target and self.widths[0] >= TARGET_WIDTH else self.part
+
+    @property
+    def hidden(self) -> int:
+        return LAYERS[str(self.layer)].hidden if self.model is None else DECODERS[self.model].hidden
+
+    @property
+    def widths(self) -> list[int]:
+        """Of the FFNs that a call runs, each once."""
+        if self.model is not None:
+            graph = decoder(self.model, FORMATS[self.format], fused=self.is_fused)
+            return sorted({block.ffn.intermediate_size for block in graph.flat_blocks if isinstance(block.ffn, FFN)})
+        width = LAYERS[str(self.layer)].width // self.shards
+        return [width * self.fused if self.contestant.endswith(", fused") else width]
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What the op has block sizes for; none of another contestant."""
+        if not self.contestant.startswith("op"):
+            return []
+        format, bucket = FORMATS[self.format], bucket_of(self.tokens)
+        return [Problem(bucket, self.hidden, width, format.weights.name, format.activations) for width in self.widths]
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes that one call reads; of a model without its embedding table."""
         format = FORMATS[self.format]
@@ -90,7 +145,9 @@ class Case:
 
 def cases(smoke: bool) -> list[Case]:
     """All cases, the most telling first."""
-    return [*_ffn_cases(smoke), *_fusion_cases(smoke), *_decode_cases(smoke)]
+    stages = list(SHARES)
+    found = [*_ffn_cases(smoke), *_fusion_cases(smoke), *_decode_cases(smoke)]
+    return sorted(found, key=lambda case: stages.index(case.stage))
 
 
 def _ffn_cases(smoke: bool) -> Iterator[Case]:
@@ -145,7 +202,7 @@ class Ffns:
         if how != "compiled":
             return sets
         torch._dynamo.reset()  # it stops compiling a function, without a word, after it has seen a few kinds of calls
-        return [[torch.compile(call, dynamic=False) for call in ffns] for ffns in sets]
+        return [[torch.compile(call, dynamic=False, fullgraph=True) for call in ffns] for ffns in sets]
 
     def _load(self, arrangement: str) -> list[list[tuple[Call, Call]]]:
         layer = LAYERS[str(self._case.layer)]
@@ -220,20 +277,43 @@ def measure_decode(case: Case, device: torch.device) -> dict[str, Any]:
     return {"samples_us": samples, "context": CONTEXT, "sequential_sublayers": graph.sequential_sublayers}
 
 
-def measure(wanted: Sequence[Case], log: Log, budget: Budget, device: torch.device) -> int:
-    """Measure what the log lacks, as far as time goes; returns how many cases are left."""
-    known = {key_of(record) for record in log.records() if "case" in record}
+def config_row(problem: Problem, device: torch.device) -> dict[str, Any]:
+    """The block sizes that the op takes, and where they come from, with the sizes of the FFN."""
+    config = config_for(**asdict(problem), multiprocessors=multiprocessors(device))
+    row = row_of(config, problem.hidden, problem.width, problem.weights, problem.activations)
+    return row | {"origin": config.origin}
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Those of the GPU; on a CPU those that the rule is for."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else MULTIPROCESSORS
+
+
+def measure(wanted: Sequence[Case], log: Log, budget: Budget, device: torch.device, *, stage: str | None = None) -> int:
+    """Measure what the log lacks, as far as time goes; returns how many cases are left.
+
+    A case of the op that is in the log with other block sizes is measured again.
+
+    Args:
+        stage: whose time is spent; the cases' own if not given.
+    """
+    known = {_measured_key(record) for record in log.records() if "case" in record}
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
-    parts = list(dict.fromkeys(case.part for case in wanted))
     left = 0
     setup, ffns = None, None
     for case in wanted:
-        if key_of({"case": asdict(case)}) in known:
+        record: dict[str, Any] = {
+            "case": asdict(case),
+            "hidden": case.hidden,
+            "widths": case.widths,
+            "weight_bytes": case.weight_bytes,
+            "block_sizes": [config_row(problem, device) for problem in case.problems],
+        }
+        if _measured_key(record) in known:
             continue
-        if budget.is_spent(parts.index(case.part)):
+        if budget.is_spent(stage or case.stage):
             left += 1
             continue
-        record: dict[str, Any] = {"case": asdict(case), "weight_bytes": case.weight_bytes}
         if case.setup != setup:
             setup, ffns = case.setup, None  # the old weights go before the new ones come
             _give_back(device)
@@ -252,6 +332,56 @@ def measure(wanted: Sequence[Case], log: Log, budget: Budget, device: torch.devi
         if "error" in record or case.part == "decode":  # else not: to look for garbage takes longer than many a case
             _give_back(device)  # raises if that error has left the device unusable
     return left
+
+
+def _measured_key(record: dict[str, Any]) -> tuple[Any, ...]:
+    return (*key_of(record), json.dumps(record.get("block_sizes", [])))
+
+
+def compile_ahead(wanted: Sequence[Case], pool: Executor, device: torch.device) -> None:
+    """Have the kernels of all cases compiled at once; what fails will fail again, as its case's error."""
+    problems = list(dict.fromkeys(problem for case in wanted for problem in case.problems))
+    counts = multiprocessors(device)
+    configs = [config_for(**asdict(problem), multiprocessors=counts) for problem in problems]
+    for problem, error in zip(problems, pool.map(compile_config, problems, configs), strict=True):
+        if error is not None:
+            print(f"{problem}: {error}", flush=True)
+
+
+def tune_missed(wanted: Sequence[Case], share: float, log: Log, budget: Budget, pool: Executor) -> int:
+    """Tune what is below a share of the copy's bandwidth, the farthest first; returns how many problems are left."""
+    found = shares_of(log)
+    missed = [case for case in wanted if found.get(case, math.inf) < share and case.problems]
+    tried = {Problem(**record["tuning"]) for record in log.records() if "tuning" in record}
+    left = 0
+    for problem in dict.fromkeys(case.problems[0] for case in sorted(missed, key=lambda case: found[case])):
+        if problem in tried:
+            continue
+        if budget.is_spent("tuning"):
+            left += 1
+            continue
+        record: dict[str, Any] = {"tuning": asdict(problem)}
+        try:
+            record["tuned"] = tune(problem, pool=pool)
+            save_rows(CONFIGS, [record["tuned"]])
+            print(f"{problem}: {line_of_tuned(problem, record['tuned'])}", flush=True)
+        except Exception as error:  # as in `measure`
+            record["error"] = f"{type(error).__name__}: {str(error)[:500]}"
+            print(f"{problem}: {record['error']}", flush=True)
+        log.add(record)
+        _give_back(torch.device("cuda"))
+    return left
+
+
+def shares_of(log: Log) -> dict[Case, float]:
+    """The share of the copy's bandwidth of every case, as measured last; the copy is that of the same session."""
+    copy, found = math.nan, {}
+    for record in log.records():
+        copy = record.get("session", {}).get("copy_bytes_per_s", copy)
+        if "samples_us" in record:
+            achieved = record["weight_bytes"] / (statistics.median(record["samples_us"]) / 1e6)
+            found[Case(**record["case"])] = achieved / copy
+    return found
 
 
 def _give_back(device: torch.device) -> None:
@@ -289,22 +419,25 @@ def report(log: Log, plot: Path | None) -> None:
     """Print what a log holds, and draw it where matplotlib is there. Nothing is measured.
 
     Of single FFNs there is a line per layer and format: for every number of tokens the share of the copy bandwidth that
-    the op reaches, and how many times as fast as the library it is.
+    the op reaches, and how many times as fast as the library it is. Of a case measured more than once, the last counts.
     """
-    copy: float | None = None
+    session: dict[str, Any] = {}
     ffns: dict[tuple[str, str], dict[tuple[str, int], tuple[float, float]]] = {}
-    others = []
+    others: dict[Case, str] = {}
+    shares = shares_of(log)
     for record in log.records():
-        if "session" in record:
-            copy = record["session"].get("copy_bytes_per_s", copy)
+        session = record.get("session", session)
+        if "case" not in record:
             continue
         case = Case(**record["case"])
         if case.part != "ffn" or "error" in record:
-            others.append(line_of(record, copy))
+            others[case] = line_of(record, session.get("copy_bytes_per_s"))
             continue
+        others.pop(case, None)
         median = statistics.median(record["samples_us"])
-        share = math.nan if copy is None else record["weight_bytes"] / (median / 1e6) / copy
-        ffns.setdefault((name_of(case), case.format), {})[case.contestant, case.tokens] = median, share
+        ffns.setdefault((name_of(case), case.format), {})[case.contestant, case.tokens] = median, shares[case]
+    for line in others.values():
+        print(line)
     for (name, format), found in ffns.items():
         columns = [
             f"{count:2}: {found['op', count][1]:4.0%} x{found['library', count][0] / found['op', count][0]:.2f}"
@@ -312,10 +445,20 @@ def report(log: Log, plot: Path | None) -> None:
             if ("op", count) in found and ("library", count) in found
         ]
         print(f"{name:36} {format:16} {' | '.join(columns)}")
-    for line in others:
-        print(line)
-    if plot is not None and ffns and copy is not None:
-        draw(ffns, plot)
+    if "copy_bytes_per_s" in session:
+        names = ("memcpy", "kernel_copy", "copy", "read")
+        found_rates = [(name, session.get(f"{name}_bytes_per_s")) for name in names]
+        print("last session: " + ", ".join(f"{name} {rate / 1e12:.3f} TB/s" for name, rate in found_rates if rate))
+        if plot is not None and ffns:
+            draw(ffns, plot)
+    of_target = {case: share for case, share in shares.items() if case.stage == "target" and case.contestant == "op"}
+    if of_target:
+        lowest = min(of_target, key=lambda case: of_target[case])
+        reached = sum(share >= TARGET_SHARE for share in of_target.values())
+        print(
+            f"target: {reached} of {len(of_target)} measured cases reach {TARGET_SHARE:.0%} of the copy; the lowest, "
+            f"{name_of(lowest)} {lowest.format} {lowest.tokens} tokens, {of_target[lowest]:.1%}"
+        )
 
 
 def draw(ffns: dict[tuple[str, str], dict[tuple[str, int], tuple[float, float]]], plot: Path) -> None:
@@ -361,12 +504,42 @@ def list_cases(wanted: Sequence[Case]) -> None:
     print(f"{len(wanted)} cases, at most {largest / 1e9:.1f} GB of weights at a time")
 
 
+def run(wanted: Sequence[Case], log: Log, minutes: float, tune_below: float | None) -> int:
+    """Measure, tune, and measure again; returns how much is left for another run."""
+    import plugins.wide_ffn.op  # noqa: F401  registers torch.ops.fuselage.wide_ffn
+
+    began = time.monotonic()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tuned = [record["tuned"] for record in log.records() if "tuned" in record]
+    if tuned:
+        save_rows(CONFIGS, tuned)
+    log.add({"session": environment(device)})
+    stages = {case.stage for case in wanted} | ({"tuning", "tuned"} if tune_below is not None else set())
+    shares = {stage: share for stage, share in SHARES.items() if stage in stages}
+    left = 0
+    with compilers() if device.type == "cuda" else nullcontext() as pool:
+        if pool is not None:
+            compile_ahead(wanted, pool, device)
+        budget = Budget(minutes - (time.monotonic() - began) / 60, shares)
+        if pool is not None and tune_below is not None:
+            of_target = [case for case in wanted if case.stage == "target"]
+            measure(of_target, log, budget, device)
+            left += tune_missed(of_target, tune_below, log, budget, pool)
+            measure(of_target, log, budget, device, stage="tuned")
+    left += measure(wanted, log, budget, device)
+    log.add({"end": {**bandwidths(device), "nvidia_smi": clocks()} if device.type == "cuda" else {}})
+    return left
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 1 if a contestant failed or cases are left, so that a script knows to come back."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, help="log of results (JSON lines); an existing one is continued")
-    parser.add_argument("--parts", nargs="+", choices=SHARES, default=list(SHARES))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--minutes", type=float, default=9.0, help="time limit; the parts share it (default: 9)")
+    parser.add_argument(
+        "--tune-below", type=float, metavar="SHARE", help="of the copy's bandwidth, for the target's cases"
+    )
     parser.add_argument("--plot", type=Path, help="where to draw; the output's name with .png if not given")
     parser.add_argument("--dry-run", action="store_true", help="list the cases, their bytes, and stop")
     parser.add_argument("--report-only", action="store_true", help="print and draw what the output holds")
@@ -381,14 +554,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log = Log(options.output)
     left = 0
     if not options.report_only:
-        if not torch.cuda.is_available() and not options.smoke:
+        if not torch.cuda.is_available() and (not options.smoke or options.tune_below is not None):
             parser.error("PyTorch sees no GPU; --dry-run and --smoke need none")
-        import plugins.wide_ffn.op  # noqa: F401  registers torch.ops.fuselage.wide_ffn
-
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        log.add({"session": environment(device)})
-        shares = [SHARES[part] for part in dict.fromkeys(case.part for case in wanted)]
-        left = measure(wanted, log, Budget(options.minutes, shares), device)
+        left = run(wanted, log, options.minutes, options.tune_below)
     report(log, options.plot or options.output.with_suffix(".png"))
     failed = sum("error" in record for record in log.records())
     print(f"{left} cases left for another run, {failed} failed")

@@ -20,7 +20,7 @@ from exporter.dtypes import BFLOAT16, FLOAT8_E4M3FN, INT8, DType
 from exporter.errors import EngineError
 from exporter.graph import Linear
 from exporter.lazy import LazyTensor
-from exporter.numerics import LARGEST
+from exporter.numerics import LARGEST, SMALLEST_SCALE
 
 Load = Callable[[LazyTensor, torch.device, torch.dtype], torch.Tensor]  # see `exporter.reference.torch_from_lazy`
 
@@ -28,25 +28,27 @@ Load = Callable[[LazyTensor, torch.device, torch.dtype], torch.Tensor]  # see `e
 MULTIPLE = {FLOAT8_E4M3FN: 16, INT8: 8}  # both sizes of the weight
 MIN_INT_ROWS = 32  # `_int_mm` wants more than 16 rows
 LONGEST_INT32_SUM = 1 << 16  # of products of codes: 128 * 128 * 2**16 = 2**30
+# By PyTorch's own types: torch.compile leaves its graph where ours are looked up.
+LARGEST_CODE = {torch.float8_e4m3fn: LARGEST[FLOAT8_E4M3FN], torch.int8: LARGEST[INT8]}
 
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
     """What an input is rounded to."""
 
-    dtype: DType  # float8_e4m3fn or int8
+    dtype: torch.dtype  # float8_e4m3fn or int8
     scale: torch.Tensor | None  # float32 []; None: one per token
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """T [N, in] -> codes [N, in] and their scale, float32 [] or [N, 1]."""
-        wide, largest = x.to(torch.float32), LARGEST[self.dtype]
+        wide, largest = x.to(torch.float32), LARGEST_CODE[self.dtype]
         scale = self.scale
         if scale is None:
             range_of_token = wide.abs().amax(-1, keepdim=True)
-            scale = torch.where(range_of_token == 0, 1.0, range_of_token / largest)
-        if self.dtype == INT8:
-            return (wide / scale).round().clamp(-128, 127).to(torch.int8), scale
-        return (wide / scale).clamp(-largest, largest).to(torch.float8_e4m3fn), scale
+            scale = torch.where(range_of_token == 0, 1.0, (range_of_token / largest).clamp_min(SMALLEST_SCALE))
+        if self.dtype == torch.int8:
+            return (wide / scale).round().clamp(-128, 127).to(self.dtype), scale
+        return (wide / scale).clamp(-largest, largest).to(self.dtype), scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,8 @@ def linear_on_device(linear: Linear, device: torch.device, dtype: torch.dtype, l
     if quantization.input is None:
         return WeightOnly(weight, scale, bias)
     static = quantization.input.scale
-    rounding = Rounding(quantization.input.dtype, None if static is None else load(static, device, torch.float32))
+    scale_of_input = None if static is None else load(static, device, torch.float32)
+    rounding = Rounding(getattr(torch, quantization.input.dtype.torch), scale_of_input)
     kind = RoundedInt8 if linear.weight.dtype == INT8 else RoundedFP8
     return kind(weight, scale, bias, rounding)
 

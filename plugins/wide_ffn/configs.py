@@ -246,6 +246,11 @@ def _measured(arch: str) -> dict[tuple[int, int, int, str, str], dict[Config, fl
     return found
 
 
+def read_again() -> None:
+    """Have `config_for` look at the files again, after this process has changed one."""
+    _measured.cache_clear()
+
+
 def _config(row: dict[str, Any]) -> Config:
     return Config(
         tokens=row["tokens"],

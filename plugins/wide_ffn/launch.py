@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 
 from plugins.wide_ffn import kernels
@@ -27,6 +31,8 @@ def wide_ffn_by_kernels(
 ) -> torch.Tensor:
     """residual + down(silu(gate(n)) * up(n)), as `plugins.wide_ffn.reference`, for up to 64 tokens.
 
+    On the meta device nothing is launched: the kernels are compiled into Triton's cache, where launches find them.
+
     Args:
         config: block sizes; by default what `config_for` says of this call.
     """
@@ -51,7 +57,7 @@ def wide_ffn_by_kernels(
         normed = x.new_empty(tokens, hidden, dtype=x.dtype if activations == "none" else gate.dtype)
         scales = None if activations == "none" else x.new_empty(tokens, dtype=torch.float32)
         tiling = norm_by_rule(hidden)
-        kernels.norm[(tokens,)](
+        _entry(kernels.norm, (tokens,), x.device)(
             x,
             norm_weight,
             input_scale,
@@ -71,7 +77,7 @@ def wide_ffn_by_kernels(
     largest_parts = x.new_empty(config.programs, config.tokens, dtype=torch.int32)
     arrivals = x.new_empty(ceil_div(hidden, kernels.ROWS_PER_COUNTER), dtype=torch.int32)
     sums = x.new_empty(config.splits, config.tokens, hidden, dtype=torch.float32) if config.splits > 1 else None
-    kernels.gate_up[(config.programs,)](
+    _entry(kernels.gate_up, (config.programs,), x.device)(
         n,
         n_weight,
         gate,
@@ -99,7 +105,7 @@ def wide_ffn_by_kernels(
         num_stages=first.stages,
         maxnreg=first.registers,
     )
-    kernels.down[(ceil_div(hidden, second.rows), config.splits)](
+    _entry(kernels.down, (ceil_div(hidden, second.rows), config.splits), x.device)(
         inner,
         largest_parts,
         arrivals,
@@ -124,6 +130,11 @@ def wide_ffn_by_kernels(
         maxnreg=second.registers,
     )
     return y
+
+
+def _entry(kernel: Any, grid: tuple[int, ...], device: torch.device) -> Callable[..., Any]:
+    """What launches a kernel on a device, or only compiles it."""
+    return partial(kernel.warmup, grid=grid) if device.type == "meta" else kernel[grid]
 
 
 def _is_per_row(scale: torch.Tensor | None) -> bool:

@@ -80,7 +80,8 @@ def _on_cuda(
     if len(x) <= BUCKETS[-1]:
         from plugins.wide_ffn.launch import wide_ffn_by_kernels
 
-        return wide_ffn_by_kernels(*tensors, epsilon, activations)
+        with torch.cuda.device(x.device):  # Triton launches on the current device, which need not be that of x
+            return wide_ffn_by_kernels(*tensors, epsilon, activations)
     from plugins.wide_ffn.library import wide_ffn_by_library
 
     return wide_ffn_by_library(*tensors, epsilon, activations)

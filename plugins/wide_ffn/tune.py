@@ -3,36 +3,39 @@
     python -m plugins.wide_ffn.tune --hidden 16384 --width 53248 --weights float8_e4m3fn --activations static
 
 First `gate_up` is tuned beside the rule's `down`, then `down` beside the best `gate_up`: tiles, then other depths and
-stages of the best tile, then how many programs share the work. What the assembler does not fit into a multiprocessor
-without spills is not timed. A time is that of the whole op in a CUDA graph, over weights that take turns, so that none
-is still in the L2 cache when it is read again; the median of many replays. The best configuration goes to
-`configs/sm_90.json`, beside it its time, that of the rule and that of the library. Needs torch and triton alone.
+stages of the best tile, then how many programs share the work. Kernels are compiled in all processors at once, into
+Triton's cache, where later problems of the same format find them. A time is that of the whole op in a CUDA graph, over
+weights that take turns, so that none is still in the L2 cache when it is read again; the median of many replays, and of
+what is much slower than the best so far one replay. What does not fit into a multiprocessor is passed over, and what
+computes something else is reported. The best configuration goes to `configs/sm_90.json`, beside it its time, that of
+the rule and that of the library. Needs torch and triton alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise, product
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from exporter.errors import FuselageError, TargetError
-from plugins.wide_ffn.aot import CompiledKernel, KernelName, Variant, compile_variants, fit_of
 from plugins.wide_ffn.configs import (
     BUCKETS,
     FOLDER,
     ITEMSIZE,
     MATRICES,
     MOST_REGISTERS,
-    REGISTERS,
     SCHEMA,
     SHARED_BYTES,
     Config,
@@ -42,12 +45,14 @@ from plugins.wide_ffn.configs import (
     ceil_div,
     config_by_rule,
     fewest_splits,
+    read_again,
     row_of,
 )
 
 COLD_BYTES = 512 << 20  # of weights that take turns: several times the L2 cache
 TOLERANCE = 1e-2  # between two configurations: sums in another order
-KERNELS: tuple[KernelName, ...] = ("gate_up", "down")
+SLOW = 1.5  # times the best so far: not worth a second look
+KernelName = Literal["gate_up", "down"]
 PROGRAMS = (1, 2, 3)  # of `gate_up` per multiprocessor
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 ROWS = (32, 64, 128, 256)
@@ -124,30 +129,22 @@ def _step_bytes(problem: Problem, weight_rows: int, depth: int) -> int:
     return (weight_rows * ITEMSIZE[problem.weights] + bucket_of(problem.tokens)) * depth
 
 
-def variants_of(problem: Problem, kernel: KernelName, norm: Norm, tilings: Sequence[Tiling]) -> list[Variant]:
-    """A kernel in several tilings, to be compiled."""
-    scale = {"bfloat16": "none", "float8_e4m3fn": "tensor", "int8": "row"}[problem.weights]
-    common: dict[str, Any] = {"weights": problem.weights, "activations": problem.activations, "scale": scale}
-    return [
-        Variant(
-            kernel=kernel,
-            tokens=bucket_of(problem.tokens),
-            tiling=tiling,
-            norm=norm,
-            fit=fit_of(kernel, problem.hidden, problem.width, tiling.depth),
-            **common,
-        )
-        for tiling in tilings
-    ]
+def compilers(workers: int | None = None) -> Executor:
+    """Processes for `compile_config`, one per processor if not given; they must not be forked, because of CUDA."""
+    return ProcessPoolExecutor(workers, get_context("spawn"))
 
 
-def is_fit(kernel: CompiledKernel) -> bool:
-    """Whether a kernel runs at all, and without spills."""
-    return (
-        kernel.spill_bytes == 0
-        and kernel.shared_bytes <= SHARED_BYTES
-        and kernel.registers * 32 * kernel.warps <= REGISTERS
-    )
+def compile_config(problem: Problem, config: Config) -> str | None:
+    """Compile the kernels of a call into Triton's cache; what the compiler says if it cannot."""
+    from triton.errors import TritonError
+
+    from plugins.wide_ffn.launch import wide_ffn_by_kernels
+
+    try:
+        wide_ffn_by_kernels(*problem.arguments(torch.device("meta")), config=config)
+    except (TritonError, RuntimeError) as error:  # the latter from the passes over Triton's intermediate code
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def with_tiling(problem: Problem, kernel: KernelName, base: Config, tiling: Tiling, multiprocessors: int) -> Config:
@@ -178,58 +175,84 @@ def _most(problem: Problem, tiling: Tiling) -> int:
     return ceil_div(problem.width, tiling.depth)
 
 
-def tune(problem: Problem, norm: Norm = "before", *, replays: int = 20, workers: int | None = None) -> dict[str, Any]:
+def tune(problem: Problem, norm: Norm = "before", *, pool: Executor, replays: int = 20) -> dict[str, Any]:
     """The best configuration of a problem on this machine's GPU, as a row of `configs/*.json`.
 
     Args:
         norm: in a launch before `gate_up`, or in each of its programs.
+        pool: of `compilers`.
+
+    Returns:
+        The row; in "measured" also the times of the rule and the library, how many configurations were timed, which of
+        them computed something else than the rule's ("wrong"), and what the compiler refused ("refused").
 
     Raises:
-        TargetError: the GPU is not of compute capability 9.0, or a configuration computes something else.
+        TargetError: the GPU is not of compute capability 9.0, or the rule's result is not a number.
     """
+    from triton import __version__ as triton_version
+    from triton.runtime.errors import OutOfResources
+
     from plugins.wide_ffn.launch import wide_ffn_by_kernels
     from plugins.wide_ffn.library import wide_ffn_by_library
 
     device = device_or_refuse()
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    several = ceil_div(COLD_BYTES, problem.weight_bytes) + 1
-    calls = [problem.arguments(device) for _ in range(several)]
+    calls = [problem.arguments(device) for _ in range(max(1, ceil_div(COLD_BYTES, problem.weight_bytes)))]
     sizes = (bucket_of(problem.tokens), problem.hidden, problem.width, problem.weights, problem.activations)
     rule = config_by_rule(*sizes, norm, multiprocessors)
     expected = wide_ffn_by_kernels(*calls[0], config=rule).to(torch.float32)
+    times: dict[Config, float] = {}
+    wrong: list[Config] = []
+    refused: dict[Config, str] = {}
 
     def time_us(config: Config) -> float:
-        found = wide_ffn_by_kernels(*calls[0], config=config).to(torch.float32)
-        error = float((found - expected).norm() / expected.norm())
-        if not error < TOLERANCE:  # also where it is NaN
-            raise TargetError("a configuration computes something else", expected=f"error < {TOLERANCE}", found=config)
-        return graph_us([partial(wide_ffn_by_kernels, *call, config=config) for call in calls], replays)
-
-    times = {rule: time_us(rule)}
+        try:
+            found = wide_ffn_by_kernels(*calls[0], config=config).to(torch.float32)
+        except OutOfResources as refusal:
+            refused[config] = str(refusal)
+            return math.inf
+        difference = float((found - expected).norm() / expected.norm())
+        if not difference < TOLERANCE:  # also where it is NaN
+            wrong.append(config)
+            return math.inf
+        best = min(times.values(), default=math.inf)
+        return graph_us([partial(wide_ffn_by_kernels, *call, config=config) for call in calls], replays, SLOW * best)
 
     def fastest(configs: Iterable[Config]) -> Config:
-        times.update({config: time_us(config) for config in configs if config not in times})
+        for config in configs:
+            if config not in times:
+                times[config] = time_us(config)
         return min(times, key=lambda config: times[config])
 
-    def fitting(kernel: KernelName, tilings: Sequence[Tiling]) -> list[Config]:
-        compiled = compile_variants(variants_of(problem, kernel, norm, tilings), workers=workers)
-        return [
-            with_tiling(problem, kernel, best, one.variant.tiling, multiprocessors) for one in compiled if is_fit(one)
-        ]
+    def compiled(configs: Sequence[Config]) -> list[Config]:
+        said = dict(zip(configs, pool.map(partial(compile_config, problem), configs), strict=True))
+        refused.update({config: error for config, error in said.items() if error is not None})
+        return [config for config, error in said.items() if error is None]
 
-    best = rule
-    for kernel in KERNELS:
-        best = fastest(fitting(kernel, tiles(problem, kernel, _tiling_of(best, kernel))))
-        best = fastest(fitting(kernel, neighbours(problem, kernel, _tiling_of(best, kernel))))
+    best = fastest([rule])
+    if times[rule] == math.inf:
+        raise TargetError("the rule's block sizes give NaN, and nothing to compare others with", found=rule)
+    for kernel in get_args(KernelName):
+        for tilings in (tiles, neighbours):
+            found = tilings(problem, kernel, _tiling_of(best, kernel))
+            best = fastest(compiled([with_tiling(problem, kernel, best, one, multiprocessors) for one in found]))
         best = fastest(shares(problem, kernel, best, multiprocessors))
+    library: dict[str, Any]
+    try:  # for comparison alone: not worth what was found
+        library = {"library_us": graph_us([partial(wide_ffn_by_library, *call) for call in calls], replays)}
+    except RuntimeError as error:
+        library = {"library_us": None, "library_error": str(error)}
     measured = {
         "gpu": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
+        "triton": triton_version,
         "us": times[best],
         "rule_us": times[rule],
-        "library_us": graph_us([partial(wide_ffn_by_library, *call) for call in calls], replays),
+        **library,
         "weight_bytes": problem.weight_bytes,
-        "configurations": len(times),
+        "configurations": sum(time < math.inf for time in times.values()),
+        "wrong": [asdict(config) for config in wrong],
+        "refused": len(refused),
     }
     return row_of(best, problem.hidden, problem.width, problem.weights, problem.activations) | {"measured": measured}
 
@@ -238,8 +261,12 @@ def _tiling_of(config: Config, kernel: KernelName) -> Tiling:
     return config.gate_up if kernel == "gate_up" else config.down
 
 
-def graph_us(calls: Sequence[Callable[[], Any]], replays: int) -> float:
-    """Microseconds of one call: the median over replays of a graph with all of them."""
+def graph_us(calls: Sequence[Callable[[], Any]], replays: int, limit: float = math.inf) -> float:
+    """Microseconds of one call: the median over replays of a graph with all of them.
+
+    Args:
+        limit: the first replay's time is enough where it is longer.
+    """
     for call in calls:
         call()  # compiled and loaded before the capture
     torch.cuda.synchronize()
@@ -247,13 +274,17 @@ def graph_us(calls: Sequence[Callable[[], Any]], replays: int) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 3)]
-    for event in events:  # without a wait between them, which would count a launch of the graph with every replay
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    times = [before.elapsed_time(after) * 1000 / len(calls) for before, after in pairwise(events[2:])]
-    return statistics.median(times)
+
+    def times(count: int) -> list[float]:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 2)]
+        for event in events:  # without a wait between them, which would count a launch of the graph with every replay
+            graph.replay()
+            event.record()
+        torch.cuda.synchronize()
+        return [before.elapsed_time(after) * 1000 / len(calls) for before, after in pairwise(events[1:])]
+
+    (first,) = times(1)
+    return first if first > limit else statistics.median(times(replays))
 
 
 def device_or_refuse() -> torch.device:
@@ -280,6 +311,25 @@ def with_rows(document: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[
     return {"schema": SCHEMA, "measured": [merged[key] for key in sorted(merged)]}
 
 
+def save_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Add rows to a file of configurations, or begin one; from then on `config_for` knows them."""
+    document = json.loads(file.read_text()) if file.exists() else {"measured": []}
+    file.write_text(json.dumps(with_rows(document, rows), indent=2) + "\n")
+    read_again()
+
+
+def line_of(problem: Problem, row: dict[str, Any]) -> str:
+    """What was found, in words."""
+    found = row["measured"]
+    rate = problem.weight_bytes / found["us"] / 1e6
+    library = "failed" if found["library_us"] is None else f"{found['library_us']:.1f} us"
+    return (
+        f"{problem.tokens:>3} tokens: {found['us']:.1f} us, {rate:.2f} TB/s of weights; "
+        f"rule {found['rule_us']:.1f} us, library {library}; "
+        f"{found['configurations']} configurations, {found['refused']} refused, {len(found['wrong'])} wrong"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; exit codes as those of `build.py`."""
     parser = argparse.ArgumentParser(prog="python -m plugins.wide_ffn.tune", description="Tune the wide FFN.")
@@ -295,17 +345,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("bfloat16 weights take activations as they come")
     try:
         device_or_refuse()
-        for tokens in chosen.tokens:
-            problem = Problem(tokens, chosen.hidden, chosen.width, chosen.weights, chosen.activations)
-            row = tune(problem, chosen.norm)
-            document = json.loads(chosen.file.read_text()) if chosen.file.exists() else {"measured": []}
-            chosen.file.write_text(json.dumps(with_rows(document, [row]), indent=2) + "\n")
-            found = row["measured"]
-            rate = problem.weight_bytes / found["us"] / 1e6
-            print(
-                f"{tokens:>3} tokens: {found['us']:.1f} us, {rate:.2f} TB/s of weights; "
-                f"rule {found['rule_us']:.1f} us, library {found['library_us']:.1f} us"
-            )
+        with compilers() as pool:
+            for tokens in chosen.tokens:
+                problem = Problem(tokens, chosen.hidden, chosen.width, chosen.weights, chosen.activations)
+                row = tune(problem, chosen.norm, pool=pool)
+                save_rows(chosen.file, [row])
+                print(line_of(problem, row))
     except FuselageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

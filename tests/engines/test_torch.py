@@ -24,12 +24,12 @@ from engines.bench import bench_engines, request_grid
 from engines.torch import BuildSettings, Torch, TorchRunner
 from engines.torch_linear import LONGEST_INT32_SUM, MIN_INT_ROWS, RoundedFP8, RoundedInt8, Rounding, linear_on_device
 from engines.torch_model import Call, TorchModel
-from exporter.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT8, DType
+from exporter.dtypes import BFLOAT16, FLOAT8_E4M3FN, FLOAT16, FLOAT32, FLOAT64, INT8, DType
 from exporter.errors import CheckpointError, EngineError, FuselageError, OutputError
 from exporter.graph import FFN, Activation, Block, KVQuantization, ModelGraph, map_blocks
 from exporter.lazy import array
 from exporter.read import open_model
-from exporter.reference import Reference, torch_from_lazy
+from exporter.reference import Reference, fake_quantized, torch_from_lazy
 from exporter.wide_ffn import wide_ffn_problems
 from exporter.writers import hf, onnx
 from exporter.writers.files import save_folder
@@ -160,6 +160,13 @@ def test_int8_products(rows: int, longest: int, monkeypatch: pytest.MonkeyPatch)
     x = torch.from_numpy(rng.integers(-127, 128, (rows, 16))).to(torch.float32)
     linear = RoundedInt8(weight, torch.tensor(1.0), None, Rounding(torch.int8, torch.tensor(1.0)))
     np.testing.assert_array_equal(linear(x).numpy(), x.numpy() @ weight.numpy().T.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", [INT8, FLOAT8_E4M3FN])
+def test_tiny_tokens_are_rounded_as_the_reference_rounds_them(dtype: DType) -> None:
+    x = torch.tensor([[1e-42, 0.0, -3e-43], [2e-38, 1e-38, 0.0], [0.0, 0.0, 0.0]])
+    codes, scale = Rounding(getattr(torch, dtype.torch), None)(x)
+    torch.testing.assert_close(codes.to(torch.float32) * scale, fake_quantized(x, dtype, None), rtol=0, atol=0)
 
 
 def step_without_data(graph: ModelGraph, *, wide_ffn: bool = False) -> None:

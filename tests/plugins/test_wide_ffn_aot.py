@@ -221,6 +221,20 @@ def test_offsets_are_64_bits_wide(kernel: str) -> None:
     assert not narrow
 
 
+@pytest.mark.parametrize(
+    ("sizes", "gate_up", "down"),
+    [
+        ((256, 384), "even", "even"),
+        ((256, 400), "even", "aligned"),
+        ((144, 256), "aligned", "even"),
+        ((256, 385), "any", "any"),
+    ],
+)
+def test_fit(sizes: tuple[int, int], gate_up: str, down: str) -> None:
+    """`gate_up` takes steps along hidden, `down` along the width."""
+    assert (aot.fit_of("gate_up", *sizes, 128), aot.fit_of("down", *sizes, 128)) == (gate_up, down)
+
+
 @pytest.mark.parametrize("fit", ["aligned", "any"])
 @pytest.mark.parametrize("kernel", ["gate_up", "down"])
 def test_other_fits_compile(kernel: str, fit: str) -> None:
