@@ -249,8 +249,6 @@ def _module(value: Any, dtype: torch.dtype) -> Any:
         if not value.shape:  # a scale, which nobody trains and FSDP would not take
             return nn.Buffer(torch.empty((), dtype=torch.float32, device="meta"))
         return nn.Parameter(torch.empty(value.shape, dtype=dtype, device="meta"))
-    if isinstance(value, Block | ParallelBlocks):
-        return _Block(value, dtype)
     if isinstance(value, tuple) and all(isinstance(item, Block | ParallelBlocks) for item in value):
         return nn.ModuleList(_Block(item, dtype) for item in value)
     return _Part(value, dtype) if _has_tensors(value) else value

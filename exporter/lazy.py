@@ -328,7 +328,7 @@ def _rounded(values: np.ndarray, dtype: DType) -> np.ndarray:
     """
     if not dtype.is_float:
         limits = np.iinfo(dtype.numpy)
-        wide = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=limits.max, neginf=limits.min)
+        wide = np.nan_to_num(values.astype(np.float64), nan=0.0)  # infinity becomes a number, and is clipped
         return np.clip(np.rint(wide), limits.min, limits.max).astype(dtype.numpy)
     if values.dtype == np.float64 and dtype in (BFLOAT16, FLOAT8_E4M3FN):
         with np.errstate(over="ignore"):  # beyond float32 is infinity, here as below

@@ -30,7 +30,7 @@ from exporter.graph import (
 )
 from exporter.lazy import LazyTensor
 from exporter.lazy_quantized import dequantized
-from exporter.numerics import LARGEST
+from exporter.numerics import LARGEST, SMALLEST_SCALE
 
 # Is shown tensors on their way through a sublayer, each with a name:
 #   "norm"       x / rms(x), [B, S, D]: before the norm's weight, so that it stays true when a weight is moved there
@@ -362,14 +362,18 @@ def fake_quantized(x: torch.Tensor, dtype: DType, scale: torch.Tensor | None) ->
     """Round x to codes and back, in float32, under one scale ([]) or (None) one per token, the last axis being one."""
     wide = x.to(torch.float32)
     if scale is None:
-        largest = wide.abs().amax(-1, keepdim=True)
-        scale = torch.where(largest == 0, 1.0, largest / LARGEST[dtype])
+        scale = scale_from_amax(wide.abs().amax(-1, keepdim=True), dtype)
     scale = scale.to(torch.float32)
     if dtype == INT8:
         codes = (wide / scale).round().clamp(-128, 127)
     else:
         codes = (wide / scale).clamp(-LARGEST[dtype], LARGEST[dtype]).to(getattr(torch, dtype.torch)).to(torch.float32)
     return (codes * scale).to(x.dtype)
+
+
+def scale_from_amax(amax: torch.Tensor, dtype: DType) -> torch.Tensor:
+    """amax / largest(dtype), 1 where amax is 0, never subnormal: `exporter.numerics.scale_from_amax` in torch."""
+    return torch.where(amax == 0, 1.0, (amax / LARGEST[dtype]).clamp_min(SMALLEST_SCALE))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from exporter.numerics import LARGEST
 from exporter.passes.smooth_channels import Strengths, smoothable_sites, smoothing_factors
 from exporter.quantization import LinearFormat, QuantizationRecipe, dtype_of, sharing_scale
 from exporter.ranges import DOWN_PROJ, NORM, SITE_OF, Ranges
-from exporter.reference import ACTIVATIONS, LoadedLinear, Reference, fake_quantized
+from exporter.reference import ACTIVATIONS, LoadedLinear, Reference, fake_quantized, scale_from_amax
 
 ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.65, 0.7, 0.8, 0.9)
 DEFAULT_BATCH = 4  # windows that go through a block at a time
@@ -155,7 +155,7 @@ def _error(
         if wanted is not None and wanted.inputs is not None:
             dtype = dtype_of(wanted.inputs)
             static = wanted.inputs.scale == "tensor"
-            rounded = fake_quantized(x, dtype, _scale(largest.max(), dtype) if static else None)
+            rounded = fake_quantized(x, dtype, scale_from_amax(largest.max(), dtype) if static else None)
         kept = kept + exact.square().sum(-1)
         lost = lost + (rounded @ weights[name].T - exact).square().sum(-1)
     return (lost / kept.clamp_min(torch.finfo(kept.dtype).tiny)).mean().item()
@@ -172,13 +172,9 @@ def _rounded_weights(
         scale = None  # one per row
         if wanted.weights.scale == "tensor":
             largest = [readers[other].weight.abs().max() for other in sharing_scale(name, known)]
-            scale = _scale(torch.stack(largest).max(), dtype)
+            scale = scale_from_amax(torch.stack(largest).max(), dtype)
         found[name] = fake_quantized(readers[name].weight, dtype, scale)
     return found
-
-
-def _scale(largest: torch.Tensor, dtype: DType) -> torch.Tensor:
-    return torch.where(largest == 0, 1.0, largest / LARGEST[dtype])
 
 
 # -- which linears lose most
@@ -350,12 +346,13 @@ class _WideFFN:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         shared = None
         if self._dtype == FLOAT8_E4M3FN and self._static:
-            shared = _scale(torch.maximum(self._gate.abs().max(), self._up.abs().max()), self._dtype)
+            shared = scale_from_amax(torch.maximum(self._gate.abs().max(), self._up.abs().max()), self._dtype)
         gate, up = (fake_quantized(weight, self._dtype, shared) for weight in (self._gate, self._up))
-        own = None if shared is None else _scale(self._down.abs().max(), self._dtype)
+        own = None if shared is None else scale_from_amax(self._down.abs().max(), self._dtype)
         down = fake_quantized(self._down, self._dtype, own)
         outer, inner = (
-            _scale(ranges.max(), self._dtype) if self._static else None for ranges in (self._outer, self._inner)
+            scale_from_amax(ranges.max(), self._dtype) if self._static else None
+            for ranges in (self._outer, self._inner)
         )
         rounded = fake_quantized(x / self._outer_factors, self._dtype, outer)
         gated = ACTIVATIONS[self._ffn.activation](F.linear(rounded, gate, self._ffn.gate_proj.bias))

@@ -130,7 +130,8 @@ def _divided_norm(norm: RMSNorm, factors: LazyTensor) -> RMSNorm:
 
     def divide(weight: LazyTensor, factors: LazyTensor) -> np.ndarray:
         wide = weight.numpy().astype(np.float64)
-        divided = (wide / factors.numpy()).astype(dtype.numpy)
+        with np.errstate(over="ignore"):
+            divided = (wide / factors.numpy()).astype(dtype.numpy)
         # A weight that this would push out of its dtype's range keeps its size.
         usable = np.isfinite(divided.astype(np.float64)) & (divided.astype(np.float64) != 0)
         return np.where(usable, divided, weight.numpy())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from exporter.quantization import QuantizationRecipe
 from exporter.read import open_model
 from exporter.reference import Reference, apply_linear
 from tests.exporter.test_reference import saved_model
-from tests.tiny import tiny_graph
+from tests.tiny import quantized_graph, tiny_graph
 
 ROOT = Path(__file__).parents[2]
 TOKENS = np.random.default_rng(0).integers(0, 320, (24, 16))
@@ -76,6 +77,7 @@ GRAPHS: dict[str, Callable[[], ModelGraph]] = {
     "fused": lambda: fused(tiny_graph("AF AF AF AF AF", intermediate_size=[100, 60])),
     "bfloat16": lambda: tiny_graph("AF F", dtype="bfloat16"),
     "quantized": lambda: quantized(tiny_graph("AF (AF F) LF")),
+    "static_inputs": lambda: quantized_graph(tiny_graph("AF (AF F) LF"), "fp8"),
 }
 
 
@@ -395,6 +397,9 @@ def test_a_damaged_or_foreign_state_is_refused(tmp_path: Path) -> None:
     (folder / "run.json").write_text(run.replace('"parts": 1', '"parts": 2'))
     with pytest.raises(CheckpointError, match="part-1: no such folder"):
         distill(**call, folder=folder)
+    shutil.copytree(folder / "step-6" / "part-0", folder / "step-6" / "part-1")
+    with pytest.raises(CheckpointError, match=r"step-6: embedding: rows are missing or too many: expected"):
+        distill(**call, folder=folder)
     (folder / "run.json").write_text(run.replace('"parts": 1', '"parts": 0'))
     with pytest.raises(CheckpointError, match=r"run.json: malformed \(\('parts',\)"):
         distill(**call, folder=folder)
@@ -415,6 +420,11 @@ REFUSED: dict[str, tuple[dict, str]] = {
     "sizes": (
         {"teacher": tiny_graph("AF", hidden_size=32), "settings": replace(SETTINGS, hidden_weight=1.0)},
         "different sizes cannot be compared: expected 32, found 64",
+    ),
+    "no_common_ends": (
+        {"student": fuse_ffn(tiny_graph("F F"), [(0, 1)]), "teacher": tiny_graph("AF")}
+        | {"settings": replace(SETTINGS, hidden_weight=1.0)},
+        "no block of the student ends with a layer",
     ),
     "diverged": ({"settings": replace(SETTINGS, learning_rate=1e30)}, "diverged in step 2"),
     "rate": ({"settings": replace(SETTINGS, steps=1, learning_rate=math.nan)}, "found weights that are not"),

@@ -138,6 +138,12 @@ def test_names_that_leave_the_folder_or_are_ours(name: str, tmp_path: Path) -> N
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_no_number_in_json_is_not_written(number: float) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.json_bytes({"seconds": [number]})
+
+
 def test_a_name_twice(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="out/a: a file would be written twice"):
         save(tmp_path / "out", [("a", b""), ("a", b"")])
@@ -306,10 +312,17 @@ def test_a_full_disk_for_real(tmp_path: Path) -> None:
         libc.umount2(os.fsencode(mount), 2)
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "rename"])
+def refuse(*_: object) -> None:
+    raise no_space()
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "rename", "fdatasync"])
 def test_a_system_call_that_fails(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out"
-    if call == "write":
+    if call == "fdatasync":  # of what a large file has so far
+        monkeypatch.setattr(files, "FLUSH_BYTES", 1000)
+        monkeypatch.setattr(files, "SYNC_DATA", refuse)
+    elif call == "write":
         real_open = Path.open
 
         class Full:
@@ -334,14 +347,20 @@ def test_a_system_call_that_fails(call: str, tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr(Path, "open", lambda self, *a, **k: Full(real_open(self, *a, **k)))
     else:
         target = files.Path if call == "rename" else files.os
-
-        def refuse(*_: object) -> None:
-            raise no_space()
-
         monkeypatch.setattr(target, call, refuse)
     with pytest.raises(OutputError, match="cannot be written"):
         save(output, [("a", GOOD), ("b", GOOD)])
     assert os.listdir(tmp_path) == []
+
+
+def test_a_large_file_is_flushed_while_it_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr(files, "FLUSH_BYTES", 4000)
+    monkeypatch.setattr(files, "SYNC_DATA", lambda fd: flushed.append(os.fstat(fd).st_size))
+    save(tmp_path / "out", [("large", GOOD), ("small", b"x" * 3999)])
+    assert 1 <= len(flushed) <= 50_000 // 4000
+    assert min(flushed) >= 4000
+    assert flushed == sorted(flushed)
 
 
 def test_everything_is_on_the_disk_before_the_folder_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,6 +444,20 @@ def test_force_where_names_cannot_be_exchanged(exchange: str, tmp_path: Path, mo
     save(tmp_path / "out", [("only", b"this")], force=True)
     assert set(listing(tmp_path)) == {"out/only", f"out/{MANIFEST}"}
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_force_that_the_system_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Libc:
+        def renameat2(self, *_: object) -> int:
+            ctypes.set_errno(errno.EPERM)
+            return -1
+
+    save(tmp_path / "out")
+    before = listing(tmp_path)
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *a, **k: Libc())
+    with pytest.raises(OutputError, match=r"out: cannot be written .*not permitted"):
+        save(tmp_path / "out", [("only", b"this")], force=True)
+    assert listing(tmp_path) == before
 
 
 def test_force_without_exchange_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

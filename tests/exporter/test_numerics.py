@@ -87,6 +87,12 @@ def test_ranges_that_are_none(bad: float) -> None:
         scale_from_amax(np.array([1.0, bad]), INT8)
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)], ids=str)
+def test_an_empty_tensor_has_no_range(shape: tuple[int, ...]) -> None:
+    with pytest.raises(GraphError, match="empty tensor"):
+        amax(np.empty(shape, np.float32))
+
+
 @pytest.mark.parametrize("dtype", [FLOAT8_E4M3FN, INT8], ids=str)
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4), (0, 3), (3, 0)], ids=str)
 def test_one_scale_for_any_shape(shape: tuple[int, ...], dtype: DType) -> None:

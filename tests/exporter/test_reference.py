@@ -166,6 +166,15 @@ def test_a_device_that_torch_does_not_know_is_refused() -> None:
         Reference(tiny_graph("AF"), device="nonsense")
 
 
+def test_decoding_keeps_the_caches_of_parallel_blocks_apart() -> None:
+    graph = tiny_graph("AF (AF F A) - LF AF", num_key_value_heads=[1, 2, 2, 4], sliding_window=4)
+    reference = Reference(graph, dtype=torch.float64)
+    tokens = torch.arange(9)[None]
+    cache = reference.new_cache(1, 9)
+    found = torch.stack([reference.step(tokens[:, i : i + 1], cache) for i in range(9)], dim=1)
+    torch.testing.assert_close(found, reference.logits(tokens), atol=1e-12, rtol=0)
+
+
 def test_a_full_cache_is_refused() -> None:
     reference = Reference(tiny_graph("AF"))
     cache = reference.new_cache(1, 4)

@@ -82,7 +82,7 @@ def test_a_long_text_goes_through_in_parts(is_held: bool, monkeypatch: pytest.Mo
     graph = tiny_graph("AF AF AF", vocab_size=307)
     variant = drop_attention(graph, [1])
     reference = hold(graph, TOKENS, batch=2) if is_held else graph
-    expected = evaluate(variant, TOKENS, reference=reference, batch=2).to_json()
+    expected = evaluate(variant, TOKENS, reference=graph, batch=2).to_json()
     windows_together = []
 
     def spy(one: ModelGraph, tokens: np.ndarray, **how: Any) -> HeldModel:
@@ -90,13 +90,23 @@ def test_a_long_text_goes_through_in_parts(is_held: bool, monkeypatch: pytest.Mo
         return hold(one, tokens, **how)
 
     monkeypatch.setattr(module, "hold", spy)
-    monkeypatch.setattr(module, "HIDDEN_BYTES", 3 * 12 * 64 * 4 * (1 if is_held else 2))  # three windows: two, in pairs
+    room = 9 * 12 * 64 * 4 // (2 if is_held else 1)  # four windows and a half: four, in pairs
+    monkeypatch.setattr(module, "HIDDEN_BYTES", room)
     steps: list[tuple[int, int]] = []
     found = evaluate(variant, TOKENS, reference=reference, batch=2, progress=lambda *step: steps.append(step))
     assert found.to_json() == expected
     assert can_be_held(graph, TOKENS) is not is_held  # five windows
-    assert windows_together == ([2, 2, 1] if is_held else [2, 2, 2, 2, 1, 1])
-    assert steps == [(done, 9 if is_held else 18) for done in range(1, (9 if is_held else 18) + 1)]
+    assert windows_together == ([4, 1] if is_held else [4, 4, 1, 1])
+    assert steps == [(done, 6 if is_held else 12) for done in range(1, (6 if is_held else 12) + 1)]
+
+
+def test_products_are_in_the_dtype_that_is_asked_for() -> None:
+    graph = tiny_graph("AF AF", vocab_size=307)
+    logits = Reference(graph, dtype=torch.bfloat16).logits(torch.from_numpy(TOKENS)).float()
+    nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), torch.from_numpy(TOKENS[:, 1:]).flatten()).item()
+    found, wide = (evaluate(graph, TOKENS, dtype=dtype).perplexity for dtype in (torch.bfloat16, torch.float32))
+    assert found == pytest.approx(math.exp(nll), rel=1e-6)
+    assert wide != pytest.approx(found, rel=1e-5)
 
 
 def test_a_graph_agrees_with_itself() -> None:

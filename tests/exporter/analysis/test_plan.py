@@ -210,6 +210,14 @@ def test_dependency_limits_and_decides() -> None:
     assert ranges(suggest_fusion(graph, None, Constraints(max_width=768))) == [(0, 2), (3, 4)]
 
 
+def test_squares_tell_which_groups_are_more_even() -> None:
+    """Their sums are 205 and 209; those of cubes would be 2,069 and 2,027."""
+    widths = [1, 4, 5, 1, 2, 5, 5]
+    chosen = [Piece(0, 2, 5, 0.1), Piece(2, 4, 6, 0.1), Piece(4, 7, 12, 0.1)]
+    others = [Piece(0, 3, 10, 0.1), Piece(3, 5, 3, 0.1), Piece(5, 7, 10, 0.1)]
+    assert split_run(widths, others + chosen) == chosen
+
+
 def test_a_bound_that_only_a_later_group_sets_leaves_the_earlier_ones_even() -> None:
     """The prefix with the smaller dependency is not part of the best whole: the last group's is larger anyway."""
     widths = [3, 1, 1, 5, 5]

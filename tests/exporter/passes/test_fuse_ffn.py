@@ -55,19 +55,28 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
+def biases_in_one() -> ModelGraph:
+    plain, biased = (
+        tiny_graph("F F F", dtype="float64", intermediate_size=[100, 37, 211], ffn_bias=bias) for bias in (False, True)
+    )
+    return replace(plain, blocks=(plain.blocks[0], biased.blocks[1], plain.blocks[2]))
+
+
 @pytest.mark.parametrize("norm", ["fold", "last"])
 @pytest.mark.parametrize(
-    "changes",
+    "graph",
     [
-        pytest.param({}, id="equal_widths"),
-        pytest.param({"intermediate_size": [256, 64, 192]}, id="different_widths"),
-        pytest.param({"intermediate_size": [100, 37, 211]}, id="padded"),
-        pytest.param({"ffn_bias": True, "intermediate_size": [100, 37, 211]}, id="biases"),
-        pytest.param({"activation": Activation.RELU}, id="relu"),
+        pytest.param(tiny_graph("F F F", dtype="float64"), id="equal_widths"),
+        pytest.param(tiny_graph("F F F", dtype="float64", intermediate_size=[256, 64, 192]), id="different_widths"),
+        pytest.param(tiny_graph("F F F", dtype="float64", intermediate_size=[100, 37, 211]), id="padded"),
+        pytest.param(
+            tiny_graph("F F F", dtype="float64", intermediate_size=[100, 37, 211], ffn_bias=True), id="biases"
+        ),
+        pytest.param(biases_in_one(), id="biases_in_one"),
+        pytest.param(tiny_graph("F F F", dtype="float64", activation=Activation.RELU), id="relu"),
     ],
 )
-def test_fused_equals_equation_5_in_float64(changes: dict, norm: str) -> None:
-    graph = tiny_graph("F F F", dtype="float64", **changes)
+def test_fused_equals_equation_5_in_float64(graph: ModelGraph, norm: str) -> None:
     fused = fuse_ffn(graph, [(0, 2)], norm=norm)
     x = np.random.default_rng(0).standard_normal((7, 64))
     error = relative_error(fused_output(fused, x), equation_5(x, ffns_of(graph), norm_of_last=norm == "last"))
@@ -97,10 +106,14 @@ def test_structure_of_a_fused_graph() -> None:
 
 
 def test_several_runs_and_a_second_fusion_of_fused_blocks() -> None:
-    graph = tiny_graph("F F AF F F F F", dtype="float64", intermediate_size=[100, 60])
+    graph = tiny_graph("F F AF F F F F", dtype="float64", intermediate_size=[100, 60], ffn_bias=True)
     in_two_steps = fuse_ffn(fuse_ffn(graph, [(5, 6), (3, 4), (0, 1)]), [(3, 6)])
     at_once = fuse_ffn(graph, [(0, 1), (3, 6)])
     assert [entry.source_layers for entry in in_two_steps.blocks] == [(0, 1), (2,), (3, 4, 5, 6)]
+    for found, expected in zip(ffns_of(in_two_steps), ffns_of(at_once), strict=True):
+        for name in ("gate_proj", "up_proj", "down_proj"):  # the first fusion's padding is not between the segments
+            np.testing.assert_array_equal(getattr(found, name).weight.numpy(), getattr(expected, name).weight.numpy())
+        np.testing.assert_array_equal(found.gate_proj.bias.numpy(), expected.gate_proj.bias.numpy())
     tokens = torch.arange(9)[None]
     both = [Reference(g, dtype=torch.float64).logits(tokens) for g in (in_two_steps, at_once)]
     torch.testing.assert_close(*both, atol=1e-12, rtol=0)

@@ -14,7 +14,7 @@ from exporter.dtypes import FLOAT8_E4M3FN, INT8
 from exporter.errors import CheckpointError, PlanError
 from exporter.graph import ModelGraph, linear_names
 from exporter.passes.fuse_ffn import fuse_ffn
-from exporter.passes.quantize_linears import quantize_linears
+from exporter.passes.quantize_linears import quantize_linears, structure_quantized
 from exporter.quantization import QuantizationRecipe, format_names, read_quantization
 from exporter.ranges import Ranges
 from exporter.read import open_model
@@ -184,9 +184,11 @@ def test_quantizing_or_fusing_what_is_quantized_is_refused() -> None:
         fuse_ffn(graph, [(1, 2)])
 
 
-def test_a_tied_head_is_refused() -> None:
+def test_heads_that_cannot_be_quantized() -> None:
     with pytest.raises(PlanError, match="tied"):
         quantize_linears(tiny_graph("AF", tied=True), recipe(weights=INT8_ROWS, include=["lm_head"]))
+    with pytest.raises(PlanError, match="lm_head has no calibrated input range"):
+        structure_quantized(tiny_graph("AF"), recipe(weights=FP8, inputs=FP8, include=["lm_head"]))
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import torch
 
 from exporter.calibration import calibrate, ranges_of
 from exporter.errors import PlanError
-from exporter.graph import FFN, ModelGraph
+from exporter.graph import FFN, Attention, ModelGraph
 from exporter.lazy import array
 from exporter.passes.fuse_ffn import fuse_ffn
 from exporter.passes.quantize_linears import quantize_linears
-from exporter.passes.smooth_channels import smooth_channels, smoothable_sites
+from exporter.passes.smooth_channels import smooth_channels, smoothable_sites, smoothing_factors
 from exporter.quantization import read_quantization
 from exporter.reference import Reference
 from tests.tiny import tiny_graph
@@ -42,8 +42,8 @@ def test_the_model_stays_the_same(alpha: float, norm: str) -> None:
 def test_factors_and_ranges() -> None:
     graph = tiny_graph("AF", seed=3)
     ranges = ranges_of(calibrate(graph, TOKENS, text="random"), graph)
-    site = (0, "ffn", "down_proj")
-    smoothed, new_ranges = smooth_channels(graph, ranges, {site: 0.65, (0, "ffn", "norm"): 0.5})
+    strengths = {(0, "ffn", "down_proj"): 0.65, (0, "ffn", "norm"): 0.5, (0, "attention", "norm"): 0.5}
+    smoothed, new_ranges = smooth_channels(graph, ranges, strengths)
     old, new = graph.flat_blocks[0].ffn, smoothed.flat_blocks[0].ffn
     assert isinstance(old, FFN)
     assert isinstance(new, FFN)
@@ -57,6 +57,16 @@ def test_factors_and_ranges() -> None:
     np.testing.assert_allclose(new.norm.weight.numpy(), old.norm.weight.numpy() / t, rtol=1e-6)
     np.testing.assert_allclose(new.gate_proj.weight.numpy(), old.gate_proj.weight.numpy() * t, rtol=1e-5)
     np.testing.assert_allclose(new.up_proj.weight.numpy(), old.up_proj.weight.numpy() * t / s[:, None], rtol=1e-5)
+    before, after = graph.flat_blocks[0].attention, smoothed.flat_blocks[0].attention
+    assert isinstance(before, Attention)
+    assert isinstance(after, Attention)
+    outer = ranges[0].attention["norm"].numpy() * np.abs(before.norm.weight.numpy())
+    readers = [before.q_proj.weight.numpy(), before.k_proj.weight.numpy(), before.v_proj.weight.numpy()]
+    r = (outer / np.abs(np.concatenate(readers)).max(axis=0)) ** 0.5
+    np.testing.assert_allclose(after.norm.weight.numpy(), before.norm.weight.numpy() / r, rtol=1e-6)
+    for linear, weight in zip((after.q_proj, after.k_proj, after.v_proj), readers, strict=True):
+        np.testing.assert_allclose(linear.weight.numpy(), weight * r, rtol=1e-5)
+    assert after.o_proj is before.o_proj
     # A second calibration finds the ranges that were derived.
     measured = ranges_of(calibrate(smoothed, TOKENS, text="random"), smoothed)
     np.testing.assert_allclose(measured[0].ffn["down_proj"].numpy(), inner / s, rtol=1e-4)
@@ -82,6 +92,33 @@ def test_dead_channels_keep_their_scale() -> None:
     assert isinstance(new, FFN)
     assert not new.up_proj.weight.numpy()[200:].any()
     assert np.isfinite(new.down_proj.weight.numpy()).all()
+
+
+def test_factors_of_dead_and_extreme_channels() -> None:
+    inputs, columns = np.array([[4, 0, 4, 0, 1e9, 1e-9], [4, 9, 0, 0, 1e-9, 1e9]], np.float32)
+    np.testing.assert_allclose(smoothing_factors(inputs, columns, 0.5), [1, 1, 1, 1, 1e4, 1e-4])
+    np.testing.assert_allclose(smoothing_factors(inputs, columns, 0.75), [2, 1, 1, 1, 1e4, 1e-4])
+
+
+def test_a_norm_weight_stays_within_its_dtype() -> None:
+    """Over the factor 1/16 or 64, the first two channels' weights would be infinity and zero in float16."""
+    graph = tiny_graph("F", dtype="float16")
+    ffn = graph.flat_blocks[0].ffn
+    assert isinstance(ffn, FFN)
+    weight = np.full(64, 0.5, np.float16)
+    weight[:2] = 60000, 1e-7
+    columns = np.full((256, 64), 1 / 4, np.float16)
+    columns[:, :2] = 16, 1 / 64
+    reader = replace(ffn.gate_proj, weight=array(columns))
+    ffn = replace(ffn, norm=replace(ffn.norm, weight=array(weight)), gate_proj=reader, up_proj=reader)
+    graph = replace(graph, blocks=(replace(graph.flat_blocks[0], ffn=ffn),))
+    ranges = ranges_of(calibrate(graph, TOKENS, text="random"), graph)
+    smoothed, _ = smooth_channels(graph, ranges, {(0, "ffn", "norm"): 0.0})  # s = 1 / amax_w
+    new = smoothed.flat_blocks[0].ffn
+    assert isinstance(new, FFN)
+    assert new.norm.weight.numpy().tolist() == [*weight[:2].tolist(), *[0.125] * 62]
+    np.testing.assert_array_equal(new.gate_proj.weight.numpy()[:, :2], columns[:, :2])
+    np.testing.assert_array_equal(new.up_proj.weight.numpy()[:, 2:], 1)
 
 
 def uneven_group(spread: float, hidden: int = 256, width: int = 512) -> ModelGraph:

@@ -23,6 +23,7 @@ from exporter.graph import (
     FFN,
     Activation,
     Attention,
+    Block,
     KVQuantization,
     Linear,
     ModelGraph,
@@ -282,6 +283,7 @@ def test_kv_cache_scales(dtype: DType, k_amax: float, expected: float, tmp_path:
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
     assert sizes == sizes_of(emit(graph, Options(tp_size=2)))
     assert manifest.ranks[0].kv_bytes_per_token == 2 * 2 * 1 * 16  # two layers, k and v, one head, one byte
+    assert manifest.ranks[0].widest_gemm == 2 * 128  # half of the rows of gate and of up
 
 
 @pytest.mark.parametrize(
@@ -446,6 +448,12 @@ def with_kv(graph: ModelGraph, *dtypes: DType | None) -> ModelGraph:
     return replace(graph, blocks=tuple(blocks))
 
 
+def with_codes(block: Block) -> Block:
+    """The block with an up_proj of codes that nothing says the scale of."""
+    assert isinstance(block.ffn, FFN)
+    return replace(block, ffn=replace(block.ffn, up_proj=Linear(weight=full(block.ffn.up_proj.weight.shape, 1, INT8))))
+
+
 def in_format(graph: ModelGraph, name: str, *exclude: str, **tables: Any) -> ModelGraph:
     recipe = recipe_with(read_quantization(name), exclude=exclude)
     recipe = QuantizationRecipe.model_validate({**recipe.model_dump(exclude_none=True), **tables})
@@ -460,7 +468,8 @@ REFUSED: dict[str, tuple[ModelGraph, dict[str, Any], list[str]]] = {
     "query heads": (tiny_graph("AF", num_attention_heads=6, hidden_size=96), {"tp_size": 4}, ["attention heads", "6"]),
     "kv heads": (tiny_graph("AF", **{**HEADS, "num_attention_heads": 12}, num_key_value_heads=6), {"tp_size": 4},
                  ["divide each other", "6", "4"]),
-    "width": (tiny_graph("AF", **HEADS, intermediate_size=100), {"tp_size": 8}, ["intermediate_size", "of 100"]),
+    "width": (tiny_graph("AF", **HEADS, intermediate_size=100), {"tp_size": 8},
+              ["block 0", "intermediate_size", "of 100"]),
     "linear": (tiny_graph("AF LF", **{**HEADS, "hidden_size": 36}), {"tp_size": 8}, ["hidden_size", "divisor of 36"]),
     "stages": (AF2, {"pp_size": 3}, ["more pipeline stages than blocks", "at most 2"]),
     "stage without attention": (tiny_graph("AF AF F F", **HEADS), {"pp_size": 2}, ["stage 1 of 2"]),
@@ -469,6 +478,10 @@ REFUSED: dict[str, tuple[ModelGraph, dict[str, Any], list[str]]] = {
     "dtype": (AF2, {"dtype": INT8}, ["dtype", "bfloat16", "int8"]),
     "biases": (tiny_graph("AF", qkv_bias=True), {}, ["q_proj has a bias"]),
     "lm_head bias": (biased(AF2), {}, ["lm_head"]),
+    "codes without scales": (replace(AF2, embedding=full((320, 64), 1, INT8)), {},
+                             ["need scales", "a float of 16+ bits", "int8"]),
+    "linear without scales": (replace(AF2, blocks=(*AF2.blocks[:1], with_codes(AF2.flat_blocks[1]))), {},
+                              ["block 1", "need scales", "int8"]),
     "q/k norms": (tiny_graph("AF", qk_norm=True), {}, ["query and key heads"]),
     "window": (tiny_graph("AF", sliding_window=8), {}, ["sliding window", "8"]),
     "gelu": (tiny_graph("AF", activation=Activation.GELU), {}, ["silu", "gelu"]),
@@ -481,7 +494,7 @@ REFUSED: dict[str, tuple[ModelGraph, dict[str, Any], list[str]]] = {
     "an exclusion and a norm": (in_format(tiny_graph("AF AF", **HEADS, intermediate_size=[512, 256]), "fp8-rowwise",
                                 "blocks.0.ffn.*"), {"pp_size": 2, "max_gemm_elements": 50000},
                                 ["pipeline stage", "post_layernorm"]),
-    "two formats": (in_format(AF2, "fp8", overrides=[ROWS_BELOW]), {}, ["one quantization"]),
+    "two formats": (in_format(AF2, "fp8", overrides=[ROWS_BELOW]), {}, ["block 0", "one quantization"]),
     "half a KV cache": (with_kv(AF2, INT8, None), {}, ["KV cache", "int8, found none", "Calibrate"]),
     "two KV caches": (with_kv(AF2, INT8, FLOAT8_E4M3FN), {}, ["KV cache", "int8, found float8_e4m3fn"]),
     "smoothquant leaves out": (in_format(AF2, "int8-smoothquant", "blocks.0.ffn.*"), {}, ["every linear", "block 0"]),
