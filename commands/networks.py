@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from commands.options import (
-    BYTES,
-    NAMES,
     PATH,
     Real,
+    SettingsCommand,
     dry_run_option,
     force_option,
     model_argument,
     norm_option,
     open_planned,
+    options_of,
     output_option,
     plan_option,
     quiet_option,
@@ -24,50 +25,33 @@ from commands.options import (
 )
 from commands.terminal import carry_out, say_written, step_progress, wide_console
 
-if TYPE_CHECKING:
-    from engines.settings import Setting
-
-
-OPTIONS_OF_TARGET = {
-    "onnx": ("targets", "max_positions", "batch", "plugins", "runtime"),
-    "trtllm": ("tp", "pp", "split_embedding", "format_name", "calibration", "kv_cache", "list_tensors"),
+# Options of `export` that say nothing about the form of the files, by their parameters, and the targets they are for.
+OWNERS = {
+    "format_name": ["trtllm"],
+    "calibration": ["trtllm"],
+    "kv_cache": ["trtllm"],
+    "list_tensors": ["trtllm"],
+    "runtime": ["onnx"],
 }
 
 
-@click.command(epilog="Example: python build.py export out/8b-fused --to onnx --max-positions 4096 -o out/8b-network")
-@model_argument
-@click.option(
-    "--to",
-    "target_format",
-    type=click.Choice(["onnx", "hf", "trtllm"]),
-    required=True,
-    help="An ONNX network, a Hugging Face folder, or a TensorRT-LLM checkpoint.",
+def _target_options() -> list[click.Option]:
+    from exporter.targets import TARGETS, targets_by_setting
+
+    described = "; ".join(f"{name}: {target.description}" for name, target in TARGETS.items())
+    names = click.Choice(list(TARGETS))
+    target = click.Option(["--to", "target"], type=names, required=True, help=f"What to write. {described}.")
+    return [target, *options_of(targets_by_setting())]
+
+
+@click.command(
+    cls=SettingsCommand,
+    look_up=_target_options,
+    epilog="Example: python build.py export out/8b-fused --to onnx --max-positions 4096 -o out/8b-network",
 )
+@model_argument
 @plan_option
 @norm_option
-@click.option(
-    "--target",
-    "targets",
-    multiple=True,
-    default=["onnxruntime"],
-    show_default=True,
-    help="onnx: runtime whose form to use, with a dtype if not the default, e.g. tensorrt:bfloat16. Repeat it for "
-    "several networks over one weight file.",
-)
-@click.option(
-    "--max-positions",
-    type=click.IntRange(1),
-    help="onnx: tokens a sequence may reach; as many as the model knows if not given.",
-)
-@click.option(
-    "--batch", type=click.IntRange(1), help="onnx: a fixed number of sequences; the target's, any or 1, if not given."
-)
-@click.option(
-    "--plugins", default=(), type=NAMES, help="onnx: custom ops in place of standard ones; wide_ffn is the only one."
-)
-@click.option("--tp", default=1, show_default=True, type=click.IntRange(1), help="trtllm: tensor-parallel size.")
-@click.option("--pp", default=1, show_default=True, type=click.IntRange(1), help="trtllm: pipeline-parallel size.")
-@click.option("--split-embedding", is_flag=True, help="trtllm: every GPU holds a part of the embedding, not all.")
 @click.option("--format", "format_name", help="trtllm: quantize on the way: fp8, fp8-rowwise, ... or a recipe file.")
 @click.option("--calibration", type=PATH, help="trtllm: a calibration of MODEL, for --format.")
 @click.option("--kv-cache", type=click.Choice(["fp8", "int8"]), help="trtllm: quantize the KV cache, with --format.")
@@ -81,16 +65,9 @@ OPTIONS_OF_TARGET = {
 @quiet_option
 def export(
     model: Path,
-    target_format: str,
+    target: str,
     plan_path: Path | None,
     norm: Any,
-    targets: tuple[str, ...],
-    max_positions: int | None,
-    batch: int | None,
-    plugins: tuple[str, ...],
-    tp: int,
-    pp: int,
-    split_embedding: bool,
     format_name: str | None,
     calibration: Path | None,
     kv_cache: str | None,
@@ -100,45 +77,33 @@ def export(
     dry_run: bool,
     force: bool,
     quiet: bool,
+    **settings: Any,
 ) -> None:
     """Write a network definition, from which `engine` builds.
 
-    A dry run to trtllm needs no weights: a config.json or a *.structure.json will do.
+    A dry run needs no weights: a config.json or a *.structure.json will do.
     """
-    from exporter.pipeline import checkpoint_writing, network_writing, trtllm_writing
-    from exporter.writers import onnx_tensorrt_rules, trtllm
-    from exporter.writers.onnx_options import options_for
-    from exporter.writers.onnx_plugins import plugin_ops
+    from exporter.pipeline import target_writing
+    from exporter.settings import record_of
+    from exporter.targets import TARGETS
 
-    details: dict[str, Any] = {"plan": str(plan_path) if plan_path else None, "norm": norm}
-    for target, options_of_target in OPTIONS_OF_TARGET.items():
-        if target != target_format:
-            refuse_given(options_of_target, f"--to {target}")
+    _refuse_options_of_others(target)
     if format_name is None:
         refuse_given(("calibration", "kv_cache"), "--format")
     if not dry_run:
         refuse_given(("list_tensors",), "--dry-run")
-    version = None if runtime is None else onnx_tensorrt_rules.version_from_text(runtime)
-    is_structure_enough = dry_run and target_format == "trtllm"
-    checkpoint, graph = open_planned(model, plan_path, norm, need_weights=not is_structure_enough)
-    if target_format == "trtllm":
-        if format_name is not None:
-            graph = _quantized(checkpoint, graph, format_name, calibration, kv_cache, structure_only=dry_run)
-        options = trtllm.Options(tp_size=tp, pp_size=pp, split_embedding=split_embedding)
-        details |= {"tp": tp, "pp": pp, "format": format_name}
-        writing = trtllm_writing(checkpoint, graph, output, options=options, details=details, force=force)
-        if list_tensors:
-            for file, tensors in trtllm.tensors_of_ranks(graph, options).items():
-                for name, tensor in tensors.items():
-                    click.echo(f"{tensor.nbytes:>16,}  {file}  {name}  {tensor.dtype}{list(tensor.shape)}")
-    elif target_format == "hf":
-        writing = checkpoint_writing(checkpoint, graph, output, details=details, force=force)
-    else:
-        variants = options_for(_targets(targets), max_positions=max_positions, batch=batch, plugins=plugins)
-        writing = network_writing(checkpoint, graph, output, options=variants, details=details, force=force)
-        if version is not None:
-            files = onnx_tensorrt_rules.files_for_tensorrt(variants.networks)
-            _refuse_violations({file: writing.files[file] for file in files}, version, plugin_ops(plugins))
+    given = {name: value for name, value in settings.items() if value is not None}
+    chosen = TARGETS[target].settings(**given)
+    details = {"plan": str(plan_path) if plan_path else None, "norm": norm, **record_of(chosen)}
+    checkpoint, graph = open_planned(model, plan_path, norm, need_weights=not dry_run)
+    if format_name is not None:
+        details["format"] = format_name
+        graph = _quantized(checkpoint, graph, format_name, calibration, kv_cache, structure_only=dry_run)
+    writing = target_writing(target, checkpoint, graph, output, settings=chosen, details=details, force=force)
+    if list_tensors:
+        _list_tensors(graph, chosen)
+    if runtime is not None:
+        _check_networks(writing.files, chosen, runtime)
     carry_out(writing, dry_run, quiet)
 
 
@@ -159,14 +124,6 @@ def check(network: Path, runtime: str, plugins: tuple[str, ...]) -> None:
     click.echo(f"no rule of {runtime} is broken by {', '.join(files)}")
 
 
-class BackendCommand(click.Command):
-    """Has an option for whatever the backends let users choose; looked up when the command runs or prints its help."""
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        argument, *options = super().get_params(ctx)
-        return [argument, *_backend_options(), *options]
-
-
 def _backend_options() -> list[click.Option]:
     from engines.backends import BACKENDS, backends_by_setting, describing_backends
 
@@ -174,35 +131,15 @@ def _backend_options() -> list[click.Option]:
     backend = click.Option(
         ["--backend"], type=names, default="onnxruntime", show_default=True, help="The runtime that is to run it."
     )
-    chosen = [_option_of(setting, owners) for setting, owners in backends_by_setting().items()]
     planning = ", ".join(describing_backends())
     dry_run = click.Option(["--dry-run"], is_flag=True, help=f"{planning}: print what would be built, and its memory.")
-    return [backend, *chosen, dry_run]
-
-
-def _option_of(setting: Setting, backends: list[str]) -> click.Option:
-    """The option of a setting; its value is None if it is not given."""
-    how: dict[str, Any] = {"type": setting.type}
-    if setting.choices:
-        values = {str(value): value for value in setting.choices}
-        how = {"type": click.Choice(list(values)), "callback": lambda ctx, option, text: text and values[text]}
-    elif setting.type is bool:
-        how = {"is_flag": True}
-    elif setting.in_bytes:
-        how = {"type": BYTES}
-    elif setting.type is int:
-        how = {"type": click.IntRange(setting.least, setting.most)}
-    elif setting.type is Path:
-        how = {"type": PATH}
-    elif setting.type is tuple:
-        how = {"type": NAMES}
-    return click.Option(
-        [f"--{setting.option}", setting.name], default=None, help=f"{', '.join(backends)}: {setting.help}", **how
-    )
+    return [backend, *options_of(backends_by_setting()), dry_run]
 
 
 @click.command(
-    cls=BackendCommand, epilog="Example: python build.py engine out/8b-network --label baseline -o out/8b-engine"
+    cls=SettingsCommand,
+    look_up=_backend_options,
+    epilog="Example: python build.py engine out/8b-network --label baseline -o out/8b-engine",
 )
 @click.argument("network", type=PATH)
 @click.option("--label", help="What reports call it; the folder's name if not given.")
@@ -298,22 +235,36 @@ def _quantized(
     return quantize_graph(graph, recipe, source=checkpoint.graph, calibration=known).graph
 
 
-def _targets(names: tuple[str, ...]) -> dict[str, Any]:
-    """Parse --target values like "tensorrt" or "tensorrt:bfloat16" into target -> dtype."""
-    from exporter.dtypes import BY_NAME
-    from exporter.writers.onnx_options import PRESETS
+def _refuse_options_of_others(target: str) -> None:
+    """Refuse options that were given and belong to other targets than the one to write."""
+    from exporter.targets import targets_by_setting
 
-    targets = {}
-    for name in names:
-        target, _, dtype = name.partition(":")
-        if target not in PRESETS or target in targets or dtype not in ("", *BY_NAME):
-            raise click.BadParameter(
-                f"{name!r} is not one of {', '.join(PRESETS)}, each at most once, with a dtype at most, like "
-                "tensorrt:bfloat16",
-                param_hint="--target",
-            )
-        targets[target] = BY_NAME.get(dtype)
-    return targets
+    owners = {setting.name: names for setting, names in targets_by_setting().items()} | OWNERS
+    foreign: dict[str, list[str]] = {}
+    for option, names in owners.items():
+        if target not in names:
+            foreign.setdefault(" or ".join(names), []).append(option)
+    for others, options in foreign.items():
+        refuse_given(options, f"--to {others}")
+
+
+def _list_tensors(graph: Any, options: Any) -> None:
+    """Print every tensor of every rank of a TensorRT-LLM checkpoint."""
+    from exporter.writers.trtllm import tensors_of_ranks
+
+    for file, tensors in tensors_of_ranks(graph, options).items():
+        for name, tensor in tensors.items():
+            click.echo(f"{tensor.nbytes:>16,}  {file}  {name}  {tensor.dtype}{list(tensor.shape)}")
+
+
+def _check_networks(files: Mapping[str, Any], settings: Any, runtime: str) -> None:
+    """Refuse networks that are about to be written, with these settings, if a runtime would not import them."""
+    from exporter.writers.onnx_options import options_from
+    from exporter.writers.onnx_plugins import plugin_ops
+    from exporter.writers.onnx_tensorrt_rules import files_for_tensorrt, version_from_text
+
+    names = files_for_tensorrt(options_from(settings).networks)
+    _refuse_violations({name: files[name] for name in names}, version_from_text(runtime), plugin_ops(settings.plugins))
 
 
 def _refuse_violations(networks: Any, version: Any, plugins: tuple[str, ...]) -> None:

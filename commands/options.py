@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
+
+if TYPE_CHECKING:
+    from exporter.settings import Setting
 
 MOST = 1 << 20  # GPUs, or sequences, that are predicted
 LEAST_SHARD = 10**6  # bytes: with less, every tensor of a real model would lie in a file of its own
@@ -141,11 +144,50 @@ def refuse_given(names: Collection[str], owner: str) -> None:
     ctx = click.get_current_context()
     given = [
         option.opts[-1]
-        for option in ctx.command.params
+        for option in ctx.command.get_params(ctx)
         if option.name in names and ctx.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
     ]
     if given:
         raise click.UsageError(f"{', '.join(given)} {'belongs' if len(given) == 1 else 'belong'} to {owner}.")
+
+
+class SettingsCommand(click.Command):
+    """Has further options behind its argument, which `look_up` makes when the command runs or prints its help."""
+
+    def __init__(self, *, look_up: Callable[[], list[click.Option]], **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self._look_up = look_up
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        argument, *options = super().get_params(ctx)
+        return [argument, *self._look_up(), *options]
+
+
+def options_of(owners_by_setting: Mapping[Setting, Collection[str]]) -> list[click.Option]:
+    """The options of settings, whose help names their owners; the value of one that is not given is None."""
+    return [_option_of(setting, owners) for setting, owners in owners_by_setting.items()]
+
+
+def _option_of(setting: Setting, owners: Collection[str]) -> click.Option:
+    how: dict[str, Any] = {"type": setting.type}
+    if setting.choices:
+        values = {str(value): value for value in setting.choices}
+        how = {"type": click.Choice(list(values)), "callback": lambda ctx, option, text: text and values[text]}
+    elif setting.type is bool:
+        how = {"is_flag": True}
+    elif setting.in_bytes:
+        how = {"type": BYTES}
+    elif setting.type is int:
+        how = {"type": click.IntRange(setting.least, setting.most)}
+    elif setting.type is Path:
+        how = {"type": PATH}
+    elif setting.is_repeated:
+        how = {"multiple": True, "callback": lambda ctx, option, texts: texts or None}
+    elif setting.type is tuple:
+        how = {"type": NAMES}
+    return click.Option(
+        [f"--{setting.option}", setting.name], default=None, help=f"{', '.join(owners)}: {setting.help}", **how
+    )
 
 
 def open_planned(model: Path, plan_path: Path | None, norm: Any, *, need_weights: bool = True) -> tuple[Any, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 from engines import tensorrt, tensorrt_build, tensorrt_llm, torch
 from engines.base import Backend, BuildProgress
 from engines.onnxruntime import OnnxRuntime
-from engines.settings import Setting, settings_of
 from exporter.errors import EngineError
+from exporter.settings import Setting, owners_by_setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Kind:
     """One runtime. `settings` and `progress` of a build may be None."""
 
     make: Callable[[Any, BuildProgress | None], Backend]
-    settings: type | None = None  # a dataclass as in `engines.settings`; None: nothing can be chosen
+    settings: type | None = None  # a dataclass as in `exporter.settings`; None: nothing can be chosen
     describe: Callable[[Path, Path, Any], str] | None = None  # a build in words, from network, output and settings
     tells_progress: bool = False
 
@@ -74,11 +74,7 @@ def describing_backends() -> list[str]:
 
 def backends_by_setting() -> dict[Setting, list[str]]:
     """All that can be chosen about builds, each with the backends that it belongs to."""
-    owners: dict[Setting, list[str]] = {}
-    for name, kind in BACKENDS.items():
-        for setting in settings_of(kind.settings) if kind.settings is not None else []:
-            owners.setdefault(setting, []).append(name)
-    return owners
+    return owners_by_setting({name: kind.settings for name, kind in BACKENDS.items()})
 
 
 def tells_progress(name: str) -> bool:

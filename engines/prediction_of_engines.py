@@ -11,6 +11,7 @@ from engines.prediction_report import Calibration, Predicted, Wanted
 from engines.results import Cell, Comparison, EngineResult, RequestShape
 from exporter.dtypes import BY_NAME
 from exporter.errors import EngineError
+from exporter.structure import Structure
 
 BACKEND = "latency model"
 # See docs/latency_model.md.
@@ -37,6 +38,23 @@ def predicted_parts(comparison: Comparison, wanted: Wanted) -> list[Predicted]:
     return [_predicted(comparison, gpu, size, wanted) for gpu in wanted.gpus for size in wanted.tp_sizes]
 
 
+def check_wanted(wanted: Wanted, structure: Structure, number_format: str | None, dtype: str) -> None:
+    """Raise what `predicted_parts` would raise for an engine, before there is one.
+
+    Args:
+        number_format, dtype: as its results will have them.
+
+    Raises:
+        EngineError: a size that the heads or the link do not allow, or a format that the GPU does not multiply in.
+    """
+    form = _format(number_format, wanted.dtype or dtype)
+    if form is None:  # it will be said instead
+        return
+    for gpu in wanted.gpus:
+        for size in wanted.tp_sizes:
+            predict(structure, Deployment(gpu=gpu, tp_size=size, format=form), Tokens.decode(1, 1))
+
+
 def _predicted(comparison: Comparison, gpu: Gpu, tp_size: int, wanted: Wanted) -> Predicted:
     shapes = comparison.shapes
     if wanted.batches is not None:
@@ -46,7 +64,12 @@ def _predicted(comparison: Comparison, gpu: Gpu, tp_size: int, wanted: Wanted) -
     cells: dict[tuple[str, RequestShape], Cell] = {}
     notes: list[str] = []
     for engine in comparison.engines:
-        form = _format(engine, wanted.dtype)
+        name = wanted.dtype or engine.dtype
+        if name not in BY_NAME:
+            raise EngineError(
+                f"engine {engine.label!r} has a dtype that cannot be predicted", expected=", ".join(BY_NAME), found=name
+            )
+        form = _format(engine.number_format, name)
         if form is None:
             notes.append(f"{engine.label} is not predicted: the latency model does not know {engine.number_format}.")
             continue
@@ -61,17 +84,12 @@ def _predicted(comparison: Comparison, gpu: Gpu, tp_size: int, wanted: Wanted) -
     return Predicted(name=f"{tp_size}x {gpu.name}", tp_size=tp_size, comparison=part, source=SOURCE, notes=tuple(notes))
 
 
-def _format(engine: EngineResult, dtype: str | None) -> NumberFormat | None:
-    name = dtype or engine.dtype
-    if name not in BY_NAME:
-        raise EngineError(
-            f"engine {engine.label!r} has a dtype that cannot be predicted", expected=", ".join(BY_NAME), found=name
-        )
-    if engine.number_format is None:
-        return number_format(name, dtype=name)
-    recipes = (recipe for start, recipe in RECIPES.items() if engine.number_format.startswith(start))
-    recipe = next(recipes, None)
-    return None if recipe is None else number_format(recipe, dtype=name)
+def _format(quantized: str | None, dtype: str) -> NumberFormat | None:
+    """What results files call a number format, as the latency model knows it."""
+    if quantized is None:
+        return number_format(dtype, dtype=dtype)
+    recipe = next((recipe for start, recipe in RECIPES.items() if quantized.startswith(start)), None)
+    return None if recipe is None else number_format(recipe, dtype=dtype)
 
 
 def _fits(engine: EngineResult, placed: Deployment, shape: RequestShape) -> bool:

@@ -30,6 +30,7 @@ from engines.run_engines import (
     backend_of,
     bench_step,
     check_network,
+    check_prediction,
     engine_step,
     missing_runtimes,
     network_step,
@@ -191,6 +192,8 @@ def _carry_out(
         expected = check_model(wanted, graph, source.graph)
         if wanted.bench:
             check_network(recipe, wanted, expected)
+            if prediction is not None:
+                check_prediction(prediction, recipe, wanted, expected)
         folder = output / wanted.name
         return Variant(
             recipe=wanted,

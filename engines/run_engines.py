@@ -13,23 +13,21 @@ from engines.cpp_program import missing_problems, worker_for
 from engines.hardware import gpu_named, read_gpus
 from engines.latency_model import stages_of, structure_from_graph
 from engines.machine import cpus_for
+from engines.prediction_of_engines import check_wanted
 from engines.prediction_report import Wanted
 from engines.profiling import profiler_problems
 from engines.report import report_from_results
 from engines.results import Accuracy, EvaluatedModel, json_from_results, read_results, refuse_incomplete
 from engines.run_models import EVALUATION_FILE, Done, Variant
-from exporter.dtypes import BY_NAME, DType
 from exporter.errors import EngineError, raise_all
 from exporter.graph import ModelGraph
-from exporter.network import NETWORK_KIND
-from exporter.pipeline import Step, network_writing, save, trtllm_writing
+from exporter.pipeline import Step, Writing, save, target_writing
 from exporter.recipe import BenchRecipe, NetworkRecipe, PredictRecipe, Recipe, TensorRtLlmRecipe, VariantRecipe
 from exporter.safetensors_io import read_json
-from exporter.writers import onnx, trtllm
-from exporter.writers.files import check_folder, save_folder, sizes_of
-from exporter.writers.onnx_options import Options as OnnxOptions
-from exporter.writers.onnx_options import options_for
-from exporter.writers.trtllm_config import CHECKPOINT_KIND
+from exporter.targets import TARGETS
+from exporter.writers import onnx_options, trtllm
+from exporter.writers.files import check_folder, save_folder
+from exporter.writers.onnx_quantization import number_format
 
 Note = Callable[[str], None]
 RESULTS_FILE = "results.json"
@@ -71,10 +69,7 @@ def check_network(recipe: Recipe, variant: VariantRecipe, structure: ModelGraph)
             expected=f"at most {positions} tokens",
             found=recipe.bench.longest,
         )
-    if isinstance(recipe.network, TensorRtLlmRecipe):
-        raise_all(trtllm.check(structure, _trtllm_options(recipe.network)))
-    else:
-        raise_all(onnx.check_structure(structure, _onnx_options(recipe.network, variant)))
+    raise_all(TARGETS[recipe.network.to].check(structure, _target_settings(recipe.network, variant)))
 
 
 def prediction_of(wanted: PredictRecipe, graph: ModelGraph) -> Wanted:
@@ -90,45 +85,40 @@ def prediction_of(wanted: PredictRecipe, graph: ModelGraph) -> Wanted:
     )
 
 
+def check_prediction(wanted: Wanted, recipe: Recipe, variant: VariantRecipe, structure: ModelGraph) -> None:
+    """Raise what would keep the report from predicting a variant's engine."""
+    network = recipe.network
+    dtype = structure.dtype.name if isinstance(network, TensorRtLlmRecipe) else variant.dtype or network.dtype
+    check_wanted(wanted, structure_from_graph(structure), number_format(structure), dtype)
+
+
 def network_step(recipe: Recipe, variant: Variant) -> Step:
     """Write a variant's network definition."""
     wanted, folder = recipe.network, variant.folder / "network"
     if not isinstance(wanted, TensorRtLlmRecipe) and variant.recipe.dtype is not None:
         wanted = wanted.model_copy(update={"dtype": variant.recipe.dtype})
+    settings = _target_settings(wanted, variant.recipe)
 
-    def make(details: Mapping[str, Any]) -> None:
-        origin, graph = variant.checkpoint, variant.graph
-        if isinstance(wanted, TensorRtLlmRecipe):
-            ranks = _trtllm_options(wanted)
-            save(trtllm_writing(origin, graph, folder, options=ranks, details=details, force=True))
-        else:
-            options = _onnx_options(wanted, variant.recipe)
-            save(network_writing(origin, graph, folder, options=options, details=details, force=True))
+    def writing(graph: ModelGraph, details: Mapping[str, Any]) -> Writing:
+        origin = variant.checkpoint
+        return target_writing(wanted.to, origin, graph, folder, settings=settings, details=details, force=True)
 
-    def total_bytes() -> int:
-        if isinstance(wanted, TensorRtLlmRecipe):
-            return sum(sizes_of(trtllm.emit(variant.expected, _trtllm_options(wanted))).values())
-        return onnx.total_bytes(variant.expected, _onnx_options(wanted, variant.recipe))
-
-    inputs = {"source": variant.key, **variant.described, "network": wanted.model_dump(mode="json")}
-    kind = CHECKPOINT_KIND if isinstance(wanted, TensorRtLlmRecipe) else NETWORK_KIND
     return Step(
         name=f"{variant.name}: network",
         folder=folder,
-        kind=kind,
-        inputs=inputs,
-        make=make,
-        total_bytes=total_bytes,
+        kind=TARGETS[wanted.to].kind,
+        inputs={"source": variant.key, **variant.described, "network": wanted.model_dump(mode="json")},
+        make=lambda details: save(writing(variant.graph, details)),
+        total_bytes=lambda: writing(variant.expected, {}).total_bytes,
     )
 
 
-def _trtllm_options(wanted: TensorRtLlmRecipe) -> trtllm.Options:
-    return trtllm.Options(tp_size=wanted.tp, pp_size=wanted.pp, split_embedding=wanted.split_embedding)
-
-
-def _onnx_options(wanted: NetworkRecipe, variant: VariantRecipe) -> OnnxOptions:
-    dtypes: dict[str, DType | None] = {wanted.target: BY_NAME[variant.dtype or wanted.dtype]}
-    return options_for(dtypes, max_positions=wanted.max_positions, batch=wanted.batch)
+def _target_settings(wanted: NetworkRecipe | TensorRtLlmRecipe, variant: VariantRecipe) -> Any:
+    """What a recipe chooses about a variant's network, as settings of the target `wanted.to`."""
+    if isinstance(wanted, TensorRtLlmRecipe):
+        return trtllm.Options(tp_size=wanted.tp, pp_size=wanted.pp, split_embedding=wanted.split_embedding)
+    target = f"{wanted.target}:{variant.dtype or wanted.dtype}"
+    return onnx_options.Settings(targets=(target,), max_positions=wanted.max_positions, batch=wanted.batch)
 
 
 def engine_step(recipe: Recipe, backend: Backend, variant: Variant, network: Done) -> Step:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
 from engines.base import BuildProgress
-from engines.settings import Setting, range_problems
 from engines.tensorrt_engine import (
     ANY,
     DATA_TYPES,
@@ -36,6 +35,7 @@ from exporter.dtypes import BY_NAME
 from exporter.errors import EngineError, FuselageError, OutputError, raise_all
 from exporter.network import NETWORK_FILE, NETWORK_KIND, NetworkManifest, NetworkVariant, network_manifest_from_json
 from exporter.safetensors_io import read_json
+from exporter.settings import Setting, range_problems
 from exporter.writers.files import check_folder, save_file
 from plugins.contract import WIDE_FFN_MOST_TOKENS
 
@@ -331,7 +331,7 @@ def build_engine(
 
 
 def _setting_problems(settings: BuildSettings, variant: NetworkVariant) -> Iterator[EngineError]:
-    yield from range_problems(settings)
+    yield from range_problems(settings, EngineError)
     if settings.max_batch_size is not None and variant.batch is not None:
         yield EngineError(
             "the network has a fixed batch",

@@ -20,9 +20,9 @@ from typing import Annotated, Any
 from engines.base import EngineManifest, Runner, save_engine
 from engines.machine import version_numbers
 from engines.programs import run_program
-from engines.settings import Setting, range_problems
 from exporter.errors import EngineError, OutputError, raise_all
 from exporter.safetensors_io import read_json
+from exporter.settings import Setting, range_problems
 from exporter.writers.files import (
     FileCopy,
     check_folder,
@@ -222,7 +222,7 @@ def describe_build(checkpoint: Path, output: Path, settings: BuildSettings) -> s
 
 
 def _check_settings(manifest: CheckpointManifest, settings: BuildSettings) -> None:
-    raise_all(list(range_problems(settings)))
+    raise_all(list(range_problems(settings, EngineError)))
     if settings.low_latency and manifest.quant_algo != "FP8":
         raise EngineError(
             "the low-latency GEMM plugin is for FP8", expected="FP8", found=manifest.quant_algo or manifest.dtype

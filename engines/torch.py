@@ -22,7 +22,6 @@ import psutil
 from engines.base import ENGINE_KIND, EngineManifest, backend_options, read_engine_manifest, save_engine
 from engines.machine import cpu_name
 from engines.sequences import Sequences
-from engines.settings import Setting
 from exporter.dtypes import BFLOAT16, BY_NAME, FLOAT8_E4M3FN, FLOAT16, FLOAT32, DType
 from exporter.errors import EngineError, FuselageError, raise_all
 from exporter.graph import CODES, FFN, ModelGraph, linear_names, linears, structure, weights
@@ -30,6 +29,7 @@ from exporter.network import NETWORK_FILE
 from exporter.pipeline import refuse_overlap, source_fingerprint
 from exporter.read import CONFIG, HF_QUANT_CONFIG, Checkpoint, open_model
 from exporter.safetensors_io import checkpoint_files, path_inside
+from exporter.settings import Setting
 from exporter.structure import Sealed
 from exporter.wide_ffn import wide_ffn_problems
 from exporter.writers.files import FileCopy, check_folder, refuse_existing

@@ -19,7 +19,8 @@ from exporter.passes.fuse_ffn import NormRule, fuse_ffn
 from exporter.passes.parallelize_blocks import parallelize_blocks
 from exporter.plan import Plan
 from exporter.read import Checkpoint
-from exporter.writers import hf, hf_readers, trtllm
+from exporter.targets import TARGETS
+from exporter.writers import hf, hf_readers
 from exporter.writers.files import (
     MANIFEST,
     Content,
@@ -34,12 +35,9 @@ from exporter.writers.files import (
     sha256_of,
     sizes_of,
 )
-from exporter.writers.hf_quantization import layout_to_keep
-from exporter.writers.trtllm_config import CHECKPOINT_KIND
 
 if TYPE_CHECKING:
     from exporter.distill import Distilled
-    from exporter.writers.onnx_options import Options as OnnxOptions
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 DISTILL_FILE = "distill.json"
@@ -114,6 +112,32 @@ def save(writing: Writing, progress: Progress | None = None) -> Manifest:
     )
 
 
+def target_writing(
+    target: str,
+    checkpoint: Checkpoint,
+    graph: ModelGraph,
+    output: Path,
+    *,
+    settings: Any,
+    details: Mapping[str, Any],
+    force: bool = False,
+) -> Writing:
+    """Prepare to write `graph`, made from `checkpoint`, in the format of a target.
+
+    Args:
+        target: of `exporter.targets.TARGETS`.
+        settings: of that target; what `checkpoint` brings is added.
+
+    Raises:
+        OutputError, TargetError: the output is in the way, or the format cannot express the graph.
+    """
+    refuse_overlap(checkpoint.path, output)
+    refuse_existing(output, force=force)
+    chosen = TARGETS[target]
+    files = dict(chosen.emit(graph, chosen.with_source(settings, checkpoint, graph)))
+    return Writing(output=output, kind=chosen.kind, files=files, details=details, force=force)
+
+
 def checkpoint_writing(
     checkpoint: Checkpoint,
     graph: ModelGraph,
@@ -132,20 +156,13 @@ def checkpoint_writing(
             suits its format.
 
     Raises:
-        OutputError, TargetError: the output is in the way, or the format cannot express the graph; with `readers`,
-            also what each of them would reject or get wrong.
+        OutputError, TargetError: as for `target_writing`; with `readers`, also what each of them would reject or get
+            wrong.
     """
-    _refuse_output(checkpoint, output, force)
-    options = hf.Options(
-        shard_bytes=shard_bytes,
-        assets=checkpoint.assets,
-        config=checkpoint.config,
-        family=checkpoint.family.name,
-        quantization_layout=layout or layout_to_keep(graph, checkpoint.quantization_layout),
-    )
-    raise_all(hf.check(graph, options))
-    raise_all(hf_readers.check_for(graph, options, readers))
-    return Writing(output=output, kind="checkpoint", files=dict(hf.emit(graph, options)), details=details, force=force)
+    options = hf.Options(shard_bytes=shard_bytes, quantization_layout=layout)
+    writing = target_writing("hf", checkpoint, graph, output, settings=options, details=details, force=force)
+    raise_all(hf_readers.check_for(graph, hf.with_source(options, checkpoint, graph), readers))
+    return writing
 
 
 def distilled_writing(
@@ -154,57 +171,12 @@ def distilled_writing(
     """Prepare to write a trained graph, made from `checkpoint`, as a Hugging Face folder with its losses beside it.
 
     Raises:
-        OutputError, TargetError: as for `checkpoint_writing`.
+        OutputError, TargetError: as for `target_writing`.
     """
     summary = {**details, **distilled.summary}
     writing = checkpoint_writing(checkpoint, distilled.graph, output, details=summary, force=force)
     record = json_bytes({**summary, **distilled.to_json()})
     return replace(writing, files={**writing.files, DISTILL_FILE: record})
-
-
-def network_writing(
-    checkpoint: Checkpoint,
-    graph: ModelGraph,
-    output: Path,
-    *,
-    options: OnnxOptions,
-    details: Mapping[str, Any],
-    force: bool = False,
-) -> Writing:
-    """Prepare to write `graph`, made from `checkpoint`, as a folder of ONNX networks over one set of weights.
-
-    Raises:
-        OutputError, TargetError: as for `checkpoint_writing`.
-    """
-    from exporter.writers import onnx  # imports onnx_ir, which takes longer than all the rest of a command's start
-
-    _refuse_output(checkpoint, output, force)
-    raise_all(onnx.check(graph, options))
-    return Writing(output=output, kind="network", files=dict(onnx.emit(graph, options)), details=details, force=force)
-
-
-def trtllm_writing(
-    checkpoint: Checkpoint,
-    graph: ModelGraph,
-    output: Path,
-    *,
-    options: trtllm.Options,
-    details: Mapping[str, Any],
-    force: bool = False,
-) -> Writing:
-    """Prepare to write `graph`, made from `checkpoint`, as a TensorRT-LLM checkpoint, one file per GPU.
-
-    Raises:
-        OutputError, TargetError: as for `checkpoint_writing`.
-    """
-    _refuse_output(checkpoint, output, force)
-    files = dict(trtllm.emit(graph, options))
-    return Writing(output=output, kind=CHECKPOINT_KIND, files=files, details=details, force=force)
-
-
-def _refuse_output(checkpoint: Checkpoint, output: Path, force: bool) -> None:
-    refuse_overlap(checkpoint.path, output)
-    refuse_existing(output, force=force)
 
 
 def refuse_overlap(source: Path, output: Path) -> None:
@@ -227,9 +199,7 @@ class Step:
     inputs: Mapping[str, Any]  # plain JSON data
     make: Callable[[Mapping[str, Any]], object]  # writes `folder`, with these details in its manifest
     tidy: Callable[[], None] | None = None  # once `folder` is complete, made now or before
-    total_bytes: Callable[[], int] | None = (
-        None  # of a model or network, before it is made; None: neither
-    )
+    total_bytes: Callable[[], int] | None = None  # of a model or network, before it is made; None: neither
 
     @property
     def key(self) -> str:

@@ -16,6 +16,7 @@ PACKAGES = ("exporter", "engines", "plugins", "commands")
 # "kin", whose names begin with the same word ("exporter.writers.onnx_graph" and "exporter.writers.onnx").
 FLOORS: list[tuple[str, list[str], str]] = [
     ("words", ["exporter.dtypes", "exporter.errors", "plugins.contract"], "none"),
+    ("choices", ["exporter.settings"], "none"),
     ("matter", ["exporter.lazy", "exporter.rope", "exporter.numerics"], "none"),
     ("codes", ["exporter.lazy_quantized"], "none"),
     ("form", ["exporter.graph", "exporter.safetensors_io", "exporter.structure"], "none"),
@@ -29,9 +30,10 @@ FLOORS: list[tuple[str, list[str], str]] = [
     ("writing", ["exporter.writers.*", "exporter.writers"], "kin"),
     ("study", ["exporter.analysis.*", "exporter.analysis", "exporter.calibration", "exporter.distill*"], "kin"),
     ("suggestion", ["exporter.suggest", "exporter.quantize"], "none"),
+    ("which target", ["exporter.targets"], "none"),
     ("order", ["exporter.recipe", "exporter.pipeline", "exporter.summary"], "none"),
     ("custom ops", ["plugins.wide_ffn", "plugins.wide_ffn.*"], "kin"),
-    ("run", ["engines.base", "engines.machine", "engines.programs", "engines.settings"], "none"),
+    ("run", ["engines.base", "engines.machine", "engines.programs"], "none"),
     ("steps", ["engines.sequences", "engines.profile"], "none"),
     (
         "kernels",

@@ -49,6 +49,7 @@ from exporter.graph import (
     weights,
 )
 from exporter.lazy import LazyTensor, concat, full, pad
+from exporter.read import Checkpoint
 from exporter.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from exporter.safetensors_io import INDEX_FILE, shard_tensors
 from exporter.writers import hf_quantization
@@ -91,6 +92,18 @@ def emit(graph: ModelGraph, options: Options) -> Iterator[tuple[str, Content | b
     """
     raise_all(check(graph, options))
     return _files(graph, options)
+
+
+def with_source(options: Options, checkpoint: Checkpoint, graph: ModelGraph) -> Options:
+    """Return the options with what the folder of `graph`, made from `checkpoint`, takes over from its source."""
+    kept = hf_quantization.layout_to_keep(graph, checkpoint.quantization_layout)
+    return replace(
+        options,
+        assets=checkpoint.assets,
+        config=checkpoint.config,
+        family=checkpoint.family.name,
+        quantization_layout=options.quantization_layout or kept,
+    )
 
 
 def layout_of(graph: ModelGraph, options: Options) -> str:

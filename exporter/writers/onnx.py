@@ -27,7 +27,7 @@ from exporter.network import (
 )
 from exporter.safetensors_io import Shards
 from exporter.wide_ffn import wide_ffn_problems
-from exporter.writers.files import Content, json_bytes, sizes_of
+from exporter.writers.files import Content, json_bytes
 from exporter.writers.onnx_graph import Form, NetworkBuilder, cache_slots
 from exporter.writers.onnx_options import (
     NETWORK_DTYPES,
@@ -53,19 +53,6 @@ WEIGHT_DTYPES = (*NETWORK_DTYPES, FLOAT64)
 def check(graph: ModelGraph, options: Options) -> list[FuselageError]:
     """Return all reasons why the network cannot be written as asked; no tensor is read."""
     problems: list[FuselageError] = []
-    if not graph.has_bytes:
-        problems.append(
-            TargetError(
-                "a network needs weights, and this model is a structure without weights",
-                hint="give a folder that holds the model's safetensors files",
-            )
-        )
-    return problems + check_structure(graph, options)
-
-
-def check_structure(graph: ModelGraph, options: Options) -> list[FuselageError]:
-    """The same for a graph whose weights need not be there yet."""
-    problems: list[FuselageError] = []
     problems += _dtype_problems(graph, options)
     problems += _plugin_problems(graph, options)
     problems += quantization_problems(graph)
@@ -89,16 +76,6 @@ def emit(graph: ModelGraph, options: Options) -> Iterator[tuple[str, Content | b
     """
     raise_all(check(graph, options))
     return _files(graph, options)
-
-
-def total_bytes(graph: ModelGraph, options: Options) -> int:
-    """How large the folder's files would be, of a graph whose weights need not be there yet.
-
-    Raises:
-        TargetError: what `check_structure` returns.
-    """
-    raise_all(check_structure(graph, options))
-    return sum(sizes_of(_files(graph, options)).values())
 
 
 def _files(graph: ModelGraph, options: Options) -> Iterator[tuple[str, Content | bytes]]:
@@ -280,7 +257,6 @@ __all__ = [
     "Network",
     "Options",
     "check",
-    "check_structure",
     "emit",
     "options_for",
 ]

@@ -37,9 +37,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
-from exporter.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
+from exporter.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32, DType
+from exporter.errors import TargetError
+from exporter.settings import Setting
 
 Target = Literal["onnxruntime", "tensorrt"]
 NETWORK_DTYPES = (FLOAT32, FLOAT16, BFLOAT16)
@@ -88,6 +90,49 @@ PRESETS: dict[str, Options] = {
         networks=(Network(target="tensorrt", batch=1, capacity="max_positions", share_rounded_inputs=True),)
     ),
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What users choose about an export; `options_from` makes options of it."""
+
+    targets: Annotated[
+        tuple[str, ...],
+        Setting(
+            "runtime whose form to use, with a dtype if not the default, e.g. tensorrt:bfloat16; onnxruntime if not "
+            "given. Repeat it for several networks over one weight file.",
+            option="target",
+            is_repeated=True,
+        ),
+    ] = ("onnxruntime",)
+    max_positions: Annotated[
+        int | None, Setting("tokens a sequence may reach; as many as the model knows if not given.", least=1)
+    ] = None
+    batch: Annotated[
+        int | None, Setting("a fixed number of sequences; the target's, any or 1, if not given.", least=1)
+    ] = None
+    plugins: Annotated[
+        tuple[str, ...], Setting(f"custom ops in place of standard ones; {WIDE_FFN} is the only one.")
+    ] = ()
+
+
+def options_from(settings: Settings) -> Options:
+    """Put the presets of the targets that users name into one export, see `options_for`.
+
+    Raises:
+        TargetError: one of them is unknown or named twice, or its dtype is unknown.
+    """
+    targets: dict[str, DType | None] = {}
+    for text in settings.targets:
+        target, _, dtype = text.partition(":")
+        if target not in PRESETS or target in targets or dtype not in ("", *BY_NAME):
+            raise TargetError(
+                "no such --target",
+                expected=f"{' or '.join(PRESETS)}, each at most once, with a dtype at most, like tensorrt:bfloat16",
+                found=text,
+            )
+        targets[target] = BY_NAME.get(dtype)
+    return options_for(targets, max_positions=settings.max_positions, batch=settings.batch, plugins=settings.plugins)
 
 
 def options_for(

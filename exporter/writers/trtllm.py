@@ -23,12 +23,14 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
 from exporter.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from exporter.errors import FuselageError, TargetError, raise_all
 from exporter.graph import FFN, Activation, Attention, LinearSublayer, ModelGraph, RMSNorm, linears, weights
 from exporter.lazy import LazyTensor, cast, pad, slice_rows
 from exporter.safetensors_io import SafetensorsFile
+from exporter.settings import Setting
 from exporter.writers import trtllm_formats
 from exporter.writers.files import Content, FileCopy, json_bytes
 from exporter.writers.model_wide import differences
@@ -65,9 +67,10 @@ DTYPES = (BFLOAT16, FLOAT16, FLOAT32)  # the last for checks: its attention has 
 class Options:
     """How a model is spread over GPUs."""
 
-    tp_size: int = 1
-    pp_size: int = 1
-    split_embedding: bool = False  # over the tensor-parallel ranks: less memory for one more all-reduce
+    tp_size: Annotated[int, Setting("tensor-parallel size; 1 if not given.", option="tp", least=1)] = 1
+    pp_size: Annotated[int, Setting("pipeline-parallel size; 1 if not given.", option="pp", least=1)] = 1
+    # Over the tensor-parallel ranks: less memory for one more all-reduce.
+    split_embedding: Annotated[bool, Setting("every GPU holds a part of the embedding, not all.")] = False
     dtype: DType | None = None  # of the network; None: the graph's if it is bfloat16 or float16, else bfloat16
     # Sizes in GEMM kernels are 32-bit: a larger matrix (gate and up of an FFN as one, on one rank) is cut into several.
     max_gemm_elements: int = 2**31 - 1
@@ -305,7 +308,7 @@ def _model_problems(graph: ModelGraph) -> Iterator[FuselageError]:
     head = graph.lm_head
     if head is not None and (head.bias is not None or head.quantization is not None):
         yield TargetError("lm_head is a plain matrix in this format", found="a bias or a quantized weight")
-    for tensor in weights((graph.embedding, graph.norm), scales=False):
+    for tensor in weights((graph.embedding, graph.norm)):
         if not _is_plain(tensor):
             yield _no_scales(None, tensor)
 

@@ -18,6 +18,7 @@ import torch
 from engines.run import dry_run_recipe, run_recipe
 from exporter.distill import _Trainer
 from exporter.errors import FuselageError, OutputError
+from exporter.quantization import read_quantization
 from exporter.read import open_model
 from exporter.recipe import Recipe, read_recipe
 from exporter.writers import hf
@@ -58,6 +59,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "no layer to write",
     ),
     "requests_too_long": ({"bench": {"input_len": [500], "output_len": [13]}}, "out", "at most 512 tokens, found 513"),
+    "format_unknown_to_a_gpu": (
+        {
+            "variants": [{"name": "a"}, {"name": "b", "quantize": read_quantization("fp8")}],
+            "calibration": {"text": "text.txt"},
+            "predict": {"gpu": ["h100-sxm", "a100-80gb"]},
+        },
+        "out",
+        "no matrix products in float8_e4m3fn",
+    ),
     "distillation_text_missing": (distilling(text="nowhere.txt"), "out", "nowhere.txt: no such text"),
     "distillation_context": (distilling(context=5000), "out", "longer than the model was made for"),
     "distillation_pieces": (distilling(batch=4, accumulate=3), "out", "expected a multiple of 3, found 4"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +12,9 @@ from pydantic import BaseModel, ValidationError
 
 from engines import tensorrt_build, tensorrt_llm
 from engines.backends import BACKENDS
-from engines.settings import Setting, range_problems, settings_of
+from exporter.errors import TargetError
 from exporter.recipe import TensorRtEngineRecipe, TensorRtLlmRecipe
+from exporter.settings import Setting, owners_by_setting, range_problems, record_of, settings_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,7 @@ class Settings:
     level: Annotated[int, Setting("how hard.", option="effort", least=0, most=5)] = 3
     file_name: Annotated[Path | None, Setting("where.")] = None
     names: Annotated[tuple[str, ...], Setting("who.")] = ()
+    secret: int = 0  # no user's choice
 
 
 def test_what_is_declared() -> None:
@@ -30,6 +33,28 @@ def test_what_is_declared() -> None:
         Setting("where.", "file-name", name="file_name", type=Path),
         Setting("who.", "names", name="names", type=tuple),
     ]
+
+
+def test_a_setting_belongs_to_all_that_declare_it() -> None:
+    @dataclass
+    class Other:
+        names: Annotated[tuple[str, ...], Setting("who.")] = ()
+        count: Annotated[int | None, Setting("how many of them.", least=1)] = None
+
+    owners = owners_by_setting({"first": Settings, "none": None, "second": Other})
+    assert [(setting.help, names) for setting, names in owners.items()] == [
+        ("how many.", ["first"]),
+        ("how hard.", ["first"]),
+        ("where.", ["first"]),
+        ("who.", ["first", "second"]),
+        ("how many of them.", ["second"]),
+    ]
+
+
+def test_a_record_is_plain_data() -> None:
+    record = record_of(Settings(count=2, file_name=Path("a/b"), names=("c", "d")))
+    assert record == {"count": 2, "effort": 3, "file_name": "a/b", "names": ["c", "d"]}
+    assert json.loads(json.dumps(record)) == record
 
 
 @pytest.mark.parametrize(
@@ -43,7 +68,7 @@ def test_what_is_declared() -> None:
     ],
 )
 def test_ranges(chosen: dict[str, Any], problems: list[str]) -> None:
-    found = [str(problem) for problem in range_problems(Settings(**chosen))]
+    found = [str(problem) for problem in range_problems(Settings(**chosen), TargetError)]
     assert len(found) == len(problems)
     assert all(text.startswith(expected) for text, expected in zip(found, problems, strict=True))
 
@@ -52,7 +77,7 @@ def test_ranges(chosen: dict[str, Any], problems: list[str]) -> None:
 def test_defaults_are_in_range(backend: str) -> None:
     settings = BACKENDS[backend].settings
     assert settings is not None
-    assert list(range_problems(settings())) == []
+    assert list(range_problems(settings(), TargetError)) == []
 
 
 # By the names of options, since a network has a batch and a maximum, too; how many GPUs build is the machine's affair.

@@ -9,12 +9,13 @@ import pytest
 from pydantic import BaseModel
 
 from commands.models import distill, quantize
-from commands.networks import export
 from commands.studies import analyze
 from commands.timing import bench
 from exporter.errors import PlanError
 from exporter.plan import Plan, read_plan
 from exporter.recipe import AnalysisRecipe, BenchRecipe, CalibrationRecipe, TensorRtLlmRecipe, read_recipe
+from exporter.settings import record_of
+from exporter.writers import trtllm
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,7 +96,6 @@ SECTIONS: dict[str, tuple[BaseModel, click.Command, str, int]] = {
     "analysis": (AnalysisRecipe(text=Path("t")), analyze, "m --text t -o o", 7),
     "bench": (BenchRecipe(), bench, "e -o o", 9),
     "calibration": (CalibrationRecipe(text=Path("t")), quantize, "m --format fp8 --text t -o o", 3),
-    "network for TensorRT-LLM": (TensorRtLlmRecipe(to="trtllm"), export, "m --to trtllm -o o", 3),
 }
 
 
@@ -107,6 +107,11 @@ def test_sections_have_the_defaults_of_commands(
     found = {name: value for name, value in section if name in chosen and name not in ("text", "runtime")}
     assert len(found) == shared
     assert found == {name: chosen[name] for name in found}
+
+
+def test_a_network_for_tensorrt_llm_has_the_defaults_of_its_target() -> None:
+    section = TensorRtLlmRecipe(to="trtllm")
+    assert record_of(trtllm.Options()) == {name: getattr(section, name) for name in ("tp", "pp", "split_embedding")}
 
 
 REFUSED = {

@@ -20,7 +20,7 @@ import pytest
 from exporter.dtypes import BFLOAT16, FLOAT8_E4M3FN, FLOAT16, FLOAT32, FLOAT64, DType
 from exporter.errors import TargetError
 from exporter.graph import Activation, ModelGraph, structure
-from exporter.lazy import array, shape_only
+from exporter.lazy import array
 from exporter.network import network_manifest_from_json
 from exporter.rope import Llama3Scaling, Rope
 from exporter.safetensors_io import read_safetensors
@@ -28,7 +28,7 @@ from exporter.writers import onnx as writer
 from exporter.writers.files import save_folder, sizes_of
 from exporter.writers.onnx import PRESETS, Network, Options, options_for
 from exporter.writers.onnx_graph import IR_VERSION, OPS, OPSET
-from exporter.writers.onnx_options import stored_dtype
+from exporter.writers.onnx_options import Settings, options_from, stored_dtype
 from exporter.writers.onnx_weights import RopeTable, WeightStore
 from tests.tiny import quantized_graph, tiny_graph
 
@@ -301,11 +301,6 @@ def test_stored_dtype(tensor: DType, networks: tuple[DType, ...], expected: DTyp
     assert stored_dtype(replace(only(*networks), weight_dtype=FLOAT16), tensor, FLOAT32) == FLOAT16
 
 
-def without_weights() -> ModelGraph:
-    graph = tiny_graph("AF")
-    return replace(graph, embedding=shape_only(graph.embedding.shape, FLOAT32))
-
-
 def with_float8_norm() -> ModelGraph:
     graph = tiny_graph("AF AF")
     block = graph.blocks[1]
@@ -317,7 +312,6 @@ def with_float8_norm() -> ModelGraph:
 
 ORT, TRT = Network(target="onnxruntime", dtype=FLOAT32), Network(target="tensorrt", capacity="max_positions")
 REFUSED: dict[str, tuple[Callable[[], ModelGraph], Options, str]] = {
-    "structure only": (without_weights, Options(networks=(ORT,)), "structure without weights"),
     "float8 weights": (with_float8_norm, Options(networks=(ORT,)), "block 1: .*float8_e4m3fn"),
     "float8 network": (GRAPHS["llama"], Options(networks=(replace(TRT, dtype=FLOAT8_E4M3FN),)), "cannot have this"),
     "float64 network": (lambda: tiny_graph("F", dtype="float64"), Options(networks=(TRT,)), "found float64"),
@@ -356,11 +350,26 @@ def test_refuses(make: Callable[[], ModelGraph], options_: Options, problem: str
     assert len(writer.check(graph, options_)) == 1
 
 
+def test_options_are_what_users_choose() -> None:
+    assert options_from(Settings(targets=("tensorrt:bfloat16", "onnxruntime"), max_positions=64)) == BOTH
+    assert options_from(Settings()) == PRESETS["onnxruntime"]
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [("abacus",), ("",), ("tensorrt", "tensorrt:bfloat16"), ("tensorrt:int5",), ("tensorrt:float16:x",)],
+    ids=str,
+)
+def test_targets_that_are_refused(targets: tuple[str, ...]) -> None:
+    with pytest.raises(TargetError, match=f"no such --target: expected onnxruntime or tensorrt.*found {targets[-1]}$"):
+        options_from(Settings(targets=targets))
+
+
 def test_all_problems_at_once() -> None:
     options = Options(
         networks=(replace(ORT, dtype=BFLOAT16, batch=0), replace(TRT, capacity=None)), max_positions=0, shard_bytes=0
     )
-    assert len(writer.check(without_weights(), options)) == 6
+    assert len(writer.check(tiny_graph("AF"), options)) == 5
 
 
 def test_check_reads_nothing() -> None:
