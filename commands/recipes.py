@@ -76,7 +76,8 @@ def _foresee(recipe_path: Path, output: Path, quiet: bool) -> None:
         needed = sum(step.total_bytes or 0 for step in found.steps if not step.is_there)
         place = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
         free = size_text(shutil.disk_usage(place).free)
-        click.echo(f"nothing was written; models and networks would take {size_text(needed)}, and {free} are free")
+        sizes = f"; models and networks would take {size_text(needed)}, engines come on top, {free} are free"
+        click.echo(f"nothing was written{sizes if needed else ''}")
 
 
 def _variants_table(variants: Sequence[ForeseenVariant]) -> Table:
