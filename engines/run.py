@@ -117,7 +117,7 @@ class ForeseenVariant:
     """A variant as a dry run sees it."""
 
     name: str
-    structure: ModelGraph | None  # what its network is to be made of; None: its plan is yet to be suggested
+    structure: ModelGraph | None  # what plan and quantization give; None: its plan is yet to be suggested
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,7 @@ def network_step(recipe: Recipe, variant: Variant) -> Step:
         kind=TARGETS[wanted.to].kind,
         inputs={"source": variant.key, **variant.described, "network": wanted.model_dump(mode="json")},
         make=lambda details: save(writing(variant.graph, details)),
-        total_bytes=lambda: writing(variant.expected, {}).total_bytes,
+        total_bytes=lambda: writing(variant.graph, {}).total_bytes,
     )
 
 

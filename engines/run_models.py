@@ -60,7 +60,7 @@ class Variant:
     folder: Path  # of its steps
     checkpoint: Checkpoint  # the source, or what a step has written
     graph: ModelGraph  # that of `checkpoint`, or what the plan makes of it
-    expected: ModelGraph  # what its network is to be made of; of a quantized variant only the structure
+    expected: ModelGraph  # what plan and quantization give; of a quantized variant only the structure
     key: Mapping[str, Any]  # what `checkpoint` is recognized by
 
     @property
@@ -82,7 +82,8 @@ class Variant:
         if done.is_there:
             checkpoint = open_model(done.folder, need_weights=True)
         else:
-            checkpoint = replace(self.checkpoint, path=done.folder, graph=foreseen)
+            _, read = hf.folder_of(foreseen, hf.with_source(hf.Options(), self.checkpoint, foreseen))
+            checkpoint = replace(self.checkpoint, path=done.folder, graph=read)
         return replace(self, checkpoint=checkpoint, graph=checkpoint.graph, key={"manifest": done.fingerprint})
 
 

@@ -105,9 +105,11 @@ def open_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     path = folder / TOKENIZER
     if not os.path.isfile(path):
         raise CheckpointError(
-            "the model folder has no tokenizer.json, and text cannot be measured without one",
+            "there is no tokenizer.json, and text cannot be measured without one",
             file=folder,
-            hint="transformers makes one of tokenizer.model: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+            hint="give the model's folder"
+            if os.path.isfile(folder)
+            else "transformers makes one of tokenizer.model: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))

@@ -121,6 +121,11 @@ def test_a_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
         "quantize", model / "config.json", "--format", "int8-weight-only", "--dry-run", "-o", tmp_path / "out"
     )
     assert next(line for line in printed.splitlines() if "safetensors" in line) in described.output  # without weights
+    refused = call(
+        "quantize", model / "config.json", "--format", "fp8", *on_text(model), "--dry-run", "-o", tmp_path / "out"
+    )
+    assert (refused.exit_code, "no tokenizer.json" in refused.output) == (2, True)
+    assert "Give the model's folder" in refused.output
     assert not list(tmp_path.iterdir())
 
 

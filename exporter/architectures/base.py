@@ -126,6 +126,7 @@ class RopeTable(_Table):
     mscale_all_dim: Factor | None = None
     truncate: bool = True
     partial_rotary_factor: Factor = 1.0
+    llama_4_scaling_beta: float | None = None  # Ministral 3
 
     @model_validator(mode="before")
     @classmethod
@@ -139,6 +140,8 @@ class RopeTable(_Table):
     def rope(self, theta: float, max_position_embeddings: int) -> Rope:
         if self.partial_rotary_factor != 1.0:
             raise CheckpointError("partial rotary embedding is not supported", found=self.partial_rotary_factor)
+        if self.llama_4_scaling_beta:
+            raise CheckpointError("queries scaled by position are not supported", found=self.llama_4_scaling_beta)
         theta = self.rope_theta if self.rope_theta is not None else theta
         if theta <= 1:
             raise CheckpointError("rope_theta is greater than 1", found=theta)
@@ -249,6 +252,7 @@ NEUTRAL: Mapping[str, object] = {
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "attn_temperature_tuning": False,
+    "llama_4_scaling": None,  # vLLM, of Mistral
     "use_parallel_residual": False,
     "parallel_attn": False,
     "scale_emb": 1,

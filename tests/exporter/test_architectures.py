@@ -347,9 +347,13 @@ CONFIGS_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             ("final_logit_softcapping", 30.0, 30.0), ("attn_temperature_tuning", True, "true"),
             ("use_parallel_residual", True, "true"), ("parallel_attn", True, "true"), ("scale_emb", 12, 12),
             ("embedding_multiplier", 12.0, 12.0), ("residual_multiplier", 0.22, 0.22), ("logits_scaling", 16, 16),
-            ("logit_scale", 0.0625, 0.0625),
+            ("logit_scale", 0.0625, 0.0625), ("llama_4_scaling", {"beta": 0.1}, ".*beta"),
         ]
     },
+    "queries scaled by position": (
+        MISTRAL | {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "llama_4_scaling_beta": 0.1}},
+        "queries scaled by position are not supported: found 0.1",
+    ),
     "phi3, its word for longrope": (
         PHI3 | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "not supported in Phi-3: expected default, found Yarn"
     ),
