@@ -17,6 +17,7 @@ from engines.torch_model import ffn_on_device
 from exporter.read import open_model
 from plugins.wide_ffn import configs
 from plugins.wide_ffn.tune import Problem
+from tests.engines.test_torch import needs_scales_of_rows
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -66,6 +67,7 @@ def test_runs_with_little_installed_and_goes_on_where_it_stopped(tmp_path: Path)
     assert wide_ffn_gpu.Case(**json.loads(text[-2])["case"]) == wanted[-1]
 
 
+@needs_scales_of_rows
 def test_contestants_agree(tmp_path: Path) -> None:
     """Every format, as one FFN and as several: that is also what the script itself insists on."""
     log = tmp_path / "log.jsonl"

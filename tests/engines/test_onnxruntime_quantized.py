@@ -258,6 +258,18 @@ def test_refuses_fp8_weights_that_are_dequantized_at_every_step(
         built(network_of(quantized("plain", "fp8"), SYMBOLIC, tmp_path))
 
 
+def test_refuses_a_network_that_fails_while_it_runs(tmp_path: Path) -> None:
+    def mistake(node: onnx.NodeProto) -> None:
+        if node.name == "rows.start":
+            node.op_type = "Add"  # the sequence's length, and not its product with 0: past the last row
+
+    network = network_of(tiny_graph("AF"), SYMBOLIC, tmp_path)
+    rewritten(network, mistake)
+    with pytest.raises(EngineError, match=r"does not run the network .*logits\.rows"):
+        built(network)
+    assert not (tmp_path / "engine").exists()
+
+
 def test_refuses_what_is_not_a_network(tmp_path: Path) -> None:
     network = network_of(tiny_graph("AF"), SYMBOLIC, tmp_path)
     contents = [(file.name, file.read_bytes()) for file in network.iterdir() if "manifest" not in file.name]
