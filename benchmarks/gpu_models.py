@@ -6,6 +6,7 @@ ones. Imports PyTorch, NumPy and ml_dtypes, nothing else from outside.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -145,6 +146,7 @@ def ffn_of(hidden: int, width: int, format: NumberFormat) -> FFN:
     return _in_format(plain, format)
 
 
+@functools.cache
 def decoder(name: str, format: NumberFormat, *, fused: bool) -> ModelGraph:
     """A whole model without bytes; the head stays in bfloat16."""
     sizes = DECODERS[name]

@@ -86,12 +86,14 @@ def export(
     from exporter.pipeline import target_writing
     from exporter.settings import record_of
     from exporter.targets import TARGETS
+    from exporter.writers.onnx_tensorrt_rules import version_from_text
 
     _refuse_options_of_others(target)
     if format_name is None:
         refuse_given(("calibration", "kv_cache"), "--format")
     if not dry_run:
         refuse_given(("list_tensors",), "--dry-run")
+    version = None if runtime is None else version_from_text(runtime)
     given = {name: value for name, value in settings.items() if value is not None}
     chosen = TARGETS[target].settings(**given)
     details = {"plan": str(plan_path) if plan_path else None, "norm": norm, **record_of(chosen)}
@@ -102,8 +104,8 @@ def export(
     writing = target_writing(target, checkpoint, graph, output, settings=chosen, details=details, force=force)
     if list_tensors:
         _list_tensors(graph, chosen)
-    if runtime is not None:
-        _check_networks(writing.files, chosen, runtime)
+    if version is not None:
+        _check_networks(writing.files, chosen, version)
     carry_out(writing, dry_run, quiet)
 
 
@@ -257,14 +259,14 @@ def _list_tensors(graph: Any, options: Any) -> None:
             click.echo(f"{tensor.nbytes:>16,}  {file}  {name}  {tensor.dtype}{list(tensor.shape)}")
 
 
-def _check_networks(files: Mapping[str, Any], settings: Any, runtime: str) -> None:
-    """Refuse networks that are about to be written, with these settings, if a runtime would not import them."""
+def _check_networks(files: Mapping[str, Any], settings: Any, version: Any) -> None:
+    """Refuse networks that are about to be written, with these settings, if TensorRT would not import them."""
     from exporter.writers.onnx_options import options_from
     from exporter.writers.onnx_plugins import plugin_ops
-    from exporter.writers.onnx_tensorrt_rules import files_for_tensorrt, version_from_text
+    from exporter.writers.onnx_tensorrt_rules import files_for_tensorrt
 
     names = files_for_tensorrt(options_from(settings).networks)
-    _refuse_violations({name: files[name] for name in names}, version_from_text(runtime), plugin_ops(settings.plugins))
+    _refuse_violations({name: files[name] for name in names}, version, plugin_ops(settings.plugins))
 
 
 def _refuse_violations(networks: Any, version: Any, plugins: tuple[str, ...]) -> None:

@@ -17,7 +17,7 @@ from engines.torch_model import ffn_on_device
 from exporter.read import open_model
 from plugins.wide_ffn import configs
 from plugins.wide_ffn.tune import Problem
-from tests.engines.test_torch import needs_scales_of_rows
+from tests.marks import needs_scales_of_rows
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))

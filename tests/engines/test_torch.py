@@ -28,7 +28,6 @@ from engines.torch_linear import (
     RoundedFP8,
     RoundedInt8,
     Rounding,
-    can_scale_rows,
     linear_on_device,
 )
 from engines.torch_model import Call, TorchModel
@@ -44,6 +43,7 @@ from exporter.writers.files import save_folder
 from tests.command_line import call, done
 from tests.engines.test_bench import manifest_of
 from tests.engines.test_onnxruntime import GRAPHS, LENGTHS, Recorded
+from tests.marks import needs_scales_of_rows
 from tests.tiny import quantized_graph, tiny_graph
 
 SLACK = 1.25  # times the error that the reference itself makes in 16 bits, root mean square over all logits
@@ -51,10 +51,6 @@ FORMATS = ("fp8", "fp8-rowwise", "int8-smoothquant", "int8-smoothquant-token", "
 ON_CPU = BuildSettings(device="cpu")
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU")
-needs_scales_of_rows = pytest.mark.skipif(
-    not can_scale_rows(torch.device("cpu")),
-    reason=f"PyTorch {torch.__version__} multiplies no FP8 matrices with a scale per row on a CPU",
-)
 FORMATS_ON_CPU = [pytest.param(name, marks=needs_scales_of_rows if name == "fp8-rowwise" else ()) for name in FORMATS]
 
 

@@ -19,7 +19,7 @@ from exporter.reference import LoadedBlock, feed_forward, torch_from_lazy
 from plugins.contract import WIDE_FFN
 from plugins.wide_ffn.library import wide_ffn_by_library
 from plugins.wide_ffn.reference import wide_ffn_reference
-from tests.engines.test_torch import needs_scales_of_rows
+from tests.marks import needs_scales_of_rows
 from tests.plugins.ffn_calls import FORMATS, Call, relative_error
 from tests.tiny import quantized_graph, tiny_graph
 
