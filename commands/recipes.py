@@ -46,6 +46,7 @@ def demo(output: Path, quiet: bool) -> None:
 
 
 def _run(recipe_path: Path, output: Path, quiet: bool) -> None:
+    from engines.backends import BACKENDS
     from engines.run import run_recipe
     from exporter.recipe import read_recipe
 
@@ -55,17 +56,18 @@ def _run(recipe_path: Path, output: Path, quiet: bool) -> None:
 
     with resumable(), step_progress(quiet) as progress:
         result = run_recipe(
-            read_recipe(recipe_path), output, notify=notify, progress=progress, note=note_printer(quiet)
+            read_recipe(recipe_path, BACKENDS), output, notify=notify, progress=progress, note=note_printer(quiet)
         )
     say_written(quiet, result / "report.html" if (result / "report.html").exists() else result)
 
 
 def _foresee(recipe_path: Path, output: Path, quiet: bool) -> None:
+    from engines.backends import BACKENDS
     from engines.run import dry_run_recipe
     from exporter.recipe import read_recipe
     from exporter.writers.files import size_text
 
-    found = dry_run_recipe(read_recipe(recipe_path), output)
+    found = dry_run_recipe(read_recipe(recipe_path, BACKENDS), output)
     console = wide_console()
     console.print(_variants_table(found.variants))
     console.print()
@@ -89,13 +91,16 @@ def _variants_table(variants: Sequence[ForeseenVariant]) -> Table:
     for header in ("blocks", "sequential sublayers", "parameters"):
         table.add_column(header, justify="right")
     table.add_column("quantized linears")
+    table.add_column("engine")
     for variant in variants:
         graph = variant.structure
+        engine = " ".join(word for word in (variant.backend, variant.dtype) if word is not None)
         if graph is None:
-            table.add_row(variant.name, "", "", "", "its plan is what the analysis will suggest")
+            table.add_row(variant.name, "", "", "", "its plan is what the analysis will suggest", engine)
         else:
             figures = (len(graph.blocks), graph.sequential_sublayers, graph.num_parameters)
-            table.add_row(variant.name, *(f"{figure:,}" for figure in figures), number_format(graph) or "none")
+            texts = [f"{figure:,}" for figure in figures]
+            table.add_row(variant.name, *texts, number_format(graph) or "none", engine or "none")
     return table
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from engines import tensorrt, tensorrt_build, tensorrt_llm, torch
-from engines.base import Backend, BuildProgress
+from engines.base import Backend, BuildProgress, Foreseen
 from engines.onnxruntime import OnnxRuntime
 from exporter.errors import EngineError
+from exporter.graph import ModelGraph
 from exporter.settings import Setting, owners_by_setting
+from exporter.writers import onnx_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,20 +21,43 @@ class Kind:
     """One runtime. `settings` and `progress` of a build may be None."""
 
     make: Callable[[Any, BuildProgress | None], Backend]
+    builds_from: Mapping[str, str]  # the keys of a recipe's `network` that it asks for, see `exporter.recipe_engines`
+    # Graph, settings of the network's target and of the build -> the engine; raises EngineError if there can be none.
+    foresee: Callable[[ModelGraph, Any, Any], Foreseen]
     settings: type | None = None  # a dataclass as in `exporter.settings`; None: nothing can be chosen
     describe: Callable[[Path, Path, Any], str] | None = None  # a build in words, from network, output and settings
     tells_progress: bool = False
 
 
+def _foresee_from_network(graph: ModelGraph, network: onnx_options.Settings, settings: object) -> Foreseen:
+    (form,) = onnx_options.options_from(network).networks
+    return Foreseen(
+        dtype=onnx_options.network_dtype(form, graph.dtype).name,
+        max_positions=network.max_positions or graph.max_position_embeddings,
+        batch=form.batch,
+    )
+
+
 BACKENDS: dict[str, Kind] = {
-    "onnxruntime": Kind(lambda settings, progress: OnnxRuntime()),
-    "tensorrt": Kind(tensorrt.TensorRt, tensorrt_build.BuildSettings, tensorrt.describe_build, tells_progress=True),
+    "onnxruntime": Kind(
+        lambda settings, progress: OnnxRuntime(), {"to": "onnx", "target": "onnxruntime"}, _foresee_from_network
+    ),
+    "tensorrt": Kind(
+        tensorrt.TensorRt,
+        {"to": "onnx", "target": "tensorrt"},
+        _foresee_from_network,
+        tensorrt_build.BuildSettings,
+        tensorrt.describe_build,
+        tells_progress=True,
+    ),
     "tensorrt-llm": Kind(
         lambda settings, progress: tensorrt_llm.TensorRtLlm(settings),
+        {"to": "trtllm"},
+        tensorrt_llm.foresee,
         tensorrt_llm.BuildSettings,
         tensorrt_llm.describe_build,
     ),
-    "torch": Kind(lambda settings, progress: torch.Torch(settings), torch.BuildSettings),
+    "torch": Kind(lambda settings, progress: torch.Torch(settings), {"to": "hf"}, torch.foresee, torch.BuildSettings),
 }
 
 

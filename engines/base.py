@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os.path
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -104,6 +105,16 @@ def backend_options(manifest: EngineManifest, model: type[Model], file: object) 
         EngineError: fields are missing, unknown or of the wrong kind.
     """
     return validated(manifest.options, model, "options in the engine manifest", file=file, error=EngineError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foreseen:
+    """What is known of an engine before there is anything that it could be built from."""
+
+    dtype: str  # of activations and KV cache
+    max_positions: int  # tokens a sequence may reach
+    batch: int | None = None  # fixed number of sequences; None: chosen at run time
+    max_batch: int | None = None  # None: as many as there is memory for
 
 
 class Runner(Protocol):

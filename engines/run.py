@@ -2,7 +2,7 @@
 
 OUTPUT/<variant>/distilled      Hugging Face folder of what the plan gives, trained, where the variant is distilled
 OUTPUT/<variant>/checkpoint     Hugging Face folder, where the plan changes the model and the recipe wants one
-OUTPUT/<variant>/network        network definition
+OUTPUT/<variant>/network        network definition, unless the engine is built from the Hugging Face folder
 OUTPUT/<variant>/engine         engine
 OUTPUT/<variant>/evaluation     evaluation.json, where the recipe evaluates
 OUTPUT/<variant>/quantization   what rounding costs, and how each site is smoothed, where the variant is quantized
@@ -18,7 +18,7 @@ Here is the order of the steps. A new one is a function in `engines.run_models` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +27,9 @@ from engines.base import Backend
 from engines.bench import Progress
 from engines.run_engines import (
     Note,
-    backend_of,
+    backends_of,
     bench_step,
-    check_network,
+    check_engine,
     check_prediction,
     engine_step,
     missing_runtimes,
@@ -97,9 +97,9 @@ def run_recipe(
             notify(step.name, now)
         return Done(folder=step.folder, fingerprint=manifest.fingerprint)
 
-    backend = backend_of(recipe, progress)
-    raise_all(_missing(recipe, backend))
-    _, result = _carry_out(recipe, output, backend, made, need_weights=True, progress=progress, note=note)
+    backends = backends_of(recipe, progress)
+    raise_all(_missing(recipe, backends))
+    _, result = _carry_out(recipe, output, backends, made, need_weights=True, progress=progress, note=note)
     return result
 
 
@@ -112,12 +112,14 @@ class ForeseenStep:
     total_bytes: int | None  # of a model or network; None: it is neither
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ForeseenVariant:
     """A variant as a dry run sees it."""
 
     name: str
     structure: ModelGraph | None  # what plan and quantization give; None: its plan is yet to be suggested
+    backend: str | None  # None: it is not timed
+    dtype: str | None  # of the engine; None: there is none, or its plan is yet to be suggested
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,15 +148,23 @@ def dry_run_recipe(recipe: Recipe, output: Path) -> DryRun:
         fingerprint = f"that of step {step.key}" if manifest is None else manifest.fingerprint
         return Done(folder=step.folder, fingerprint=fingerprint, is_there=manifest is not None)
 
-    backend = backend_of(recipe, progress=None)
-    planned, _ = _carry_out(recipe, output, backend, seen, need_weights=False)
-    graphs = {name: variant.expected for name, variant in planned.items()}
-    variants = [ForeseenVariant(wanted.name, graphs.get(wanted.name)) for wanted in recipe.variants]
-    return DryRun(variants, steps, _missing(recipe, backend))
+    backends = backends_of(recipe, progress=None)
+    planned, _ = _carry_out(recipe, output, backends, seen, need_weights=False)
+    variants = [_foreseen(wanted, planned.get(wanted.name)) for wanted in recipe.variants]
+    return DryRun(variants, steps, _missing(recipe, backends))
 
 
-def _missing(recipe: Recipe, backend: Backend) -> list[FuselageError]:
-    problems: list[FuselageError] = [*missing_runtimes(recipe, backend), *missing_devices(recipe)]
+def _foreseen(wanted: VariantRecipe, variant: Variant | None) -> ForeseenVariant:
+    return ForeseenVariant(
+        name=wanted.name,
+        structure=None if variant is None else variant.expected,
+        backend=wanted.engine.name if wanted.bench else None,
+        dtype=None if variant is None or variant.engine is None else variant.engine.dtype,
+    )
+
+
+def _missing(recipe: Recipe, backends: Mapping[str, Backend]) -> list[FuselageError]:
+    problems: list[FuselageError] = [*missing_runtimes(recipe, backends.values()), *missing_devices(recipe)]
     if recipe.evaluate is not None and recipe.evaluate.tasks:
         problems += tasks.missing()
     return problems
@@ -163,7 +173,7 @@ def _missing(recipe: Recipe, backend: Backend) -> list[FuselageError]:
 def _carry_out(
     recipe: Recipe,
     output: Path,
-    backend: Backend,
+    backends: Mapping[str, Backend],
     made: Callable[[Step], Done],
     *,
     need_weights: bool,
@@ -172,9 +182,20 @@ def _carry_out(
 ) -> tuple[dict[str, Variant], Path]:
     """Check everything, then have every step `made`, or looked at in a dry run.
 
+    Args:
+        backends: by the names of the variants that are timed.
+
     Returns:
         The variants as planned, by name, and the folder of the last step.
     """
+    steps: dict[tuple[str, str], Done] = {}
+
+    def once(step: Step) -> Done:
+        """Variants that have a step in common, one plan in two engines say, share the folder of the first."""
+        if (step.kind, step.key) not in steps:
+            steps[step.kind, step.key] = made(step)
+        return steps[step.kind, step.key]
+
     folders = [output / name for name in (*STEP_FOLDERS, *(variant.name for variant in recipe.variants))]
     for folder in folders:
         refuse_overlap(recipe.model, folder)
@@ -190,10 +211,9 @@ def _carry_out(
     def planned(wanted: VariantRecipe, plan: Plan) -> Variant:
         graph = apply_plan(source.graph, plan, norm=wanted.norm)
         expected = check_model(wanted, graph, source.graph)
-        if wanted.bench:
-            check_network(recipe, wanted, expected)
-            if prediction is not None:
-                check_prediction(prediction, recipe, wanted, expected)
+        engine = check_engine(recipe, wanted, expected) if wanted.bench else None
+        if engine is not None and prediction is not None:
+            check_prediction(prediction, expected, engine)
         folder = output / wanted.name
         return Variant(
             recipe=wanted,
@@ -202,51 +222,54 @@ def _carry_out(
             checkpoint=source,
             graph=graph,
             expected=expected,
+            engine=engine,
             key=source_key,
         )
 
     variants = {wanted.name: planned(wanted, wanted.plan) for wanted in recipe.variants if wanted.plan != "auto"}
     analysis = calibration = None
     if recipe.analysis is not None:
-        analysis = made(analysis_step(recipe.analysis, output / "analysis", source, source_key))
+        analysis = once(analysis_step(recipe.analysis, output / "analysis", source, source_key))
         if analysis.is_there:
             suggested = read_plan(analysis.folder / PLAN_FILE)
             variants |= {wanted.name: planned(wanted, suggested) for wanted in recipe.variants if wanted.plan == "auto"}
     calibrate = recipe.calibration
     if calibrate is not None and any(wanted.quantize and not wanted.distill for wanted in recipe.variants):
-        calibration = made(calibration_step(calibrate, output / "calibration", source, source_key))
+        calibration = once(calibration_step(calibrate, output / "calibration", source, source_key))
     engines: list[Done] = []
     quantizations: dict[str, Done] = {}
     evaluations: dict[str, Done] = {}
     untimed: dict[str, dict[str, Any]] = {}
     held: dict[str, HeldModel] = {}
     for wanted in recipe.variants:
-        variant, ranges = variants.get(wanted.name), calibration
+        variant, ranges, rounding = variants.get(wanted.name), calibration, None
         if variant is None:  # in a dry run: its steps follow from an analysis that is yet to be made
             engines += [analysis] if wanted.bench and analysis is not None else []
             continue
         if wanted.distill is not None:
-            variant = variant.written(made(distill_step(wanted.distill, variant, progress)), variant.graph)
+            variant = variant.written(once(distill_step(wanted.distill, variant, progress)), variant.graph)
             if wanted.quantize is not None and calibrate is not None:  # training has moved the ranges
                 own = variant.folder / "calibration"
-                ranges = made(calibration_step(calibrate, own, variant.checkpoint, variant.key, of=wanted.name))
+                ranges = once(calibration_step(calibrate, own, variant.checkpoint, variant.key, of=wanted.name))
         if wanted.quantize is not None and calibrate is not None and ranges is not None:
-            quantizations[wanted.name] = made(quantization_step(calibrate, variant, wanted.quantize, ranges))
+            rounding = once(quantization_step(calibrate, variant, wanted.quantize, ranges))
+            if rounding.folder.is_relative_to(variant.folder):  # else the report has it already
+                quantizations[wanted.name] = rounding
         if wanted.checkpoint and (variant.graph is not variant.checkpoint.graph or wanted.quantize is not None):
-            written = made(checkpoint_step(variant, ranges, quantizations.get(wanted.name)))
+            written = once(checkpoint_step(variant, ranges, rounding))
             variant = variant.written(written, variant.expected)
         if wanted.bench:
-            network = made(network_step(recipe, variant))
-            engines.append(made(engine_step(recipe, backend, variant, network)))
+            network = None if wanted.network is None else once(network_step(variant, wanted.network))
+            engines.append(once(engine_step(backends[wanted.name], variant, network)))
         else:
             graph = variant.graph
             untimed[wanted.name] = {"structure": structure(graph), "number_format": number_format(graph)}
         if recipe.evaluate is not None:
-            evaluations[wanted.name] = made(evaluate_step(recipe.evaluate, variant, source, held))
+            evaluations[wanted.name] = once(evaluate_step(recipe.evaluate, variant, source, held))
     if recipe.bench is None:
         return variants, output
-    results = made(bench_step(recipe.bench, output / "benchmark", engines, progress, note))
+    results = once(bench_step(recipe.bench, output / "benchmark", engines, progress, note))
     if evaluations:
-        results = made(results_step(output / "results", results, evaluations, untimed))
-    report = made(report_step(recipe, output / "report", results, analysis, quantizations, prediction))
+        results = once(results_step(output / "results", results, evaluations, untimed))
+    report = once(report_step(recipe, output / "report", results, analysis, quantizations, prediction))
     return variants, report.folder

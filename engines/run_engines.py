@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engines.backends import backend_named
-from engines.base import Backend
+from engines.backends import BACKENDS
+from engines.base import Backend, Foreseen
 from engines.bench import Progress, bench_engines, request_grid
 from engines.cpp_program import missing_problems, worker_for
 from engines.hardware import gpu_named, read_gpus
@@ -22,10 +22,11 @@ from engines.run_models import EVALUATION_FILE, Done, Variant
 from exporter.errors import EngineError, raise_all
 from exporter.graph import ModelGraph
 from exporter.pipeline import Step, Writing, save, target_writing
-from exporter.recipe import BenchRecipe, NetworkRecipe, PredictRecipe, Recipe, TensorRtLlmRecipe, VariantRecipe
+from exporter.recipe import BenchRecipe, PredictRecipe, Recipe, VariantRecipe
+from exporter.recipe_engines import Choice
 from exporter.safetensors_io import read_json
+from exporter.settings import record_of
 from exporter.targets import TARGETS
-from exporter.writers import onnx_options, trtllm
 from exporter.writers.files import check_folder, save_folder
 from exporter.writers.onnx_quantization import number_format
 
@@ -33,43 +34,74 @@ Note = Callable[[str], None]
 RESULTS_FILE = "results.json"
 
 
-def backend_of(recipe: Recipe, progress: Progress | None) -> Backend:
-    """What builds a recipe's engines; the runtime itself need not be there.
+def backends_of(recipe: Recipe, progress: Progress | None) -> dict[str, Backend]:
+    """What builds the engine of each variant that has one; the runtimes need not be there.
 
     Raises:
-        EngineError: the recipe's options do not fit, or its engines cannot be profiled.
+        EngineError: an engine is to be profiled and cannot be.
     """
-    wanted = recipe.network
-    if isinstance(wanted, TensorRtLlmRecipe):
-        sizes = {"max_batch_size": wanted.max_batch, "max_seq_len": wanted.max_seq_len}
-        tokens = {"max_num_tokens": wanted.max_num_tokens, "low_latency": wanted.low_latency}
-        backend = backend_named("tensorrt-llm", sizes | tokens)
-    else:
-        options = {} if recipe.engine is None else recipe.engine.model_dump(exclude={"backend"}, exclude_unset=True)
-        backend = backend_named(wanted.target, options, progress)
+    chosen = {variant.name: variant.engine for variant in recipe.variants if variant.bench}
     if recipe.bench is not None and recipe.bench.profile:
-        raise_all(profiler_problems([backend.name]))
-    return backend
+        raise_all(profiler_problems(engine.name for engine in chosen.values()))
+    return {name: BACKENDS[engine.name].make(engine.settings, progress) for name, engine in chosen.items()}
 
 
-def missing_runtimes(recipe: Recipe, backend: Backend) -> list[EngineError]:
+def missing_runtimes(recipe: Recipe, backends: Iterable[Backend]) -> list[EngineError]:
     """What this machine lacks to build the recipe's engines, and to measure them as the recipe asks for."""
-    problems = [EngineError(problem) for problem in backend.missing()]
-    if recipe.bench is not None and recipe.bench.runtime == "cpp":
-        problems += missing_problems(backend.name)
-    return problems
+    wants_program = recipe.bench is not None and recipe.bench.runtime == "cpp"
+    problems: dict[str, EngineError] = {}  # by its words: variants lack the same
+    for backend in backends:
+        problems |= {problem: EngineError(problem) for problem in backend.missing()}
+        problems |= {problem.problem: problem for problem in missing_problems(backend.name) if wants_program}
+    return list(problems.values())
 
 
-def check_network(recipe: Recipe, variant: VariantRecipe, structure: ModelGraph) -> None:
-    """Raise what keeps a structure from being written as a variant's network and from being timed; reads nothing."""
-    positions = structure.max_position_embeddings
-    if recipe.bench is not None and recipe.bench.longest > positions:
-        raise EngineError(
-            "bench: input and output are longer than the model was made for",
-            expected=f"at most {positions} tokens",
-            found=recipe.bench.longest,
+def check_engine(recipe: Recipe, variant: VariantRecipe, structure: ModelGraph) -> Foreseen:
+    """Check that a structure can become a variant's engine and be timed; reads nothing.
+
+    Raises:
+        TargetError, EngineError: it cannot.
+    """
+    network = variant.network
+    if network is not None:
+        raise_all(TARGETS[network.name].check(structure, network.settings))
+    settings = None if network is None else network.settings
+    foreseen = BACKENDS[variant.engine.name].foresee(structure, settings, variant.engine.settings)
+    if recipe.bench is not None:
+        raise_all(_request_problems(recipe.bench, foreseen, variant.name))
+    return foreseen
+
+
+def _request_problems(bench: BenchRecipe, engine: Foreseen, variant: str) -> list[EngineError]:
+    """Requests that an engine will not take: the benchmark itself is far behind the builds."""
+    problems = []
+    if bench.longest > engine.max_positions:
+        problems.append(
+            EngineError(
+                f"bench: input and output are longer than sequences of {variant!r} may be",
+                expected=f"at most {engine.max_positions} tokens",
+                found=bench.longest,
+            )
         )
-    raise_all(TARGETS[recipe.network.to].check(structure, _target_settings(recipe.network, variant)))
+    if engine.batch is not None and set(bench.batch) != {engine.batch}:
+        problems.append(
+            EngineError(
+                f"bench.batch: the engine of {variant!r} has a fixed batch",
+                expected=[engine.batch],
+                found=bench.batch,
+                hint="give network.batch, and one recipe for each",
+            )
+        )
+    if engine.max_batch is not None and max(bench.batch) > engine.max_batch:
+        problems.append(
+            EngineError(
+                f"bench.batch: the engine of {variant!r} takes fewer sequences",
+                expected=f"at most {engine.max_batch}",
+                found=max(bench.batch),
+                hint="give engine.max_batch",
+            )
+        )
+    return problems
 
 
 def prediction_of(wanted: PredictRecipe, graph: ModelGraph) -> Wanted:
@@ -85,53 +117,47 @@ def prediction_of(wanted: PredictRecipe, graph: ModelGraph) -> Wanted:
     )
 
 
-def check_prediction(wanted: Wanted, recipe: Recipe, variant: VariantRecipe, structure: ModelGraph) -> None:
-    """Raise what would keep the report from predicting a variant's engine."""
-    network = recipe.network
-    dtype = structure.dtype.name if isinstance(network, TensorRtLlmRecipe) else variant.dtype or network.dtype
-    check_wanted(wanted, structure_from_graph(structure), number_format(structure), dtype)
+def check_prediction(wanted: Wanted, structure: ModelGraph, engine: Foreseen) -> None:
+    """Raise what would keep the report from predicting the engine of a structure."""
+    check_wanted(wanted, structure_from_graph(structure), number_format(structure), engine.dtype)
 
 
-def network_step(recipe: Recipe, variant: Variant) -> Step:
+def network_step(variant: Variant, wanted: Choice) -> Step:
     """Write a variant's network definition."""
-    wanted, folder = recipe.network, variant.folder / "network"
-    if not isinstance(wanted, TensorRtLlmRecipe) and variant.recipe.dtype is not None:
-        wanted = wanted.model_copy(update={"dtype": variant.recipe.dtype})
-    settings = _target_settings(wanted, variant.recipe)
+    folder, origin = variant.folder / "network", variant.checkpoint
 
     def writing(graph: ModelGraph, details: Mapping[str, Any]) -> Writing:
-        origin = variant.checkpoint
-        return target_writing(wanted.to, origin, graph, folder, settings=settings, details=details, force=True)
+        return target_writing(wanted.name, origin, graph, folder, settings=wanted.settings, details=details, force=True)
 
+    network = {"to": wanted.name, **record_of(wanted.settings)}
     return Step(
         name=f"{variant.name}: network",
         folder=folder,
-        kind=TARGETS[wanted.to].kind,
-        inputs={"source": variant.key, **variant.described, "network": wanted.model_dump(mode="json")},
+        kind=TARGETS[wanted.name].kind,
+        inputs={"source": variant.key, **variant.described, "network": network},
         make=lambda details: save(writing(variant.graph, details)),
         total_bytes=lambda: writing(variant.graph, {}).total_bytes,
     )
 
 
-def _target_settings(wanted: NetworkRecipe | TensorRtLlmRecipe, variant: VariantRecipe) -> Any:
-    """What a recipe chooses about a variant's network, as settings of the target `wanted.to`."""
-    if isinstance(wanted, TensorRtLlmRecipe):
-        return trtllm.Options(tp_size=wanted.tp, pp_size=wanted.pp, split_embedding=wanted.split_embedding)
-    target = f"{wanted.target}:{variant.dtype or wanted.dtype}"
-    return onnx_options.Settings(targets=(target,), max_positions=wanted.max_positions, batch=wanted.batch)
+def engine_step(backend: Backend, variant: Variant, network: Done | None) -> Step:
+    """Build a variant's engine.
 
-
-def engine_step(recipe: Recipe, backend: Backend, variant: Variant, network: Done) -> Step:
-    """Build a variant's engine."""
+    Args:
+        network: what it is built from; None: the variant's Hugging Face folder.
+    """
     folder = variant.folder / "engine"
+    source = variant.checkpoint.path if network is None else network.folder
 
     def make(details: Mapping[str, Any]) -> None:
-        backend.build(network.folder, folder, label=variant.name, details=details, force=True)
+        backend.build(source, folder, label=variant.name, details=details, force=True)
 
-    inputs: dict[str, Any] = {"network": network.fingerprint, "label": variant.name, "backend": backend.name}
-    settings = recipe.network if isinstance(recipe.network, TensorRtLlmRecipe) else recipe.engine
-    if settings is not None:
-        inputs["engine"] = settings.model_dump(mode="json")
+    inputs = {
+        "network": variant.key if network is None else network.fingerprint,
+        "label": variant.name,
+        "backend": backend.name,
+        "engine": record_of(variant.recipe.engine.settings),
+    }
     return Step(name=f"{variant.name}: engine", folder=folder, kind="engine", inputs=inputs, make=make)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.base import Foreseen
 from engines.bench import Progress
 from exporter.analysis import tasks
 from exporter.errors import FuselageError, raise_all
@@ -61,6 +62,7 @@ class Variant:
     checkpoint: Checkpoint  # the source, or what a step has written
     graph: ModelGraph  # that of `checkpoint`, or what the plan makes of it
     expected: ModelGraph  # what plan and quantization give; of a quantized variant only the structure
+    engine: Foreseen | None  # None: it is not timed
     key: Mapping[str, Any]  # what `checkpoint` is recognized by
 
     @property

@@ -17,12 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from engines.base import EngineManifest, Runner, save_engine
+from engines.base import EngineManifest, Foreseen, Runner, save_engine
 from engines.machine import version_numbers
 from engines.programs import run_program
 from exporter.errors import EngineError, OutputError, raise_all
+from exporter.graph import ModelGraph
 from exporter.safetensors_io import read_json
 from exporter.settings import Setting, range_problems
+from exporter.writers import trtllm
 from exporter.writers.files import (
     FileCopy,
     check_folder,
@@ -197,6 +199,20 @@ def memory_per_gpu(manifest: CheckpointManifest, settings: BuildSettings) -> lis
         )
         for rank in manifest.ranks
     ]
+
+
+def foresee(graph: ModelGraph, network: trtllm.Options, settings: BuildSettings) -> Foreseen:
+    """What engines of a graph will be like.
+
+    Raises:
+        EngineError: there can be none with these settings.
+    """
+    raise_all(list(range_problems(settings, EngineError)))
+    return Foreseen(
+        dtype=trtllm.network_dtype(graph, network).name,
+        max_positions=min(settings.max_seq_len, graph.max_position_embeddings),
+        max_batch=settings.max_batch_size,
+    )
 
 
 def describe_build(checkpoint: Path, output: Path, settings: BuildSettings) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import numpy as np
 import psutil
 
-from engines.base import ENGINE_KIND, EngineManifest, backend_options, read_engine_manifest, save_engine
+from engines.base import ENGINE_KIND, EngineManifest, Foreseen, backend_options, read_engine_manifest, save_engine
 from engines.machine import cpu_name
 from engines.sequences import Sequences
 from exporter.dtypes import BFLOAT16, BY_NAME, FLOAT8_E4M3FN, FLOAT16, FLOAT32, DType
@@ -74,9 +74,11 @@ class Torch:
 
     def missing(self) -> list[str]:
         try:
-            import torch  # noqa: F401
+            import torch
         except ImportError:
             return ["PyTorch is not installed: pip install 'torch>=2.8'"]
+        if self.settings.device == "cuda" and not torch.cuda.is_available():
+            return ["PyTorch sees no GPU to run engines on: take another machine, or `device: cpu`"]
         return []
 
     def build(
@@ -228,6 +230,17 @@ class _Room:
     def on_host(self, logits: Any) -> np.ndarray:
         """Wait for logits, float32 [B, V] on the device; valid until the next call."""
         return self._logits.copy_(logits).numpy()
+
+
+def foresee(graph: ModelGraph, network: None, settings: BuildSettings) -> Foreseen:
+    """What the engine of a graph will be like.
+
+    Raises:
+        EngineError: there can be none with these settings.
+    """
+    dtype = settings.dtype or graph.dtype
+    raise_all(list(_problems(graph, dtype, settings)))
+    return Foreseen(dtype=dtype.name, max_positions=settings.capacity or graph.max_position_embeddings)
 
 
 def _model(graph: ModelGraph, device: Any, dtype: str, wide_ffn: bool) -> TorchModel:

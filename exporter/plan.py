@@ -157,12 +157,12 @@ _PlainData.add_implicit_resolver(
 )
 
 
-def validation_error(error: ValidationError, file: Path | None) -> PlanError:
-    """The first of pydantic's complaints as our error."""
+def validation_error(error: ValidationError, file: Path | None, where: str | None = None) -> PlanError:
+    """The first of pydantic's complaints as our error; `where` stands in the file what was validated."""
     problems = error.errors(include_url=False)
     # A misspelled key is two of them: the missing one comes first, and only the other says what to correct.
     problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
-    where = ".".join(str(part) for part in problem["loc"])
+    key = ".".join(map(str, problem["loc"] if where is None else (where, *problem["loc"])))
     what = {"extra_forbidden": "unknown key", "missing": "key is missing"}.get(problem["type"], problem["msg"])
     found = None if problem["type"] == "missing" else shown(problem["input"], 60)
-    return PlanError(f"{where}: {what}", file=file, found=found)
+    return PlanError(f"{key}: {what}", file=file, found=found)

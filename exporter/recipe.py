@@ -1,7 +1,7 @@
 """Recipes: a YAML file that names a model and everything to do to it, for `build.py run`.
 
 model: demo/model                 # paths are relative to the recipe; ~ is the home folder
-network: {dtype: float32, max_positions: 1024}
+network: {max_positions: 1024}
 variants:
   - name: baseline
   - name: fused
@@ -11,7 +11,7 @@ bench: {batch: [1, 4], input_len: [64], output_len: [32]}
 
 from __future__ import annotations
 
-import os.path
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +21,8 @@ from exporter.errors import PlanError
 from exporter.manifests import shown
 from exporter.plan import LayerOrRange, Plan, plan_from_data, read_plan, read_yaml, validation_error
 from exporter.quantization import QuantizationRecipe, read_quantization
-from exporter.writers.onnx_options import PRESETS
+from exporter.recipe_engines import Backend, Choice, Sections, choices_from, sections_from
+from exporter.settings import found_from
 
 # Folders that `run` writes beside those of the variants.
 STEP_FOLDERS = ("analysis", "calibration", "benchmark", "results", "report")
@@ -38,55 +39,6 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]  # al
 
 class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-NetworkDType = Literal["float32", "float16", "bfloat16"]
-
-
-class NetworkRecipe(_Table):
-    """The network definition that every variant is exported to."""
-
-    to: Literal["onnx"] = "onnx"
-    target: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
-    dtype: NetworkDType = "float32"
-    max_positions: Count | None = None  # None: the model's max_position_embeddings
-    batch: Count | None = None  # a fixed number of sequences; None: the target's, any or 1
-
-
-class TensorRtLlmRecipe(_Table):
-    """The TensorRT-LLM checkpoint that every variant is exported to, and what its engine is built for."""
-
-    to: Literal["trtllm"]
-    tp: Count = 1
-    pp: Count = 1
-    split_embedding: bool = False  # over the tensor-parallel ranks
-    max_batch: Count = 8  # sequences side by side
-    max_seq_len: Count = 8192  # tokens of one sequence
-    max_num_tokens: Count = 8192  # tokens of one step
-    low_latency: bool = False  # FP8 GEMMs for few tokens at a time
-
-
-class TensorRtEngineRecipe(_Table):
-    """How TensorRT builds every variant's engine, see `engine --help`; what is not given has the backend's default."""
-
-    backend: Literal["tensorrt"]
-    max_input_len: Count | None = None  # tokens of one prefill call
-    opt_input_len: Count | None = None  # the length that kernels are chosen for
-    builder_optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None
-    timing_cache: Annotated[Path, BeforeValidator(_path)] | None = None
-    lean: bool = False
-    weight_streaming: bool = False
-    weight_streaming_budget: Annotated[int, Field(ge=1)] | None = None  # bytes
-    decomposable_attention: bool = False
-    detailed: bool = False
-    ignore_memory: bool = False
-
-
-def _network(value: Any) -> Any:
-    return {"to": "onnx", **value} if isinstance(value, dict) else value
-
-
-Network = Annotated[NetworkRecipe | TensorRtLlmRecipe, Field(discriminator="to"), BeforeValidator(_network)]
 
 
 class WindowsRecipe(_Table):
@@ -127,7 +79,9 @@ class VariantRecipe(_Table):
     bench: bool = True  # False: only evaluated, without network and engine
     distill: DistillRecipe | None = None  # train what the plan gives, before anything else is made of it
     quantize: QuantizationRecipe | None = None  # in the file: a name of `quantize --format`, or a recipe's path
-    dtype: NetworkDType | None = None  # of its ONNX network; None: the recipe's
+    # In the file these two are tables, of which every variant may have some keys of its own; see `recipe_engines`.
+    network: Choice | None  # the target that its engine is built from; None: its Hugging Face folder
+    engine: Choice  # the backend that builds and runs it
 
 
 class BenchRecipe(_Table):
@@ -192,8 +146,6 @@ class Recipe(_Table):
 
     title: str | None = None  # of the report; None: it names the variants
     model: Annotated[Path, BeforeValidator(_path)]
-    network: Network = NetworkRecipe()
-    engine: TensorRtEngineRecipe | None = None  # None: the defaults of the network's runtime
     analysis: AnalysisRecipe | None = None
     calibration: CalibrationRecipe | None = None
     variants: Annotated[list[VariantRecipe], Field(min_length=1, max_length=64)]
@@ -207,8 +159,11 @@ class Recipe(_Table):
         return self.baseline or self.variants[0].name
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(path: Path, backends: Mapping[str, Backend]) -> Recipe:
     """Read a recipe file; a variant's plan may be inline or the path of a plan file.
+
+    Args:
+        backends: by the name that recipes call them; where a recipe names none, the first.
 
     Raises:
         PlanError: the file or a plan it names is malformed, two variants share a name or one has a step's, a variant
@@ -217,28 +172,32 @@ def read_recipe(path: Path) -> Recipe:
     """
     data = read_yaml(path)
     if not isinstance(data, dict):
-        raise PlanError(
-            "not a recipe", file=path, expected=f"keys {', '.join(Recipe.model_fields)}", found=shown(data, 60)
-        )
+        keys = ", ".join(["network", "engine", *Recipe.model_fields])
+        raise PlanError("not a recipe", file=path, expected=f"keys {keys}", found=shown(data, 60))
     folder = path.absolute().parent
     evaluate = data.get("evaluate")
     paths = [(data, "model"), (evaluate, "text"), (evaluate, "include_path")]
     paths += [(data.get(section), "text") for section in ("analysis", "calibration")]
-    paths.append((data.get("engine"), "timing_cache"))
     variants = data.get("variants")
     variants = [variant for variant in variants if isinstance(variant, dict)] if isinstance(variants, list) else []
     paths += [(variant.get("distill"), "text") for variant in variants]
     for table, key in paths:
         if isinstance(table, dict) and isinstance(table.get(key), str):
-            table[key] = str(_found_from(folder, table[key]))
-    for variant in variants:
+            table[key] = str(found_from(folder, table[key]))
+    shared = sections_from(data, "", path)
+    choices_from(Sections(), shared, backends, path)  # what is wrong with them is said where they stand
+    for section in ("network", "engine"):
+        data.pop(section, None)
+    for number, variant in enumerate(variants):
         if "plan" in variant:
             variant["plan"] = _plan(variant["plan"], folder, path)
         if isinstance(variant.get("quantize"), str):
-            name = variant["quantize"]
-            variant["quantize"] = read_quantization(
-                _found_from(folder, name) if name.endswith((".yaml", ".yml")) else name
-            )
+            variant["quantize"] = _quantization(variant["quantize"], folder)
+        own = sections_from(variant, f"variants.{number}.", path)
+        if variant.get("bench") is False and (own.network or own.engine):
+            raise PlanError(f"{own.where}bench: with `false` there is no engine to choose anything about", file=path)
+        choices = choices_from(own, shared, backends, path)
+        variant["network"], variant["engine"] = choices.network, choices.engine
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -255,8 +214,6 @@ def read_recipe(path: Path) -> Recipe:
         raise PlanError("evaluate: there is nothing to evaluate on", file=path, expected="a text, tasks or both")
     if recipe.predict is not None and recipe.bench is None:
         raise PlanError("predict: it is a section of the report, and without `bench` there is none", file=path)
-    _check_engine(recipe, path)
-    _check_bench(recipe, path)
     _check_variants(recipe, path)
     return recipe
 
@@ -277,6 +234,11 @@ def _check_variants(recipe: Recipe, path: Path) -> None:
                 f"variant {variant.name!r}: what is distilled is what a plan makes of the model, and there is no plan",
                 file=path,
             )
+        if variant.bench and not variant.checkpoint and variant.network is None and variant.plan != Plan():
+            raise PlanError(
+                f"variant {variant.name!r}: without a checkpoint there is nothing that {variant.engine.name} could run",
+                file=path,
+            )
         if not variant.checkpoint and (variant.distill is not None or variant.quantize is not None):
             what = "distilled" if variant.distill is not None else "quantized"
             raise PlanError(f"variant {variant.name!r}: what is {what} is written as a Hugging Face folder", file=path)
@@ -292,55 +254,11 @@ def _check_variants(recipe: Recipe, path: Path) -> None:
             )
 
 
-def _check_engine(recipe: Recipe, path: Path) -> None:
-    network = recipe.network
-    for variant in recipe.variants:
-        if variant.dtype is not None and not isinstance(network, NetworkRecipe):
-            raise PlanError(f"variant {variant.name!r}: dtype is for ONNX networks", file=path, found=variant.dtype)
-    is_for_tensorrt = isinstance(network, NetworkRecipe) and network.target == "tensorrt"
-    if recipe.engine is not None and not is_for_tensorrt:
-        raise PlanError(
-            "engine: TensorRT builds from a network of its own",
-            file=path,
-            expected="network: {target: tensorrt}",
-        )
-
-
-def _check_bench(recipe: Recipe, path: Path) -> None:
-    """Refuse requests that no engine of the recipe will run: the benchmark itself is far behind the builds."""
-    network, bench = recipe.network, recipe.bench
-    if bench is None:
-        return
-    room: int | None
-    batch: int | None
-    if isinstance(network, TensorRtLlmRecipe):
-        room, batch = network.max_seq_len, None
-    else:
-        room, batch = network.max_positions, network.batch or PRESETS[network.target].networks[0].batch
-    if batch is not None and set(bench.batch) != {batch}:
-        raise PlanError(
-            "bench.batch: the networks have a fixed batch",
-            file=path,
-            expected=[batch],
-            found=bench.batch,
-            hint="give network.batch, and one recipe for each",
-        )
-    if room is not None and bench.longest > room:
-        raise PlanError(
-            "bench: input and output are longer than the networks' sequences",
-            file=path,
-            expected=f"at most {room} tokens",
-            found=bench.longest,
-            hint="give more network.max_positions, or max_seq_len for TensorRT-LLM",
-        )
+def _quantization(name: str, folder: Path) -> QuantizationRecipe:
+    return read_quantization(found_from(folder, name) if name.endswith((".yaml", ".yml")) else name)
 
 
 def _plan(value: Any, folder: Path, recipe: Path) -> Plan | Literal["auto"]:
     if value == "auto":
         return "auto"
-    return read_plan(_found_from(folder, value)) if isinstance(value, str) else plan_from_data(value, recipe)
-
-
-def _found_from(folder: Path, name: str) -> Path:
-    """Where a path in a recipe leads, `folder` being the recipe's."""
-    return folder / os.path.expanduser(name)
+    return read_plan(found_from(folder, value)) if isinstance(value, str) else plan_from_data(value, recipe)

@@ -4,16 +4,21 @@ The settings of a target or a backend are a frozen dataclass. The annotation of 
 
     capacity: Annotated[int | None, Setting("tokens of a fixed KV cache.", least=1)] = None
 
-Fields without one are for callers in Python. What offers settings to users, such as the command line, reads them with
-`settings_of` and needs to know no target and no backend.
+Fields without one are for callers in Python. What offers settings to users, the command line and recipes, reads them
+with `settings_of` and `settings_from_data` and needs to know no target and no backend.
 """
 
 from __future__ import annotations
 
+import functools
+import os.path
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from exporter.errors import FuselageError
 
@@ -59,10 +64,54 @@ def owners_by_setting(kinds: Mapping[str, type | None]) -> dict[Setting, list[st
 
 def record_of(settings: Any) -> dict[str, Any]:
     """What was chosen, as plain JSON data by option, for manifests."""
-    return {
-        (setting.option or setting.name).replace("-", "_"): _json(getattr(settings, setting.name))
-        for setting in settings_of(type(settings))
+    return {_key(setting): _json(getattr(settings, setting.name)) for setting in settings_of(type(settings))}
+
+
+def settings_from_data(declared: type, data: Mapping[str, Any], folder: Path) -> Any:
+    """Make a dataclass of settings, `declared`, from what a YAML file says.
+
+    Args:
+        data: by option, with "_" for "-". Texts stand for paths, relative to `folder`, and for choices; a text alone
+            for a list of one; null for what is not chosen. Sizes are numbers of bytes.
+
+    Raises:
+        pydantic.ValidationError: a key is unknown, or a value of the wrong kind or out of range.
+    """
+    names = {_key(setting): setting.name for setting in settings_of(declared)}
+    chosen = dict(_table(declared, folder).model_validate(data))
+    return declared(**{names[key]: value for key, value in chosen.items() if value is not None})
+
+
+@functools.cache  # pydantic takes a millisecond to make one
+def _table(declared: type, folder: Path) -> type[BaseModel]:
+    fields: dict[str, Any] = {
+        _key(setting): (_annotation(setting, folder) | None, None) for setting in settings_of(declared)
     }
+    return create_model(declared.__name__, __config__=ConfigDict(extra="forbid", strict=True), **fields)
+
+
+def _annotation(setting: Setting, folder: Path) -> Any:
+    """The values of a setting, as pydantic is told."""
+    if setting.choices:
+        values = {str(value): value for value in setting.choices}
+        return Annotated[Literal[tuple(values)], AfterValidator(values.__getitem__)]
+    # Pydantic's strict mode takes no text for a path, nor a list for a tuple.
+    if setting.type is Path:
+        return Annotated[Path, BeforeValidator(lambda v: found_from(folder, v) if isinstance(v, str) else v)]
+    if setting.type is tuple:
+        return Annotated[tuple[str, ...], BeforeValidator(_several)]
+    return Annotated[setting.type, Field(ge=setting.least, le=setting.most)]
+
+
+def _several(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    return (value,) if isinstance(value, str) else value
+
+
+def found_from(folder: Path, name: str) -> Path:
+    """Where a path in a file leads, `folder` being the file's; `~` is the home folder."""
+    return folder / os.path.expanduser(name)
 
 
 def range_problems(settings: Any, error: type[Refusal]) -> Iterator[Refusal]:
@@ -75,6 +124,10 @@ def range_problems(settings: Any, error: type[Refusal]) -> Iterator[Refusal]:
             yield error(f"{setting.name} is a whole number of at least {least}", found=value)
         if most is not None and not least <= value <= most:
             yield error(f"no such {setting.name}", expected=f"{least} to {most}", found=value)
+
+
+def _key(setting: Setting) -> str:
+    return (setting.option or setting.name).replace("-", "_")
 
 
 def _json(value: Any) -> Any:

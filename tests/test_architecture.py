@@ -31,6 +31,7 @@ FLOORS: list[tuple[str, list[str], str]] = [
     ("study", ["exporter.analysis.*", "exporter.analysis", "exporter.calibration", "exporter.distill*"], "kin"),
     ("suggestion", ["exporter.suggest", "exporter.quantize"], "none"),
     ("which target", ["exporter.targets"], "none"),
+    ("which engine", ["exporter.recipe_engines"], "none"),
     ("order", ["exporter.recipe", "exporter.pipeline", "exporter.summary"], "none"),
     ("custom ops", ["plugins.wide_ffn", "plugins.wide_ffn.*"], "kin"),
     ("run", ["engines.base", "engines.machine", "engines.programs"], "none"),
@@ -98,7 +99,7 @@ FLOORS: list[tuple[str, list[str], str]] = [
         "all",
     ),
     ("recipe", ["engines.run", "engines.run_*"], "kin"),
-    ("options", ["commands.options", "commands.terminal"], "none"),
+    ("options", ["commands.help", "commands.options", "commands.terminal"], "none"),
     (
         "commands",
         ["commands.models", "commands.networks", "commands.timing", "commands.studies", "commands.recipes"],

@@ -7,22 +7,24 @@ from pathlib import Path
 
 import pytest
 
+from engines.backends import BACKENDS
 from exporter import recipe
 from exporter.plan import Plan, read_plan
 from exporter.quantization import QuantizationRecipe, read_quantization
+from exporter.recipe_engines import MODEL_FOLDER
+from exporter.settings import settings_of
+from exporter.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md", ROOT / "demo/README.md"]
 RECIPES = (ROOT / "docs/recipes.md").read_text("utf-8")
-# TensorRtEngineRecipe is missing: its keys are the options that docs/tensorrt.md describes.
+# The keys of `network` and `engine` are options of `export` and `engine`.
 TABLES = (
     Plan,
     QuantizationRecipe,
     recipe.Recipe,
     recipe.VariantRecipe,
     recipe.DistillRecipe,
-    recipe.NetworkRecipe,
-    recipe.TensorRtLlmRecipe,
     recipe.AnalysisRecipe,
     recipe.CalibrationRecipe,
     recipe.EvaluateRecipe,
@@ -44,11 +46,31 @@ def test_every_key_of_a_recipe_is_described(table: type[Plan]) -> None:
 
 def test_the_examples_are_valid(tmp_path: Path) -> None:
     examples = re.findall(r"```yaml\n(.*?)```", RECIPES, re.DOTALL)
-    files = [tmp_path / name for name in ("some.yaml", "recipe.yaml", "quantization.yaml")]
-    for file, example in zip(files, examples, strict=True):
+    files = [tmp_path / name for name in ("some.yaml", "recipe.yaml", "engines.yaml", "quantization.yaml", "llm.yaml")]
+    (llm,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/tensorrt_llm.md").read_text("utf-8"), re.DOTALL)
+    for file, example in zip(files, [*examples, llm], strict=True):
         file.write_text(example)
     plan = read_plan(files[0])
     assert (plan.dropped_layers, plan.fuse) == ([9, 10, 11, 12, 13, 14], [(9, 13)])
     (tmp_path / "plan.yaml").write_text("drop_attention: [3]")  # of the recipe's second variant
-    assert [variant.plan for variant in recipe.read_recipe(files[1]).variants] == [Plan(), Plan(drop_attention=[3])]
-    assert read_quantization(files[2]).kv_cache == "float8_e4m3fn"
+    assert [variant.plan for variant in recipe.read_recipe(files[1], BACKENDS).variants] == [
+        Plan(),
+        Plan(drop_attention=[3]),
+    ]
+    engines = [variant.engine for variant in recipe.read_recipe(files[2], BACKENDS).variants]
+    assert [engine.name for engine in engines] == ["torch", "torch", "torch", "tensorrt"]
+    assert engines[2].settings.plugins == ("wide_ffn",)
+    assert read_quantization(files[3]).kv_cache == "float8_e4m3fn"
+    assert recipe.read_recipe(files[4], BACKENDS).variants[1].engine.settings.max_seq_len == 8192
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_option_of_a_recipes_engine_is_described(backend: str) -> None:
+    kind = BACKENDS[backend]
+    page = ROOT / f"docs/{backend}.md"
+    text = RECIPES + (page.read_text("utf-8") if page.exists() else "")
+    known = [] if kind.settings is None else settings_of(kind.settings)
+    if kind.builds_from != MODEL_FOLDER:
+        known += settings_of(TARGETS[kind.builds_from["to"]].settings)
+    options = [setting.option or "" for setting in known]
+    assert [name for name in options if not re.search(rf"`{name.replace('-', '_')}(`|:)|--{name}\b", text)] == []

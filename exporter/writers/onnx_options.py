@@ -105,6 +105,14 @@ class Settings:
             is_repeated=True,
         ),
     ] = ("onnxruntime",)
+    dtype: Annotated[
+        DType | None,
+        Setting(
+            "of activations and KV cache, where the target names none; float32 for onnxruntime, else the model's, if "
+            "not given.",
+            choices=NETWORK_DTYPES,
+        ),
+    ] = None
     max_positions: Annotated[
         int | None, Setting("tokens a sequence may reach; as many as the model knows if not given.", least=1)
     ] = None
@@ -131,7 +139,7 @@ def options_from(settings: Settings) -> Options:
                 expected=f"{' or '.join(PRESETS)}, each at most once, with a dtype at most, like tensorrt:bfloat16",
                 found=text,
             )
-        targets[target] = BY_NAME.get(dtype)
+        targets[target] = BY_NAME.get(dtype, settings.dtype)
     return options_for(targets, max_positions=settings.max_positions, batch=settings.batch, plugins=settings.plugins)
 
 

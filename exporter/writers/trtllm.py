@@ -93,6 +93,11 @@ def emit(graph: ModelGraph, options: Options) -> Iterator[tuple[str, Content | b
     return _files(_mapped(graph, options))
 
 
+def network_dtype(graph: ModelGraph, options: Options) -> DType:
+    """What a graph's network computes in."""
+    return options.dtype or (FLOAT16 if graph.dtype == FLOAT16 else BFLOAT16)
+
+
 def tensors_of_ranks(graph: ModelGraph, options: Options) -> dict[str, dict[str, LazyTensor]]:
     """Return every tensor of every rank's file, in the order of the forward pass, by file and name.
 
@@ -135,7 +140,7 @@ def _mapped(graph: ModelGraph, options: Options) -> Mapped:
         groups=groups,
         parts=parts,
         format=format_of(layers),
-        dtype=options.dtype or (FLOAT16 if graph.dtype == FLOAT16 else BFLOAT16),
+        dtype=network_dtype(graph, options),
         tp_size=options.tp_size,
         pp_size=options.pp_size,
         split_embedding=options.split_embedding,

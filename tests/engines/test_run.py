@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+import engines.run
+from engines.backends import BACKENDS
+from engines.base import read_engine_manifest
 from engines.run import dry_run_recipe, run_recipe
 from exporter.distill import _Trainer
 from exporter.errors import FuselageError, OutputError
-from exporter.quantization import read_quantization
 from exporter.read import open_model
 from exporter.recipe import Recipe, read_recipe
 from exporter.writers import hf
@@ -35,6 +37,12 @@ def save_model(folder: Path, pattern: str, width: int = 256) -> None:
     graph = tiny_graph(pattern, intermediate_size=width)
     save_folder(folder, hf.emit(graph, hf.Options()), kind="checkpoint", details={})
     word_tokenizer(folder, 320)
+
+
+def recipe_of(keys: dict[str, Any]) -> Recipe:
+    """Write a recipe into the current folder, and read it."""
+    Path("recipe.json").write_text(json.dumps(keys))  # which is YAML
+    return read_recipe(Path("recipe.json"), BACKENDS)
 
 
 VARIANTS = [{"name": "a"}, {"name": "b", "plan": "auto"}]
@@ -60,9 +68,49 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "no layer to write",
     ),
     "requests_too_long": ({"bench": {"input_len": [500], "output_len": [13]}}, "out", "at most 512 tokens, found 513"),
+    "requests_longer_than_the_network": (
+        {"network": {"max_positions": 100}, "bench": {"input_len": [9, 90], "output_len": [11, 1]}},
+        "out",
+        "longer than sequences of 'a' may be: expected at most 100 tokens, found 101",
+    ),
+    "requests_longer_than_a_trtllm_engine": (
+        {"network": {"to": "trtllm"}, "engine": {"max_seq_len": 64}},
+        "out",
+        "expected at most 64 tokens, found 96",
+    ),
+    "requests_longer_than_the_cache": (
+        {"engine": {"backend": "torch", "device": "cpu", "capacity": 50}},
+        "out",
+        "expected at most 50 tokens, found 96",
+    ),
+    "fixed_batch": (
+        {"network": {"target": "tensorrt", "batch": 2}, "bench": {"batch": [1, 2]}},
+        "out",
+        r"the engine of 'a' has a fixed batch: expected \[2\], found \[1, 2\]",
+    ),
+    "fixed_batch_of_a_variant": (
+        {"variants": [{"name": "a"}, {"name": "b", "network": {"batch": 2}}]},
+        "out",
+        r"the engine of 'b' has a fixed batch: expected \[2\], found \[1\]",
+    ),
+    "large_batch": (
+        {"network": {"to": "trtllm"}, "engine": {"max_batch": 2}, "bench": {"batch": [1, 3]}},
+        "out",
+        "'a' takes fewer sequences: expected at most 2, found 3.* Give engine.max_batch",
+    ),
+    "plugin_in_float32": (
+        {"engine": {"backend": "torch", "plugins": "wide_ffn", "dtype": "float32"}},
+        "out",
+        "the wide-FFN op computes in bfloat16",
+    ),
+    "profile_of_torch": (
+        {"engine": {"backend": "torch"}, "bench": {"profile": True}},
+        "out",
+        "cannot be profiled: expected .*, found torch",
+    ),
     "format_unknown_to_a_gpu": (
         {
-            "variants": [{"name": "a"}, {"name": "b", "quantize": read_quantization("fp8")}],
+            "variants": [{"name": "a"}, {"name": "b", "quantize": "fp8"}],
             "calibration": {"text": "text.txt"},
             "predict": {"gpu": ["h100-sxm", "a100-80gb"]},
         },
@@ -87,19 +135,32 @@ def test_what_can_be_known_beforehand_is_refused_beforehand(
     keys, output, message = REFUSED[case]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(engines.run, "missing_runtimes", lambda recipe, backends: [])
     save_folder(Path("bare"), hf.emit(tiny_graph("AF F AF"), hf.Options()), kind="checkpoint", details={})
     save_model(Path("model"), "AF F AF")
     Path("text.txt").write_text("w1 w2 w3 " * 50)
-    before = sorted(os.walk(tmp_path))
     defaults = {"model": "model", "variants": VARIANTS, "analysis": {"text": "text.txt"}}
+    recipe = recipe_of(defaults | keys)
+    before = sorted(os.walk(tmp_path))
     with pytest.raises(FuselageError, match=message):
-        carry_out(Recipe.model_validate(defaults | keys), Path(output))
+        carry_out(recipe, Path(output))
     assert sorted(os.walk(tmp_path)) == before
 
 
 LACKING: dict[str, tuple[dict[str, Any], str]] = {
     "gpu": (distilling(device="cuda"), "a CUDA device of its own: expected at least 1, found 0"),
     "runtime": ({"network": {"to": "trtllm"}, "bench": None}, "TensorRT-LLM"),
+    "gpu_of_an_engine": ({"engine": {"backend": "torch"}, "bench": None}, "PyTorch sees no GPU to run engines on"),
+    "runtime_of_a_variant": (
+        {
+            "variants": [
+                {"name": "a"},
+                {"name": "b", "network": {"to": "trtllm"}},
+                {"name": "c", "network": {"to": "trtllm"}},
+            ]
+        },
+        "TensorRT-LLM",
+    ),
     "compiler": ({"bench": {"runtime": "cpp"}}, "there is no C\\+\\+ compiler .* Use --runtime python"),
     "harness": ({"evaluate": {"tasks": ["hellaswag"]}}, "lm-evaluation-harness is not installed"),
 }
@@ -117,8 +178,8 @@ def test_what_a_machine_lacks_stops_a_run_and_not_a_dry_one(
         monkeypatch.setitem(sys.modules, module, None)
     save_model(Path("model"), "AF F AF")
     Path("text.txt").write_text("w1 w2 w3 " * 50)
+    recipe = recipe_of({"model": "model", "variants": [{"name": "a"}], **keys})
     before = sorted(os.walk(tmp_path))
-    recipe = Recipe.model_validate({"model": "model", "variants": [{"name": "a"}], **keys})
     (problem,) = dry_run_recipe(recipe, Path("out")).missing
     assert re.search(message, str(problem))
     with pytest.raises(FuselageError, match=message):
@@ -172,13 +233,13 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def steps_made(recipe: Path) -> list[str]:
     """Run a recipe; returns the steps that were made now."""
     made: list[str] = []
-    run_recipe(read_recipe(recipe), Path("out"), notify=lambda step, now: made.append(step) if now else None)
+    run_recipe(read_recipe(recipe, BACKENDS), Path("out"), notify=lambda step, now: made.append(step) if now else None)
     return made
 
 
 def steps_foreseen(recipe: Path) -> list[str]:
     """The steps that a dry run says would be made."""
-    return [step.name for step in dry_run_recipe(read_recipe(recipe), Path("out")).steps if not step.is_there]
+    return [step.name for step in dry_run_recipe(read_recipe(recipe, BACKENDS), Path("out")).steps if not step.is_there]
 
 
 CHANGES = [  # before, after, steps that are made again
@@ -189,12 +250,12 @@ CHANGES = [  # before, after, steps that are made again
 
 
 def test_a_dry_run_foresees_the_steps_and_their_sizes(recipe: Path) -> None:
-    foreseen = dry_run_recipe(read_recipe(recipe), Path("out")).steps
+    foreseen = dry_run_recipe(read_recipe(recipe, BACKENDS), Path("out")).steps
     assert [(step.name, step.is_there) for step in foreseen] == [(name, False) for name in STEPS]
     assert not Path("out").exists()
     assert steps_made(recipe) == STEPS
     before = sorted(os.walk("out"))
-    found = dry_run_recipe(read_recipe(recipe), Path("out"))
+    found = dry_run_recipe(read_recipe(recipe, BACKENDS), Path("out"))
     assert sorted(os.walk("out")) == before
     assert [(step.name, step.is_there) for step in found.steps] == [(name, True) for name in STEPS]
     assert [step.total_bytes for step in found.steps] == [step.total_bytes for step in foreseen]
@@ -217,11 +278,12 @@ def test_a_dry_run_foresees_the_steps_and_their_sizes(recipe: Path) -> None:
         assert steps_made(recipe) == made_again
 
 
-def test_a_dry_run_does_without_weights(tmp_path: Path) -> None:
+def test_a_dry_run_does_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     variants = [{"name": "source"}, {"name": "fused", "plan": {"fuse": [[42, 50], [53, 69]]}}]
     model = ROOT / "tests/data/nemotron-super-49b.structure.json"
     network = {"target": "tensorrt", "dtype": "bfloat16"}
-    recipe = Recipe.model_validate({"model": model, "network": network, "variants": variants, "bench": None})
+    recipe = recipe_of({"model": str(model), "network": network, "variants": variants, "bench": None})
     found = dry_run_recipe(recipe, tmp_path / "out")
     fused = found.variants[1].structure
     assert fused is not None
@@ -243,11 +305,11 @@ def test_a_dry_run_ends_where_a_plan_is_yet_to_be_suggested(recipe: Path) -> Non
     recipe.write_text(
         json.dumps({"model": "model", **auto, "bench": {"rounds": 1, "output_len": [2], "runtime": "python"}})
     )
-    first = dry_run_recipe(read_recipe(recipe), Path("out"))
+    first = dry_run_recipe(read_recipe(recipe, BACKENDS), Path("out"))
     assert [step.name for step in first.steps] == ["analysis", "a: network", "a: engine", "benchmark", "report"]
     assert [variant.structure is None for variant in first.variants] == [False, True]
     made = steps_made(recipe)
-    then = dry_run_recipe(read_recipe(recipe), Path("out"))
+    then = dry_run_recipe(read_recipe(recipe, BACKENDS), Path("out"))
     assert [step.name for step in then.steps] == made
     assert all(step.is_there for step in then.steps)
     assert None not in [variant.structure for variant in then.variants]
@@ -412,3 +474,50 @@ def test_a_file_that_people_removed_is_made_again(recipe: Path) -> None:
     assert steps_made(recipe) == []
     Path("out/a/engine/engine.json").unlink()
     assert steps_made(recipe) == ["a: engine"]
+
+
+ENGINES = """
+model: model
+engine: {backend: torch, device: cpu, dtype: float32}
+calibration: {text: text.txt, context: 16}
+variants:
+  - {name: plain}
+  - {name: fused, plan: plan.yaml}
+  - {name: capped, plan: plan.yaml, engine: {capacity: 32}}
+  - {name: onnx, plan: plan.yaml, engine: {backend: onnxruntime}}
+  - {name: int8, quantize: int8-smoothquant}
+  - {name: int8-capped, quantize: int8-smoothquant, engine: {capacity: 32}}
+evaluate: {text: text.txt, context: 16, max_windows: 2}
+bench: {rounds: 1, input_len: [4], output_len: [2], runtime: python}
+"""
+
+
+def test_variants_with_engines_of_their_own_share_their_other_steps(recipe: Path) -> None:
+    recipe.write_text(ENGINES)
+    foreseen = dry_run_recipe(read_recipe(recipe, BACKENDS), Path("out"))
+    assert [(variant.backend, variant.dtype) for variant in foreseen.variants] == [
+        *[("torch", "float32")] * 3,
+        ("onnxruntime", "float32"),
+        *[("torch", "float32")] * 2,
+    ]
+    made = steps_made(recipe)
+    assert made == [step.name for step in foreseen.steps]
+    assert made == [
+        "calibration",
+        *("plain: engine", "plain: evaluation"),
+        *("fused: checkpoint", "fused: engine", "fused: evaluation"),
+        "capped: engine",
+        *("onnx: network", "onnx: engine"),
+        *("int8: quantization", "int8: checkpoint", "int8: engine", "int8: evaluation"),
+        "int8-capped: engine",
+        *("benchmark", "results", "report"),
+    ]
+    results = json.loads(Path("out/results/results.json").read_text())
+    engines = {engine["label"]: engine for engine in results["engines"]}
+    assert [engine["backend"] for engine in engines.values()] == [*["torch"] * 3, "onnxruntime", *["torch"] * 2]
+    assert engines["capped"]["accuracy"] == engines["fused"]["accuracy"] != engines["plain"]["accuracy"]
+    assert read_engine_manifest(Path("out/capped/engine")).capacity == 32
+    report = Path("out/report/report.md").read_text()
+    assert report.count("Quantization error of int8") == 1
+    recipe.write_text(ENGINES.replace("capacity: 32", "capacity: 33", 1))
+    assert steps_made(recipe) == ["capped: engine", "benchmark", "results", "report"]

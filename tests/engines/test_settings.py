@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from engines import tensorrt_build, tensorrt_llm
 from engines.backends import BACKENDS
 from exporter.errors import TargetError
-from exporter.recipe import TensorRtEngineRecipe, TensorRtLlmRecipe
-from exporter.settings import Setting, owners_by_setting, range_problems, record_of, settings_of
+from exporter.settings import Setting, owners_by_setting, range_problems, record_of, settings_from_data, settings_of
+from exporter.targets import TARGETS
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Settings:
     count: Annotated[int | None, Setting("how many.", least=1)] = None
     level: Annotated[int, Setting("how hard.", option="effort", least=0, most=5)] = 3
@@ -80,25 +79,43 @@ def test_defaults_are_in_range(backend: str) -> None:
     assert list(range_problems(settings(), TargetError)) == []
 
 
-# By the names of options, since a network has a batch and a maximum, too; how many GPUs build is the machine's affair.
-SECTIONS: dict[str, tuple[type[BaseModel], type, set[str], set[str]]] = {
-    "tensorrt": (TensorRtEngineRecipe, tensorrt_build.BuildSettings, {"max_batch"}, {"backend"}),
-    "tensorrt-llm": (TensorRtLlmRecipe, tensorrt_llm.BuildSettings, {"workers"}, {"to", "tp", "pp", "split_embedding"}),
-}
+@pytest.mark.parametrize(
+    ("data", "chosen"),
+    [
+        ({}, Settings()),
+        ({"count": None, "effort": 0, "names": "c"}, Settings(level=0, names=("c",))),
+        ({"count": 7, "file_name": "a/b", "names": ["c", "d"]}, Settings(7, 3, Path("/home/a/b"), ("c", "d"))),
+        ({"file_name": "/a"}, Settings(file_name=Path("/a"))),
+    ],
+)
+def test_settings_of_a_file(data: dict[str, Any], chosen: Settings) -> None:
+    assert settings_from_data(Settings, data, Path("/home")) == chosen
 
 
-@pytest.mark.parametrize("backend", SECTIONS)
-def test_a_recipe_has_the_settings_of_a_backend(backend: str) -> None:
-    section, settings, left_out, own = SECTIONS[backend]
-    declared = {(setting.option or "").replace("-", "_"): setting for setting in settings_of(settings)}
-    assert section.model_fields.keys() - own == declared.keys() - left_out
-    known = section.model_validate({"to": "trtllm"} if "to" in own else {"backend": backend})
-    assert section.model_validate(known.model_dump()) == known
-    for key in declared.keys() - left_out:
-        setting, default = declared[key], getattr(settings(), declared[key].name)
-        assert getattr(known, key) in (default, None), key
-        below = [] if setting.least is None else [setting.least - 1]
-        above = [] if setting.most is None else [setting.most + 1]
-        for value in below + above:
-            with pytest.raises(ValidationError):
-                section.model_validate({**known.model_dump(), key: value})
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"count": 0},
+        {"count": 1.0},
+        {"count": "1"},
+        {"count": True},
+        {"effort": 6},
+        {"effort": -1},
+        {"level": 3},  # the field's name, which users do not know
+        {"file_name": 3},
+        {"names": [3]},
+        {"names": {"a": "b"}},
+        {"secret": 1},
+    ],
+)
+def test_what_a_file_may_not_say(data: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        settings_from_data(Settings, data, Path())
+
+
+@pytest.mark.parametrize(
+    "settings", [kind.settings for kind in (*BACKENDS.values(), *TARGETS.values()) if kind.settings]
+)
+def test_what_a_manifest_says_makes_the_same_settings(settings: type) -> None:
+    record = record_of(settings())
+    assert settings_from_data(settings, record, Path()) == settings()

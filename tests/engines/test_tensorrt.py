@@ -21,6 +21,7 @@ import build
 from engines import tensorrt as backend
 from engines import tensorrt_build
 from engines import tensorrt_library as library
+from engines.backends import BACKENDS
 from engines.base import read_engine_manifest
 from engines.run import run_recipe
 from engines.tensorrt import TensorRt, describe_build
@@ -905,11 +906,11 @@ def test_command_line(tmp_path: Path) -> None:
 
 RECIPE = """
 model: model
-network: {target: tensorrt, dtype: float32, max_positions: 64, batch: 2}
+network: {dtype: float32, max_positions: 64, batch: 2}
 engine: {backend: tensorrt, builder_optimization_level: 1, timing_cache: tactics.cache}
 variants:
   - name: plain
-  - {name: half, plan: {drop_attention: [1], fuse: [[1, 2]]}, dtype: float16, checkpoint: false}
+  - {name: half, plan: {drop_attention: [1], fuse: [[1, 2]]}, network: {dtype: float16}, checkpoint: false}
 bench: null
 """
 
@@ -924,7 +925,7 @@ def test_a_recipe(machine: list[HostDevice], tmp_path: Path) -> None:
     def run() -> list[str]:
         made.clear()
         run_recipe(
-            read_recipe(tmp_path / "recipe.yaml"),
+            read_recipe(tmp_path / "recipe.yaml", BACKENDS),
             tmp_path / "out",
             notify=lambda step, now: made.append(step) if now else None,
             progress=lambda *step: told.append(step),

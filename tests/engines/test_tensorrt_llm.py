@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 
 import build
 from engines import tensorrt_llm
+from engines.backends import BACKENDS
 from engines.base import EngineManifest, read_engine_manifest
 from engines.bench import bench_engines, python_worker
 from engines.report import report_from_results
@@ -255,7 +256,8 @@ def test_build(tmp_path: Path) -> None:
 
 RECIPE = """
 model: model
-network: {to: trtllm, tp: 2, max_batch: 3}
+network: {to: trtllm, tp: 2}
+engine: {max_batch: 3}
 variants:
   - name: plain
   - {name: parallel, plan: {parallel: [[0, 1]]}, checkpoint: false}
@@ -267,7 +269,7 @@ bench: null
 def test_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_folder(tmp_path / "model", hf.emit(tiny_graph("AF AF AF"), hf.Options()), kind="checkpoint", details={})
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    recipe = read_recipe(tmp_path / "recipe.yaml")
+    recipe = read_recipe(tmp_path / "recipe.yaml", BACKENDS)
     made: list[str] = []
     run_recipe(recipe, tmp_path / "out", notify=lambda step, now: made.append(step) if now else None)
     assert made == ["plain: network", "plain: engine", "parallel: network", "parallel: engine"]
@@ -276,8 +278,8 @@ def test_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert manifest.options["command"][manifest.options["command"].index("--max_batch_size") + 1] == "3"
     run_recipe(recipe, tmp_path / "out", notify=lambda step, now: made.append(step) if now else None)
     assert len(made) == 4
-    larger = recipe.model_copy(update={"network": recipe.network.model_copy(update={"max_batch": 4})})
-    run_recipe(larger, tmp_path / "out")
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("max_batch: 3", "max_batch: 4"))
+    run_recipe(read_recipe(tmp_path / "recipe.yaml", BACKENDS), tmp_path / "out")
     manifest = read_engine_manifest(tmp_path / "out" / "parallel" / "engine")
     assert manifest.options["command"][manifest.options["command"].index("--max_batch_size") + 1] == "4"
     pretend(monkeypatch, None, program=None, gpus=0)

@@ -11,11 +11,11 @@ from pydantic import BaseModel
 from commands.models import distill, quantize
 from commands.studies import analyze
 from commands.timing import bench
+from engines.backends import BACKENDS
 from exporter.errors import PlanError
 from exporter.plan import Plan, read_plan
-from exporter.recipe import AnalysisRecipe, BenchRecipe, CalibrationRecipe, TensorRtLlmRecipe, read_recipe
+from exporter.recipe import AnalysisRecipe, BenchRecipe, CalibrationRecipe, Recipe, read_recipe
 from exporter.settings import record_of
-from exporter.writers import trtllm
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,20 +26,22 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
+def read(folder: Path, text: str) -> Recipe:
+    return read_recipe(written(folder, text), BACKENDS)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_of_the_repository_is_valid(path: Path) -> None:
-    assert read_recipe(path).model.is_dir()
+    assert read_recipe(path, BACKENDS).model.is_dir()
 
 
 def test_paths_are_relative_to_the_recipe_and_plans_may_be_files(tmp_path: Path) -> None:
     (tmp_path / "plans").mkdir()
     (tmp_path / "plans" / "a.yaml").write_text("drop_attention: [1, [3, 5]]\ndrop_ffn: [[7, 8], 2]\nfuse: [[3, 5]]\n")
-    recipe = read_recipe(
-        written(
-            tmp_path,
-            "model: weights\nvariants: [{name: a, plan: plans/a.yaml}, {name: b, plan: {}, bench: false}]\n"
-            "evaluate: {tasks: [some], include_path: tasks}\nbench: null\n",
-        )
+    recipe = read(
+        tmp_path,
+        "model: weights\nvariants: [{name: a, plan: plans/a.yaml}, {name: b, plan: {}, bench: false}]\n"
+        "evaluate: {tasks: [some], include_path: tasks}\nbench: null\n",
     )
     assert recipe.model == tmp_path / "weights"
     assert recipe.variants[0].plan.dropped_layers == [1, 3, 4, 5]
@@ -58,19 +60,19 @@ def test_paths_may_begin_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "home" / "plan.yaml").write_text("drop_attention: [1]\n")
     (tmp_path / "home" / "format.yaml").write_text("weights: {dtype: int8, scale: row}\n")
     text = "model: ~/m\ncalibration: {text: ~/t}\nvariants: [{name: a, plan: ~/plan.yaml, quantize: ~/format.yaml}]\n"
-    recipe = read_recipe(written(tmp_path, text))
+    recipe = read(tmp_path, text)
     assert recipe.model == tmp_path / "home" / "m"
     assert recipe.calibration is not None
     assert recipe.calibration.text == tmp_path / "home" / "t"
     assert recipe.variants[0].plan == Plan(drop_attention=[1])
-    assert read_recipe(written(tmp_path, "model: ~nobody-of-that-name/m\nvariants: [{name: a}]\n")).model == (
+    assert read(tmp_path, "model: ~nobody-of-that-name/m\nvariants: [{name: a}]\n").model == (
         tmp_path / "~nobody-of-that-name" / "m"
     )
 
 
 def test_a_distillation_has_the_options_and_defaults_of_the_command(tmp_path: Path) -> None:
     text = "model: m\nvariants: [{name: a, plan: {drop_ffn: [1]}, distill: {text: t, lr: 1e-4}}]\n"
-    found = read_recipe(written(tmp_path, text)).variants[0].distill
+    found = read(tmp_path, text).variants[0].distill
     assert found is not None
     assert found.text == tmp_path / "t"
     command = distill.make_context("distill", ["m", "--teacher", "m", "--text", "t", "-o", "o"])
@@ -109,13 +111,87 @@ def test_sections_have_the_defaults_of_commands(
     assert found == {name: chosen[name] for name in found}
 
 
-def test_a_network_for_tensorrt_llm_has_the_defaults_of_its_target() -> None:
-    section = TensorRtLlmRecipe(to="trtllm")
-    assert record_of(trtllm.Options()) == {name: getattr(section, name) for name in ("tp", "pp", "split_embedding")}
+CHOSEN: dict[str, tuple[str, str, list[tuple[str, dict[str, object], dict[str, object]]]]] = {
+    "nothing": ("", "", [("onnxruntime", {"target": ["onnxruntime"], "dtype": None}, {})]),
+    "form_of_tensorrt": (
+        "network: {target: tensorrt, dtype: bfloat16, batch: 2}",
+        "network: {dtype: float16}",
+        [
+            ("tensorrt", {"target": ["tensorrt"], "dtype": "bfloat16", "batch": 2}, {"timing_cache": None}),
+            ("tensorrt", {"target": ["tensorrt"], "dtype": "float16", "batch": 2}, {"timing_cache": None}),
+        ],
+    ),
+    "backend_alone": (
+        "engine: {backend: tensorrt, timing_cache: tactics, weight_streaming_budget: null, lean: true}",
+        "engine: {builder_optimization_level: 5, lean: false}",
+        [
+            ("tensorrt", {"target": ["tensorrt"]}, {"timing_cache": "FOLDER/tactics", "lean": True}),
+            ("tensorrt", {}, {"timing_cache": "FOLDER/tactics", "builder_optimization_level": 5, "lean": False}),
+        ],
+    ),
+    "tensorrt_llm": (
+        "network: {to: trtllm, tp: 4}\nengine: {max_batch: 3}",
+        "network: {pp: 2}\n    engine: {max_seq_len: 512}",
+        [
+            ("tensorrt-llm", {"tp": 4, "pp": 1, "split_embedding": False}, {"max_batch": 3, "max_seq_len": 8192}),
+            ("tensorrt-llm", {"tp": 4, "pp": 2}, {"max_batch": 3, "max_seq_len": 512}),
+        ],
+    ),
+    "torch": (
+        "engine: {backend: torch, dtype: float16, capacity: 64}",
+        "engine: {plugins: wide_ffn, dtype: bfloat16}",
+        [
+            ("torch", {}, {"device": "cuda", "dtype": "float16", "plugins": [], "capacity": 64}),
+            ("torch", {}, {"device": "cuda", "dtype": "bfloat16", "plugins": ["wide_ffn"], "capacity": 64}),
+        ],
+    ),
+    "another_backend": (
+        "network: {target: tensorrt, dtype: bfloat16, plugins: [wide_ffn]}\nengine: {max_input_len: 9}",
+        "engine: {backend: torch}",
+        [
+            ("tensorrt", {"plugins": ["wide_ffn"]}, {"max_input_len": 9}),
+            ("torch", {}, {"device": "cuda", "dtype": None, "capacity": None}),
+        ],
+    ),
+    "another_form_of_onnx": (
+        "network: {target: tensorrt, dtype: bfloat16, max_positions: 99}\nengine: {max_input_len: 9}",
+        "engine: {backend: onnxruntime}\n    network: {dtype: float32}",
+        [
+            ("tensorrt", {"dtype": "bfloat16", "max_positions": 99}, {"max_input_len": 9}),
+            ("onnxruntime", {"target": ["onnxruntime"], "dtype": "float32", "max_positions": 99}, {}),
+        ],
+    ),
+    "back_from_torch": (
+        "engine: {backend: torch, device: cpu}",
+        "network: {to: trtllm, tp: 2}",
+        [("torch", {}, {"device": "cpu"}), ("tensorrt-llm", {"tp": 2}, {"max_batch": 8})],
+    ),
+    "either_is_onnx": (
+        "network: {target: tensorrt}",
+        "network: {to: onnx, batch: 4}",
+        [("tensorrt", {"batch": None}, {}), ("tensorrt", {"batch": 4}, {})],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHOSEN)
+def test_a_variants_own_keys_go_before_the_recipes(case: str, tmp_path: Path) -> None:
+    shared, own, expected = CHOSEN[case]
+    variants = f"variants:\n  - name: a\n  - name: b\n    {own}\n"
+    recipe = read(tmp_path, f"model: m\n{shared}\n{variants}")
+    for variant, (backend, network, engine) in zip(recipe.variants, expected, strict=False):
+        assert variant.engine.name == backend
+        found = {} if variant.network is None else record_of(variant.network.settings)
+        assert {key: found[key] for key in network} == network
+        found = record_of(variant.engine.settings)
+        texts = {key: str(value).replace("FOLDER", str(tmp_path)) for key, value in engine.items()}
+        assert {key: str(found[key]) for key in engine} == texts
+        assert variant.network is None or variant.network.name == BACKENDS[backend].builds_from["to"]
+        assert (variant.network is None) == (backend == "torch")
 
 
 REFUSED = {
-    "not_a_mapping": ("- a\n- b\n", "not a recipe: expected keys title, model"),
+    "not_a_mapping": ("- a\n- b\n", "not a recipe: expected keys network, engine, title, model"),
     "no_model": ("variants: [{name: a}]\n", "model: key is missing"),
     "misspelled_key": ("modle: m\nvariants: [{name: a}]\n", "modle: unknown key: found m"),
     "network_is_a_word": ("model: m\nnetwork: trtllm\nvariants: [{name: a}]\n", "network: "),
@@ -130,37 +206,78 @@ REFUSED = {
     "text_for_a_number": ("model: m\nvariants: [{name: a}]\nbench: {rounds: '5'}\n", "bench.rounds: .*found 5"),
     "zero": ("model: m\nvariants: [{name: a}]\nbench: {batch: [0]}\n", "bench.batch.0: .*greater than 0"),
     "engine_of_another_network": (
-        "model: m\nvariants: [{name: a}]\nengine: {backend: tensorrt}\n",
-        "network of its own: expected network: {target: tensorrt}",
+        "model: m\nnetwork: {target: onnxruntime}\nvariants: [{name: a}]\nengine: {backend: tensorrt}\n",
+        "network: tensorrt builds from another network: expected {to: onnx, target: tensorrt}, "
+        "found {target: onnxruntime}",
+    ),
+    "engine_of_another_form": (
+        "model: m\nvariants: [{name: a, network: {to: trtllm}, engine: {backend: tensorrt}}]\n",
+        "variants.0.network: tensorrt builds from another network: expected {to: onnx, .*found {to: trtllm}",
+    ),
+    "network_for_nobody": (
+        "model: m\nnetwork: {to: trtllm, target: tensorrt}\nvariants: [{name: a}]\n",
+        "no backend builds from such a network: expected {to: onnx, .* or {to: hf}, found {to: trtllm, target: ten",
+    ),
+    "target": (
+        "model: m\nnetwork: {target: tpu}\nvariants: [{name: a}]\n",
+        "no backend builds from such a network: .*found {target: tpu}",
+    ),
+    "network_is_no_table": (
+        "model: m\nvariants: [{name: a, network: [x]}]\n",
+        "variants.0.network: a mapping of keys is wanted: found",
+    ),
+    "backend": (
+        "model: m\nengine: {backend: [torch]}\nvariants: [{name: a}]\n",
+        r"engine.backend: no such backend: expected one of onnxruntime, .*found \[",
+    ),
+    "network_for_torch": (
+        "model: m\nengine: {backend: torch}\nvariants: [{name: a, network: {dtype: float16}}]\n",
+        "variants.0.network.dtype: the engine is built from a Hugging Face folder",
+    ),
+    "shared_network_for_torch": (
+        "model: m\nengine: {backend: torch}\nnetwork: {batch: 1}\nvariants: [{name: a}]\n",
+        "yaml: network.batch: the engine is built from a Hugging Face folder",
+    ),
+    "nothing_to_run": (
+        "model: m\nengine: {backend: torch}\nvariants: [{name: a, plan: {parallel: [[0, 1]]}, checkpoint: false}]\n",
+        "variant 'a': without a checkpoint there is nothing that torch could run",
+    ),
+    "engine_that_is_not_built": (
+        "model: m\nevaluate: {text: t}\nvariants: [{name: a}, {name: b, bench: false, engine: {backend: torch}}]\n",
+        "variants.1.bench: with `false` there is no engine",
     ),
     "dtype_of_another_target": (
-        "model: m\nnetwork: {to: trtllm}\nvariants: [{name: a, dtype: float16}]\n",
-        "dtype is for ONNX networks",
+        "model: m\nnetwork: {to: trtllm}\nvariants: [{name: a, network: {dtype: float16}}]\n",
+        "variants.0.network.dtype: unknown key",
+    ),
+    "network_dtype": (
+        "model: m\nnetwork: {dtype: float64}\nvariants: [{name: a}]\n",
+        "network.dtype: Input should be 'float32', 'float16' or 'bfloat16': found float64",
     ),
     "engine_option": (
         "model: m\nvariants: [{name: a}]\nengine: {backend: tensorrt, optimization: 3}\n",
         "engine.optimization: unknown key",
     ),
-    "fixed_batch": (
-        "model: m\nnetwork: {target: tensorrt, batch: 2}\nvariants: [{name: a}]\nbench: {batch: [1, 2]}\n",
-        r"fixed batch: expected \[2\], found \[1, 2\]",
+    "engine_option_of_a_variant": (
+        "model: m\nvariants: [{name: a, engine: {backend: tensorrt, lean: 1}}]\n",
+        "variants.0.engine.lean: Input should be a valid boolean: found 1",
     ),
-    "fixed_batch_for_onnxruntime": (
-        "model: m\nnetwork: {batch: 2}\nvariants: [{name: a}]\nbench: {batch: [1]}\n",
-        r"fixed batch: expected \[2\], found \[1\]",
+    "engine_range": (
+        "model: m\nvariants: [{name: a}]\nengine: {backend: tensorrt, builder_optimization_level: 6}\n",
+        "engine.builder_optimization_level: .*less than or equal to 5",
+    ),
+    "option_of_a_backend_without": (
+        "model: m\nvariants: [{name: a}]\nengine: {backend: onnxruntime, capacity: 3}\n",
+        "engine.capacity: unknown key",
+    ),
+    "option_of_another_backend": (
+        "model: m\nvariants: [{name: a}, {name: b, engine: {backend: torch, lean: true}}]\n"
+        "engine: {backend: tensorrt, lean: true}\n",
+        "variants.1.engine.lean: unknown key",
     ),
     "no_requests": (
         "model: m\nvariants: [{name: a}]\nbench: {input_len: []}\n",
         "bench.input_len: List should have at least 1 item",
-    ),
-    "long_requests": (
-        "model: m\nnetwork: {max_positions: 100}\nvariants: [{name: a}]\n"
-        "bench: {input_len: [9, 90], output_len: [11, 1]}\n",
-        "longer than the networks' sequences: expected at most 100 tokens, found 101",
-    ),
-    "long_requests_for_trtllm": (
-        "model: m\nnetwork: {to: trtllm, max_seq_len: 64}\nvariants: [{name: a}]\nbench: {}\n",
-        "expected at most 64 tokens, found 96",
     ),
     "name_of_a_step": ("model: m\nvariants: [{name: a}, {name: report}]\n", "name of a step's folder: found report"),
     "not_yaml": ("model: [\n", "not valid YAML"),
@@ -205,7 +322,7 @@ REFUSED = {
 def test_a_malformed_recipe_is_refused(case: str, tmp_path: Path) -> None:
     text, message = REFUSED[case]
     with pytest.raises(PlanError, match=message):
-        read_recipe(written(tmp_path, text))
+        read(tmp_path, text)
 
 
 @pytest.mark.parametrize(

@@ -352,6 +352,7 @@ def test_refuses(make: Callable[[], ModelGraph], options_: Options, problem: str
 
 def test_options_are_what_users_choose() -> None:
     assert options_from(Settings(targets=("tensorrt:bfloat16", "onnxruntime"), max_positions=64)) == BOTH
+    assert options_from(Settings(targets=("tensorrt", "onnxruntime:float32"), dtype=BFLOAT16, max_positions=64)) == BOTH
     assert options_from(Settings()) == PRESETS["onnxruntime"]
 
 
