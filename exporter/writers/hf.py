@@ -107,10 +107,8 @@ def with_source(options: Options, checkpoint: Checkpoint, graph: ModelGraph) -> 
 
 
 def layout_of(graph: ModelGraph, options: Options) -> str:
-    """Return the family a graph is written as: its own or Llama if it is still plain, else "nemotron-nas"."""
-    return next(
-        (name for name in (options.family, llama.FAMILY.name) if _plain_keys(graph, name) is not None), NEMOTRON_NAS
-    )
+    """Return the family a graph is written as: a plain one that has words for it, its own first, else "nemotron-nas"."""
+    return next((name for name in (options.family, *FAMILIES) if _plain_keys(graph, name) is not None), NEMOTRON_NAS)
 
 
 def config_of(graph: ModelGraph, options: Options) -> dict[str, Any]:
