@@ -39,6 +39,7 @@ class EngineManifest(Sealed):
     network_sha256: str  # fingerprint of the network folder it was built from (`Manifest.fingerprint`)
     dtype: str  # of activations and KV cache
     number_format: str | None = None  # of quantized linears as this engine runs them; None: there are none
+    plugins: tuple[str, ...] = ()  # custom ops in place of standard ones
     vocab_size: Positive
     max_positions: Positive  # tokens a sequence may reach
     batch: Positive | None = None  # fixed number of sequences; None: chosen at run time

@@ -476,6 +476,7 @@ def _described(engine: Path, manifest: EngineManifest) -> EngineResult:
             runtime=manifest.runtime,
             dtype=manifest.dtype,
             number_format=manifest.number_format,
+            plugins=manifest.plugins,
             network_sha256=manifest.network_sha256,
             engine_bytes=sum(path.stat().st_size for path in engine.rglob("*") if path.is_file()),
             weight_bytes=manifest.weight_bytes,

@@ -320,6 +320,7 @@ def _engine_manifest(
         network_sha256=folder.fingerprint,
         dtype=variant.dtype,
         number_format=executed_format(variant.number_format, linears),
+        plugins=tuple(variant.options.get("plugins", ())),
         vocab_size=contract.vocab_size,
         max_positions=variant.max_positions,
         batch=variant.batch,

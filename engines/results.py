@@ -112,6 +112,7 @@ class EngineResult(Sealed):
     program: Literal["cpp", "python"] | None = None  # which of our programs took the samples; None: another one
     dtype: Text  # of activations and KV cache
     number_format: Text | None = None  # of quantized linears, as the engine runs them
+    plugins: tuple[Text, ...] = Field(default=(), max_length=100)  # custom ops in place of standard ones
     network_sha256: Text | None = None
     engine_bytes: Count | None = None  # the whole folder
     weight_bytes: Count
@@ -123,6 +124,11 @@ class EngineResult(Sealed):
     accuracy: Accuracy | None = None
     profiles: tuple[Profile, ...] = Field(default=(), max_length=100)  # of runs apart from the timed ones
     stopped: Stopped | None = None  # None: every request shape has all of its rounds
+
+    @property
+    def arithmetic(self) -> str:
+        """What reports say of its linears, and of the custom ops that take the place of standard ones."""
+        return ", ".join([self.number_format or self.dtype, *self.plugins])
 
     @property
     def standing(self) -> str:

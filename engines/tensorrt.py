@@ -204,6 +204,7 @@ def _engine_manifest(plan: BuildPlan, options: EngineOptions, label: str) -> Eng
         network_sha256=plan.fingerprint,
         dtype=variant.dtype,
         number_format=variant.number_format,
+        plugins=tuple(variant.options.get("plugins", ())),
         vocab_size=contract.vocab_size,
         max_positions=variant.max_positions,
         batch=variant.batch,

@@ -61,7 +61,6 @@ class EngineOptions(Sealed):
 
     device: Device
     emulated: bool  # whether a number format is imitated, so that timings say nothing about it
-    plugins: tuple[Literal["wide_ffn"], ...]
 
 
 class Torch:
@@ -118,6 +117,8 @@ class Torch:
         if manifest.backend != NAME:
             raise EngineError("engine of another backend", file=engine, expected=NAME, found=manifest.backend)
         options = backend_options(manifest, EngineOptions, engine)
+        if not set(manifest.plugins) <= set(PLUGINS):
+            raise EngineError("no such plugin", file=engine, expected=", ".join(PLUGINS), found=manifest.plugins)
         if manifest.dtype not in {dtype.name for dtype in DTYPES}:
             raise EngineError("not a dtype that runs here", file=engine, expected=_names(DTYPES), found=manifest.dtype)
         device = torch.device(options.device)
@@ -133,7 +134,7 @@ class Torch:
             manifest = manifest.model_copy(
                 update={"options": {**manifest.options, "device": torch.cuda.get_device_name(device)}}
             )
-        return TorchRunner(manifest, _model(graph, device, manifest.dtype, WIDE_FFN in options.plugins))
+        return TorchRunner(manifest, _model(graph, device, manifest.dtype, WIDE_FFN in manifest.plugins))
 
 
 class TorchRunner:
@@ -292,6 +293,7 @@ def _engine_manifest(checkpoint: Checkpoint, settings: BuildSettings, label: str
         network_sha256=hashlib.sha256(source.encode()).hexdigest(),
         dtype=dtype.name,
         number_format=number_format(graph),
+        plugins=settings.plugins,
         vocab_size=graph.vocab_size,
         max_positions=settings.capacity or graph.max_position_embeddings,
         capacity=settings.capacity,
@@ -299,13 +301,7 @@ def _engine_manifest(checkpoint: Checkpoint, settings: BuildSettings, label: str
         kv_bytes_per_token=graph.kv_bytes_per_token(dtype),
         weight_bytes=graph.weight_bytes,
         structure=structure(graph),
-        options=EngineOptions.model_validate(
-            {
-                "device": settings.device,
-                "emulated": _is_emulated(graph, settings),
-                "plugins": settings.plugins,
-            }
-        ).model_dump(mode="json"),
+        options=EngineOptions(device=settings.device, emulated=_is_emulated(graph, settings)).model_dump(mode="json"),
     )
 
 

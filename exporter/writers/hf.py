@@ -107,7 +107,7 @@ def with_source(options: Options, checkpoint: Checkpoint, graph: ModelGraph) -> 
 
 
 def layout_of(graph: ModelGraph, options: Options) -> str:
-    """Return the family a graph is written as: a plain one that has words for it, its own first, else "nemotron-nas"."""
+    """Return the family a graph is written as: a plain one that has words for it, its own first, or "nemotron-nas"."""
     return next((name for name in (options.family, *FAMILIES) if _plain_keys(graph, name) is not None), NEMOTRON_NAS)
 
 

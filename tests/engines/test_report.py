@@ -504,7 +504,7 @@ def test_hostile_text_elsewhere_stays_text(tmp_path):
 def test_number_formats_are_named(tmp_path):
     engines = [ENGINES[0], {**ENGINES[1], "number_format": "int8 (W8A8 static)"}, *ENGINES[2:]]
     files = rendered(tmp_path, with_changes(engines=engines))
-    assert "| number format | float32 | int8 (W8A8 static) | float32 |" in files["report.md"].decode()
+    assert "| number format, plugins | float32 | int8 (W8A8 static) | float32 |" in files["report.md"].decode()
     assert "int8 (W8A8 static)" in Page(files["report.html"]).text
 
 

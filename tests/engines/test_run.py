@@ -484,7 +484,7 @@ variants:
   - {name: plain}
   - {name: fused, plan: plan.yaml}
   - {name: capped, plan: plan.yaml, engine: {capacity: 32}}
-  - {name: onnx, plan: plan.yaml, engine: {backend: onnxruntime}}
+  - {name: onnx, plan: plan.yaml, engine: {backend: onnxruntime}, network: {plugins: wide_ffn}}
   - {name: int8, quantize: int8-smoothquant}
   - {name: int8-capped, quantize: int8-smoothquant, engine: {capacity: 32}}
 evaluate: {text: text.txt, context: 16, max_windows: 2}
@@ -516,8 +516,10 @@ def test_variants_with_engines_of_their_own_share_their_other_steps(recipe: Path
     engines = {engine["label"]: engine for engine in results["engines"]}
     assert [engine["backend"] for engine in engines.values()] == [*["torch"] * 3, "onnxruntime", *["torch"] * 2]
     assert engines["capped"]["accuracy"] == engines["fused"]["accuracy"] != engines["plain"]["accuracy"]
+    assert {name: engine["plugins"] for name, engine in engines.items() if engine["plugins"]} == {"onnx": ["wide_ffn"]}
     assert read_engine_manifest(Path("out/capped/engine")).capacity == 32
     report = Path("out/report/report.md").read_text()
+    assert "| float32 | float32, wide\\_ffn | int8 " in report
     assert report.count("Quantization error of int8") == 1
     recipe.write_text(ENGINES.replace("capacity: 32", "capacity: 33", 1))
     assert steps_made(recipe) == ["capped: engine", "benchmark", "results", "report"]

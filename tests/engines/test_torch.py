@@ -5,7 +5,6 @@ What needs a GPU has the marker `gpu`.
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +18,7 @@ import pytest
 import torch
 
 from engines.backends import backend_named
-from engines.base import read_engine_manifest
+from engines.base import read_engine_manifest, save_engine
 from engines.bench import bench_engines, request_grid
 from engines.torch import BuildSettings, Torch, TorchRunner
 from engines.torch_linear import (
@@ -276,7 +275,8 @@ def test_what_an_engine_says_about_itself(tmp_path: Path) -> None:
     graph = quantized("fp8", "bfloat16")
     manifest = read_engine_manifest(engine(graph, tmp_path, replace(ON_CPU, plugins=("wide_ffn",))))
     assert (manifest.backend, manifest.dtype, manifest.number_format) == ("torch", "bfloat16", "fp8 (W8A8 static)")
-    assert manifest.options == {"device": "cpu", "emulated": True, "plugins": ["wide_ffn"]}
+    assert manifest.plugins == ("wide_ffn",)
+    assert manifest.options == {"device": "cpu", "emulated": True}
     assert manifest.kv_bytes_per_token == graph.kv_bytes_per_token(BFLOAT16)
 
 
@@ -425,6 +425,21 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match="file was altered"):
             Torch().open(built, threads=1)
 
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"backend": "onnxruntime"}, "engine of another backend: expected torch, found onnxruntime"),
+            ({"plugins": ("narrow",)}, "no such plugin: expected wide_ffn, found .*narrow"),
+            ({"dtype": "float64"}, "not a dtype that runs here: .*found float64"),
+            ({"options": {"device": "tpu", "emulated": False}}, "options in the engine manifest .device"),
+        ],
+    )
+    def test_an_engine_of_something_else(self, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+        manifest = read_engine_manifest(engine(tiny_graph("AF"), tmp_path)).model_copy(update=changes)
+        save_engine(tmp_path / "other", manifest, [], details={}, force=False)
+        with pytest.raises(EngineError, match=message):
+            Torch().open(tmp_path / "other", threads=1)
+
     def test_weights_larger_than_memory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         graph = tiny_graph("AF")
         built = engine(graph, tmp_path, replace(ON_CPU, dtype=FLOAT32))
@@ -476,7 +491,7 @@ class TestCommand:
         done("engine", model, "--backend", "torch", *options, "--label", "fused", "-o", built)
         manifest = read_engine_manifest(built)
         assert (manifest.label, manifest.capacity, manifest.dtype) == ("fused", 512, "bfloat16")
-        assert json.loads((built / "engine.json").read_text())["options"]["plugins"] == ["wide_ffn"]
+        assert manifest.plugins == ("wide_ffn",)
 
     def test_options_belong_to_their_backend(self, tmp_path: Path) -> None:
         (tmp_path / "model").mkdir()

@@ -68,6 +68,7 @@ Json engine_json(const Engine& engine, const Runner& runner, double load_time_s)
           {"program", "cpp"},
           {"dtype", engine.dtype},
           {"number_format", field(document, "number_format", where)},
+          {"plugins", document.value("plugins", Json::array())},
           {"network_sha256", field(document, "network_sha256", where)},
           {"engine_bytes", folder_bytes(engine.folder)},
           {"weight_bytes", integer_field(document, "weight_bytes", where, 0)},
