@@ -94,13 +94,14 @@ def _variants_table(variants: Sequence[ForeseenVariant]) -> Table:
     table.add_column("engine")
     for variant in variants:
         graph = variant.structure
-        engine = " ".join(word for word in (variant.backend, variant.dtype) if word is not None)
+        form = () if variant.engine is None else (variant.engine.dtype, *variant.engine.plugins)
+        engine = " ".join([variant.backend or "none", *form])
         if graph is None:
             table.add_row(variant.name, "", "", "", "its plan is what the analysis will suggest", engine)
         else:
             figures = (len(graph.blocks), graph.sequential_sublayers, graph.num_parameters)
             texts = [f"{figure:,}" for figure in figures]
-            table.add_row(variant.name, *texts, number_format(graph) or "none", engine or "none")
+            table.add_row(variant.name, *texts, number_format(graph) or "none", engine)
     return table
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from engines import tensorrt, tensorrt_build, tensorrt_llm, torch
 from engines.base import Backend, BuildProgress, Foreseen
 from engines.onnxruntime import OnnxRuntime
-from exporter.errors import EngineError
+from exporter.errors import EngineError, raise_all
 from exporter.graph import ModelGraph
 from exporter.settings import Setting, owners_by_setting
 from exporter.writers import onnx_options
@@ -29,13 +29,22 @@ class Kind:
     tells_progress: bool = False
 
 
-def _foresee_from_network(graph: ModelGraph, network: onnx_options.Settings, settings: object) -> Foreseen:
+def _foresee_from_network(graph: ModelGraph, network: onnx_options.Settings, settings: object = None) -> Foreseen:
     (form,) = onnx_options.options_from(network).networks
     return Foreseen(
         dtype=onnx_options.network_dtype(form, graph.dtype).name,
         max_positions=network.max_positions or graph.max_position_embeddings,
         batch=form.batch,
+        plugins=network.plugins,
     )
+
+
+def _foresee_tensorrt(
+    graph: ModelGraph, network: onnx_options.Settings, settings: tensorrt_build.BuildSettings | None
+) -> Foreseen:
+    engine = _foresee_from_network(graph, network)
+    raise_all(list(tensorrt_build.setting_problems(settings or tensorrt_build.BuildSettings(), engine)))
+    return engine
 
 
 BACKENDS: dict[str, Kind] = {
@@ -45,7 +54,7 @@ BACKENDS: dict[str, Kind] = {
     "tensorrt": Kind(
         tensorrt.TensorRt,
         {"to": "onnx", "target": "tensorrt"},
-        _foresee_from_network,
+        _foresee_tensorrt,
         tensorrt_build.BuildSettings,
         tensorrt.describe_build,
         tells_progress=True,

@@ -116,6 +116,7 @@ class Foreseen:
     max_positions: int  # tokens a sequence may reach
     batch: int | None = None  # fixed number of sequences; None: chosen at run time
     max_batch: int | None = None  # None: as many as there is memory for
+    plugins: tuple[str, ...] = ()  # custom ops in place of standard ones
 
 
 class Runner(Protocol):

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines.base import Backend
+from engines.base import Backend, Foreseen
 from engines.bench import Progress
 from engines.run_engines import (
     Note,
@@ -119,7 +119,7 @@ class ForeseenVariant:
     name: str
     structure: ModelGraph | None  # what plan and quantization give; None: its plan is yet to be suggested
     backend: str | None  # None: it is not timed
-    dtype: str | None  # of the engine; None: there is none, or its plan is yet to be suggested
+    engine: Foreseen | None  # None: there is none, or its plan is yet to be suggested
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ def _foreseen(wanted: VariantRecipe, variant: Variant | None) -> ForeseenVariant
         name=wanted.name,
         structure=None if variant is None else variant.expected,
         backend=wanted.engine.name if wanted.bench else None,
-        dtype=None if variant is None or variant.engine is None else variant.engine.dtype,
+        engine=None if variant is None else variant.engine,
     )
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
-from engines.base import BuildProgress
+from engines.base import BuildProgress, Foreseen
 from engines.tensorrt_engine import (
     ANY,
     DATA_TYPES,
@@ -163,17 +163,14 @@ def plan_build(network: Path, settings: BuildSettings) -> BuildPlan:
     for name in (variant.file, *variant.weight_files):
         if name not in folder.files:
             raise EngineError("the network names a file that is not in its folder", file=network, found=name)
-    raise_all(list(_setting_problems(settings, variant)))
-    profiles = _profiles(settings, variant)
-    most_tokens = profiles[0].batch[2] * profiles[0].tokens[2]
-    if variant.options.get("plugins") and most_tokens > WIDE_FFN_MOST_TOKENS:
-        raise EngineError(
-            "the network has nodes of plugins, which take few tokens at a time",
-            file=network / variant.file,
-            expected=f"at most {WIDE_FFN_MOST_TOKENS} tokens of all sequences in one call",
-            found=most_tokens,
-            hint="choose a smaller --max-input-len; longer prompts then take several calls",
-        )
+    engine = Foreseen(
+        dtype=variant.dtype,
+        max_positions=variant.max_positions,
+        batch=variant.batch,
+        plugins=tuple(variant.options.get("plugins", ())),
+    )
+    raise_all(list(setting_problems(settings, engine)))
+    profiles = _profiles(settings, engine)
     weight_bytes = _weight_bytes(contract, variant, sum(folder.files[name].bytes for name in variant.weight_files))
     itemsize = BY_NAME[variant.dtype].itemsize
     kv_bytes_per_token = sum(slot.elements_per_position() for slot in contract.cache) * itemsize
@@ -330,39 +327,46 @@ def build_engine(
     return timings.state, None
 
 
-def _setting_problems(settings: BuildSettings, variant: NetworkVariant) -> Iterator[EngineError]:
+def setting_problems(settings: BuildSettings, engine: Foreseen) -> Iterator[EngineError]:
+    """What of the settings does not fit an engine of this form, or anything; reads nothing."""
     yield from range_problems(settings, EngineError)
-    if settings.max_batch_size is not None and variant.batch is not None:
-        yield EngineError(
-            "the network has a fixed batch",
-            file=variant.file,
-            expected="no max_batch_size",
-            found=settings.max_batch_size,
-        )
-    if settings.max_input_len is not None and settings.max_input_len > variant.max_positions:
+    if settings.max_batch_size is not None and engine.batch is not None:
+        yield EngineError("the network has a fixed batch", expected="no max_batch_size", found=settings.max_batch_size)
+    if settings.max_input_len is not None and settings.max_input_len > engine.max_positions:
         yield EngineError(
             "max_input_len is more than a sequence may have",
-            expected=f"at most {variant.max_positions}",
+            expected=f"at most {engine.max_positions}",
             found=settings.max_input_len,
         )
-    longest = _max_input_len(settings, variant)
+    longest = _max_input_len(settings, engine)
     if settings.opt_input_len is not None and settings.opt_input_len > longest:
         yield EngineError(
             "opt_input_len is within max_input_len", expected=f"at most {longest}", found=settings.opt_input_len
         )
     if settings.weight_streaming_budget is not None and not settings.weight_streaming:
         yield EngineError("weight_streaming_budget belongs to weight_streaming")
+    most_tokens = _max_batch(settings, engine) * longest
+    if engine.plugins and most_tokens > WIDE_FFN_MOST_TOKENS:
+        yield EngineError(
+            "the network has nodes of plugins, which take few tokens at a time",
+            expected=f"at most {WIDE_FFN_MOST_TOKENS} tokens of all sequences in one call",
+            found=most_tokens,
+            hint="choose a smaller max_input_len; longer prompts then take several calls",
+        )
 
 
-def _max_input_len(settings: BuildSettings, variant: NetworkVariant) -> int:
-    return settings.max_input_len or min(2048, variant.max_positions)
+def _max_batch(settings: BuildSettings, engine: Foreseen) -> int:
+    return engine.batch or settings.max_batch_size or 8
 
 
-def _profiles(settings: BuildSettings, variant: NetworkVariant) -> tuple[Profile, Profile]:
-    fixed = variant.batch
-    most = settings.max_batch_size or 8
-    batch = (fixed, fixed, fixed) if fixed is not None else (1, most, most)
-    longest = _max_input_len(settings, variant)
+def _max_input_len(settings: BuildSettings, engine: Foreseen) -> int:
+    return settings.max_input_len or min(2048, engine.max_positions)
+
+
+def _profiles(settings: BuildSettings, engine: Foreseen) -> tuple[Profile, Profile]:
+    most = _max_batch(settings, engine)
+    batch = (most, most, most) if engine.batch is not None else (1, most, most)
+    longest = _max_input_len(settings, engine)
     prefill = (1, settings.opt_input_len or longest, longest)
     return (
         Profile(name=PREFILL, index=0, batch=batch, tokens=prefill),

@@ -119,7 +119,7 @@ class TensorRtLlm:
         refuse_existing(output, force=force)
         check_folder(network, CHECKPOINT_KIND, hashes=False)
         checkpoint = read_checkpoint_manifest(network)
-        _check_settings(checkpoint, self.settings)
+        _check_settings(self.settings, checkpoint.quant_algo, checkpoint.dtype)
         with parent_of(output) as parent:
             _check_space(checkpoint, parent)
             folder = check_folder(network, CHECKPOINT_KIND, hashes=True)  # reads all of it
@@ -148,7 +148,7 @@ def build_command(
     Raises:
         EngineError: the settings do not fit the model.
     """
-    _check_settings(manifest, settings)
+    _check_settings(settings, manifest.quant_algo, manifest.dtype)
     world_size = manifest.tp_size * manifest.pp_size
     max_seq_len = min(settings.max_seq_len, manifest.max_positions)
     options: dict[str, object] = {
@@ -207,9 +207,10 @@ def foresee(graph: ModelGraph, network: trtllm.Options, settings: BuildSettings)
     Raises:
         EngineError: there can be none with these settings.
     """
-    raise_all(list(range_problems(settings, EngineError)))
+    dtype = trtllm.network_dtype(graph, network).name
+    _check_settings(settings, trtllm.quant_algo(graph), dtype)
     return Foreseen(
-        dtype=trtllm.network_dtype(graph, network).name,
+        dtype=dtype,
         max_positions=min(settings.max_seq_len, graph.max_position_embeddings),
         max_batch=settings.max_batch_size,
     )
@@ -237,12 +238,10 @@ def describe_build(checkpoint: Path, output: Path, settings: BuildSettings) -> s
     return "\n".join(lines)
 
 
-def _check_settings(manifest: CheckpointManifest, settings: BuildSettings) -> None:
+def _check_settings(settings: BuildSettings, quant_algo: str | None, dtype: str) -> None:
     raise_all(list(range_problems(settings, EngineError)))
-    if settings.low_latency and manifest.quant_algo != "FP8":
-        raise EngineError(
-            "the low-latency GEMM plugin is for FP8", expected="FP8", found=manifest.quant_algo or manifest.dtype
-        )
+    if settings.low_latency and quant_algo != "FP8":
+        raise EngineError("the low-latency GEMM plugin is for FP8", expected="FP8", found=quant_algo or dtype)
 
 
 def _check_space(manifest: CheckpointManifest, folder: Path) -> None:

@@ -241,7 +241,8 @@ def foresee(graph: ModelGraph, network: None, settings: BuildSettings) -> Forese
     """
     dtype = settings.dtype or graph.dtype
     raise_all(list(_problems(graph, dtype, settings)))
-    return Foreseen(dtype=dtype.name, max_positions=settings.capacity or graph.max_position_embeddings)
+    positions = settings.capacity or graph.max_position_embeddings
+    return Foreseen(dtype=dtype.name, max_positions=positions, plugins=settings.plugins)
 
 
 def _model(graph: ModelGraph, device: Any, dtype: str, wide_ffn: bool) -> TorchModel:

@@ -98,6 +98,11 @@ def network_dtype(graph: ModelGraph, options: Options) -> DType:
     return options.dtype or (FLOAT16 if graph.dtype == FLOAT16 else BFLOAT16)
 
 
+def quant_algo(graph: ModelGraph) -> str | None:
+    """What TensorRT-LLM calls the number format of a graph that `check` accepts; None: it is not quantized."""
+    return format_of(layers_of(graph)).algo
+
+
 def tensors_of_ranks(graph: ModelGraph, options: Options) -> dict[str, dict[str, LazyTensor]]:
     """Return every tensor of every rank's file, in the order of the forward pass, by file and name.
 

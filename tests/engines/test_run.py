@@ -103,6 +103,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "out",
         "the wide-FFN op computes in bfloat16",
     ),
+    "plugin_with_long_prompts": (
+        {"network": {"target": "tensorrt", "dtype": "bfloat16", "plugins": "wide_ffn"}},
+        "out",
+        "nodes of plugins, .* expected at most 64 tokens of all sequences in one call, found 512",
+    ),
+    "settings_of_a_builder": (
+        {"engine": {"backend": "tensorrt", "max_input_len": 513}},
+        "out",
+        "max_input_len is more than a sequence may have: expected at most 512, found 513",
+    ),
+    "settings_of_trtllm_that_do_not_fit": (
+        {"network": {"to": "trtllm"}, "engine": {"low_latency": True}},
+        "out",
+        "the low-latency GEMM plugin is for FP8: expected FP8, found bfloat16",
+    ),
     "profile_of_torch": (
         {"engine": {"backend": "torch"}, "bench": {"profile": True}},
         "out",
@@ -495,10 +510,15 @@ bench: {rounds: 1, input_len: [4], output_len: [2], runtime: python}
 def test_variants_with_engines_of_their_own_share_their_other_steps(recipe: Path) -> None:
     recipe.write_text(ENGINES)
     foreseen = dry_run_recipe(read_recipe(recipe, BACKENDS), Path("out"))
-    assert [(variant.backend, variant.dtype) for variant in foreseen.variants] == [
-        *[("torch", "float32")] * 3,
-        ("onnxruntime", "float32"),
-        *[("torch", "float32")] * 2,
+    assert [variant.backend for variant in foreseen.variants] == [*["torch"] * 3, "onnxruntime", *["torch"] * 2]
+    forms = [variant.engine for variant in foreseen.variants if variant.engine is not None]
+    assert [(form.dtype, form.plugins, form.max_positions) for form in forms] == [
+        ("float32", (), 512),
+        ("float32", (), 512),
+        ("float32", (), 32),
+        ("float32", ("wide_ffn",), 512),
+        ("float32", (), 512),
+        ("float32", (), 32),
     ]
     made = steps_made(recipe)
     assert made == [step.name for step in foreseen.steps]
