@@ -1,6 +1,6 @@
 """ONNX Runtime on CPU: engines from ONNX networks, and a runner whose KV cache is updated in place.
 
-Building copies the network and its weight files and proves that they run, quantized linears with the kernels of their
+Building takes the network and its weight files over and proves that they run, quantized linears with the kernels of their
 format (`onnxruntime_kernels`); ONNX Runtime optimizes when the engine is opened. The cache of a network with symbolic
 capacity starts small and grows by `CACHE_STEP` positions, because on CPU an attention costs what its capacity is, not
 what it holds.
@@ -46,7 +46,7 @@ from exporter.network import (
 )
 from exporter.safetensors_io import read_json
 from exporter.structure import Sealed
-from exporter.writers.files import FileCopy, Manifest, check_folder, refuse_existing
+from exporter.writers.files import FileLink, Manifest, check_folder, refuse_existing
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -103,7 +103,7 @@ class OnnxRuntime:
         linears = quantized_linears(network / variant.file)
         manifest = _engine_manifest(contract, variant, folder, label or output.name, linears)
         _prove(manifest, network, linears)
-        files = [(name, FileCopy(network / name)) for name in (variant.file, *variant.weight_files)]
+        files = [(name, FileLink(network / name)) for name in (variant.file, *variant.weight_files)]
         return save_engine(output, manifest, files, details=details, force=force)
 
     def open(self, engine: Path, *, threads: int | None, profile: Path | None = None) -> OnnxRuntimeRunner:

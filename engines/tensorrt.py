@@ -23,7 +23,7 @@ from engines.tensorrt_library import Gpu
 from engines.tensorrt_runner import CudaDevice, TensorRtRunner
 from exporter.errors import EngineError, IncompleteError, raise_all
 from exporter.network import NETWORK_KIND
-from exporter.writers.files import FileCopy, check_folder, parent_of, refuse_existing
+from exporter.writers.files import FileLink, check_folder, parent_of, refuse_existing
 
 NAME = "tensorrt"
 PLAN_FILE = "engine.plan"
@@ -76,7 +76,7 @@ class TensorRt:
             options = _options(plan, here, trt.__version__, timing_cache)
             manifest = _engine_manifest(plan, options, label or output.name)
             _prove(trt, manifest, options, built)
-            save_engine(output, manifest, [(PLAN_FILE, FileCopy(built))], details=details, force=force)
+            save_engine(output, manifest, [(PLAN_FILE, FileLink(built))], details=details, force=force)
         if lost_timings is not None:
             raise IncompleteError(
                 f"the engine is built, but its timings are not in the cache: {lost_timings}", file=output

@@ -26,7 +26,7 @@ from exporter.safetensors_io import read_json
 from exporter.settings import Setting, range_problems
 from exporter.writers import trtllm
 from exporter.writers.files import (
-    FileCopy,
+    FileLink,
     check_folder,
     parent_of,
     refuse_existing,
@@ -129,9 +129,9 @@ class TensorRtLlm:
                 command = build_command(network, Path(built), checkpoint, settings)
                 _run(command, build_environment(network, checkpoint))
                 manifest = _engine_manifest(checkpoint, folder.fingerprint, label or output.name, settings, command)
-                files = [(path.name, FileCopy(path)) for path in sorted(Path(built).iterdir()) if path.is_file()]
+                files = [(path.name, FileLink(path)) for path in sorted(Path(built).iterdir()) if path.is_file()]
                 if checkpoint.model_class is not None:
-                    files.append((MODEL_FILE, FileCopy(network / MODEL_FILE)))
+                    files.append((MODEL_FILE, FileLink(network / MODEL_FILE)))
                 return save_engine(output, manifest, files, details=details, force=force)
 
     def open(self, engine: Path, *, threads: int | None) -> Runner:
@@ -245,8 +245,8 @@ def _check_settings(settings: BuildSettings, quant_algo: str | None, dtype: str)
 
 
 def _check_space(manifest: CheckpointManifest, folder: Path) -> None:
-    """Engines are about as large as their weights, and for a moment there twice: as built, and as saved."""
-    needed, free = 2 * sum(rank.weight_bytes for rank in manifest.ranks), shutil.disk_usage(folder).free
+    """Engines are about as large as their weights."""
+    needed, free = sum(rank.weight_bytes for rank in manifest.ranks), shutil.disk_usage(folder).free
     if needed > free:
         raise OutputError(
             "not enough disk space", file=folder, expected=f"{size_text(needed)} free", found=size_text(free)

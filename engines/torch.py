@@ -1,8 +1,8 @@
 """PyTorch: an engine is a Hugging Face folder, run with a static KV cache and, on a GPU, decode as a CUDA graph.
 
 It needs nothing but PyTorch, so that variants of a model can be timed against each other on any NVIDIA GPU; on a CPU
-the same code runs without graphs. The engine folder holds copies of the model's files beside its manifest, and is
-itself a model folder.
+the same code runs without graphs. The engine folder holds the model's files beside its manifest, and is itself a
+model folder.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from exporter.safetensors_io import checkpoint_files, path_inside
 from exporter.settings import Setting
 from exporter.structure import Sealed
 from exporter.wide_ffn import wide_ffn_problems
-from exporter.writers.files import FileCopy, check_folder, refuse_existing
+from exporter.writers.files import FileCopy, FileLink, check_folder, read_manifest, refuse_existing
 
 if TYPE_CHECKING:
     from engines.torch_model import StaticCache, TorchModel
@@ -89,7 +89,9 @@ class Torch:
         force: bool,
         details: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Copy a model folder into an engine folder; `network` is that model folder. No GPU is needed for it.
+        """Make an engine folder of a model folder, `network`. No GPU is needed for it.
+
+        Files of a folder that we wrote get a second name there, where the file system allows; others are copied.
 
         Raises:
             CheckpointError: the model folder is incomplete, altered or malformed.
@@ -106,7 +108,12 @@ class Torch:
             )
         checkpoint = open_model(network, need_weights=True)
         manifest = _engine_manifest(checkpoint, self.settings, label or output.name)
-        files = [(name, FileCopy(path)) for name, path in _model_files(checkpoint).items()]
+        written = read_manifest(network)
+        ours = set() if written is None else {network / name for name in written.files}
+        files = [
+            (name, FileLink(path) if path in ours else FileCopy(path))
+            for name, path in _model_files(checkpoint).items()
+        ]
         return save_engine(output, manifest, files, details=details, force=force)
 
     def open(self, engine: Path, *, threads: int | None) -> TorchRunner:

@@ -226,6 +226,11 @@ def copied(engine: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(engine, tmp_path / "engine"))
 
 
+def test_an_engine_takes_no_space_beside_its_network(engine: Path) -> None:
+    for name in ("onnxruntime.onnx", "weights.safetensors"):
+        assert (engine / name).samefile(engine.parent / "network" / name)
+
+
 def test_manifest(engine: Path) -> None:
     manifest = OnnxRuntime().open(engine, threads=None).manifest
     assert manifest.label == "engine"

@@ -38,7 +38,7 @@ from exporter.read import open_model
 from exporter.reference import Reference, fake_quantized, torch_from_lazy
 from exporter.wide_ffn import wide_ffn_problems
 from exporter.writers import hf, onnx
-from exporter.writers.files import save_folder
+from exporter.writers.files import MANIFEST, save_folder
 from tests.command_line import call, done
 from tests.engines.test_bench import manifest_of
 from tests.engines.test_onnxruntime import GRAPHS, LENGTHS, Recorded
@@ -269,6 +269,15 @@ def test_an_engine_folder_runs_without_its_source(tmp_path: Path) -> None:
     assert runner._room.cache.capacity == 200
     runner.close()
     np.testing.assert_array_equal(open_model(built, need_weights=True).graph.embedding.numpy(), graph.embedding.numpy())
+
+
+def test_only_files_of_ours_are_shared(tmp_path: Path) -> None:
+    built = engine(tiny_graph("AF"), tmp_path)
+    names = ("config.json", "model.safetensors")
+    assert all((built / name).samefile(tmp_path / "model" / name) for name in names)
+    (tmp_path / "model" / MANIFEST).unlink()  # as if somebody else had written them
+    again = Torch(ON_CPU).build(tmp_path / "model", tmp_path / "again", label=None, force=False)
+    assert not any((again / name).samefile(tmp_path / "model" / name) for name in names)
 
 
 def test_what_an_engine_says_about_itself(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,9 @@ from exporter.writers.files import (
     MARKER,
     Content,
     FileCopy,
+    FileEntry,
+    FileLink,
+    bytes_of,
     check_folder,
     read_manifest,
     refuse_existing,
@@ -264,6 +268,67 @@ def test_a_source_that_changes_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: file changed.*expected 100 bytes, found 99"):
         save(tmp_path / "out", [("tokenizer.json", copy)])
     assert os.listdir(tmp_path) == ["tokenizer.json"]
+
+
+def test_a_file_that_nobody_writes_to_gets_a_second_name(tmp_path: Path) -> None:
+    source, content = tmp_path / "weights", os.urandom(9 << 20)
+    source.write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))  # takes no space
+        told: list[int] = []
+        manifest = save(tmp_path / "out", [("deep/weights", FileLink(source)), ("a", GOOD)], progress=told.append)
+    assert os.path.samefile(tmp_path / "out/deep/weights", source)
+    assert manifest.files["deep/weights"] == FileEntry(bytes=9 << 20, sha256=hashlib.sha256(content).hexdigest())
+    assert sum(told) == (9 << 20) + bytes_of(GOOD)
+    check_folder(tmp_path / "out", "checkpoint", hashes=True)
+    save(tmp_path / "out", [("deep/weights", b"new")], force=True)
+    assert source.read_bytes() == content
+
+
+@pytest.mark.parametrize("code", files.NO_LINKS, ids=errno.errorcode.get)
+def test_without_links_it_is_copied(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "weights"
+    source.write_bytes(b"x" * 100)
+
+    def link(*names: Path) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.os, "link", link)
+    save(tmp_path / "out", [("weights", FileLink(source))])
+    assert (tmp_path / "out/weights").read_bytes() == b"x" * 100
+    assert not os.path.samefile(tmp_path / "out/weights", source)
+
+
+def test_what_a_symbolic_link_leads_to_is_copied(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_bytes(b"x")
+    (tmp_path / "weights").symlink_to("theirs")
+    save(tmp_path / "out", [("weights", FileLink(tmp_path / "weights"))])
+    assert (tmp_path / "out/weights").read_bytes() == b"x"
+    assert not (tmp_path / "out/weights").is_symlink()
+    assert not os.path.samefile(tmp_path / "out/weights", tmp_path / "theirs")
+
+
+def test_space_is_asked_for_where_links_do_not_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "weights").write_bytes(b"x" * 100)
+    elsewhere = FileLink(tmp_path / "weights")
+    monkeypatch.setattr(elsewhere, "is_near", lambda folder: False)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=99))
+    with pytest.raises(OutputError, match="not enough disk space: expected 100 bytes free, found 99 bytes"):
+        save(tmp_path / "out", [("weights", elsewhere)])
+
+
+@pytest.mark.parametrize("gone", ["before", "meanwhile"])
+def test_a_file_that_is_gone_is_named(gone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "weights"
+    source.touch()
+    link = FileLink(source)
+    if gone == "before":
+        source.unlink()
+    else:
+        monkeypatch.setattr(link, "is_near", lambda folder: bool(source.unlink() is None))
+    with pytest.raises(CheckpointError, match=r"weights: cannot be read \(No such file"):
+        save(tmp_path / "out", [("weights", link)])
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_failure_in_one_thread_stops_the_others(tmp_path: Path) -> None:

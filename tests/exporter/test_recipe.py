@@ -226,6 +226,7 @@ REFUSED = {
         "model: m\nvariants: [{name: a, network: [x]}]\n",
         "variants.0.network: a mapping of keys is wanted: found",
     ),
+    "network_is_empty": ("model: m\nnetwork: []\nvariants: [{name: a}]\n", r"yaml: network: a mapping.* found \[\]"),
     "backend": (
         "model: m\nengine: {backend: [torch]}\nvariants: [{name: a}]\n",
         r"engine.backend: no such backend: expected one of onnxruntime, .*found \[",
