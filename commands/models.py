@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from commands.help import SectionedCommand
 from commands.options import (
     PATH,
     Real,
@@ -29,16 +30,17 @@ from commands.options import (
     shard_size_option,
     text_option,
 )
-from commands.terminal import carry_out, resumable, say_written, step_progress
+from commands.terminal import carry_out, resumable, say_written, step_progress, wide_console
 
 
 @click.command(epilog="Example: python build.py inspect models/Llama-3.1-8B")
 @model_argument
 @click.option("--json", "as_json", is_flag=True, help="The structure as JSON.")
 def inspect(model: Path, as_json: bool) -> None:
-    """Show a model's structure: parameters, KV cache, sequential sublayers, every block."""
-    from rich.console import Console
+    """Show a model's structure.
 
+    Parameters, KV cache, sequential sublayers, every block.
+    """
     from exporter.graph import structure
     from exporter.read import open_model
     from exporter.summary import summary
@@ -47,7 +49,7 @@ def inspect(model: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(structure(graph), indent=2))
     else:
-        Console().print(summary(graph))
+        wide_console().print(summary(graph))
 
 
 @click.command(epilog="Example: python build.py transform models/Llama-3.1-8B --plan plan.yaml -o out/8b-fused")
@@ -73,20 +75,34 @@ def transform(
 ) -> None:
     """Apply a plan and write a Hugging Face folder."""
     from exporter.pipeline import checkpoint_writing
+    from exporter.summary import change_text
 
+    checkpoint, graph = open_planned(model, plan_path, norm, need_weights=not dry_run)
     writing = checkpoint_writing(
-        *open_planned(model, plan_path, norm, need_weights=not dry_run),
+        checkpoint,
+        graph,
         output,
         readers=readers,
         shard_bytes=shard_bytes,
         details={"plan": str(plan_path) if plan_path else None, "norm": norm},
         force=force,
     )
+    if plan_path is not None and not quiet:
+        click.echo(change_text(checkpoint.graph, graph))
     carry_out(writing, dry_run, quiet)
 
 
 @click.command(
-    epilog="Example: python build.py quantize models/Llama-3.1-8B --format fp8 --text calibration.txt -o out/8b-fp8"
+    cls=SectionedCommand,
+    sections={
+        "Model": ("plan_path", "norm"),
+        "Format": ("format_name", "kv_cache", "exclude", "layout"),
+        "Calibration": (
+            *("text", "context", "max_windows", "percentile"),
+            *("calibration", "save_calibration", "device", "resume"),
+        ),
+    },
+    epilog="Example: python build.py quantize models/Llama-3.1-8B --format fp8 --text calibration.txt -o out/8b-fp8",
 )
 @model_argument
 @plan_option
@@ -237,15 +253,25 @@ def quantize(
             files = error_files(found, graph, aside, source=source, device=device, progress=progress)
         save_folder(report_path, files.items(), kind="quantization", details=details, force=force)
         if not quiet:
-            click.echo(errors_summary(files))
+            wide_console().print(errors_summary(files))
         say_written(quiet, report_path)
     if resume is not None:
         remove_states(resume)
 
 
 @click.command(
+    cls=SectionedCommand,
+    sections={
+        "Models": ("teacher", "plan_path", "norm"),
+        "Text": ("text", "context", "max_windows"),
+        "Training": (
+            *("epochs", "steps", "batch", "learning_rate", "warmup", "weight_decay"),
+            *("temperature", "hidden_weight", "layers", "seed"),
+        ),
+        "Machine": ("device", "dtype", "accumulate", "recompute", "save_every", "resume"),
+    },
     epilog="Example: python build.py distill models/Llama-3.1-8B --plan plan.yaml --teacher models/Llama-3.1-8B "
-    "--text training.jsonl -o out/8b-distilled"
+    "--text training.jsonl -o out/8b-distilled",
 )
 @model_argument
 @click.option("--teacher", required=True, type=PATH, help="The original model, whose logits are learned.")
@@ -316,7 +342,9 @@ def distill(
     quiet: bool,
     **how: Any,
 ) -> None:
-    """Train a transformed model on the original's logits, and write it as a Hugging Face folder.
+    """Train a transformed model on the original's logits.
+
+    Applies the plan, trains, and writes a Hugging Face folder.
 
     Several GPUs: torchrun --nproc-per-node 8 build.py distill ... --device cuda --resume DIR
     """

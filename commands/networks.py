@@ -114,9 +114,9 @@ def export(
 @click.option("--against", "runtime", default="tensorrt", show_default=True, help="tensorrt, or tensorrt:10.15.")
 @click.option("--plugin", "plugins", multiple=True, help="An op that a plugin implements there. Repeat it for more.")
 def check(network: Path, runtime: str, plugins: tuple[str, ...]) -> None:
-    """Check ONNX networks against the rules of a runtime's importer; no weight is read.
+    """Check networks against the rules of a runtime's importer.
 
-    NETWORK is a folder that `export` wrote, or any .onnx file. The runtime need not be installed.
+    NETWORK is a folder that `export` wrote, or any .onnx file. No weight is read. The runtime need not be installed.
     """
     from exporter.writers.onnx_tensorrt_rules import networks_to_check, version_from_text
 
@@ -158,10 +158,10 @@ def engine(
     quiet: bool,
     **settings: Any,
 ) -> None:
-    """Build an engine from a network definition: a folder that `export` wrote.
+    """Build an engine from a network definition.
 
-    For --backend torch NETWORK is a Hugging Face folder instead, one that `transform` or `quantize` wrote or any other
-    that can be read.
+    NETWORK is a folder that `export` wrote; for --backend torch a Hugging Face folder, one that `transform` or
+    `quantize` wrote or any other that can be read.
     """
     from engines.backends import backend_named, describe_build, tells_progress
     from engines.results import engine_label
@@ -198,7 +198,10 @@ def engine(
 @force_option
 @quiet_option
 def plugin(arch: str, epsilon: float, fit: Any, output: Path, force: bool, quiet: bool) -> None:
-    """Compile the kernels of the wide-FFN plugin ahead of time: PTX, cubins and a listing. Needs no GPU."""
+    """Compile the kernels of the wide-FFN plugin.
+
+    Ahead of time and without a GPU: PTX, cubins and a listing.
+    """
     from exporter.writers.files import refuse_existing, save_folder
     from plugins.wide_ffn.aot import compile_variants, variants
     from plugins.wide_ffn.aot_files import files_of, kernels_table

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from commands.help import SectionedCommand
 from commands.options import (
     BYTES,
     NAMES,
@@ -33,7 +34,16 @@ from commands.terminal import note_printer, resumable, say_written, step_progres
 
 
 @click.command(
-    epilog="Example: python build.py analyze models/Llama-3.1-8B --text calibration.txt --drop 8 -o out/8b-analysis"
+    cls=SectionedCommand,
+    sections={
+        "Text": ("text", "context", "max_windows"),
+        "Measurement": ("layers", "kl", "device", "budget_bytes", "resume"),
+        "Suggestion": (
+            *("drop", "greedy", "parallel", "window", "keep_last"),
+            *("max_dependency", "max_width", "max_gib_per_gpu", "tp", "gpu"),
+        ),
+    },
+    epilog="Example: python build.py analyze models/Llama-3.1-8B --text calibration.txt --drop 8 -o out/8b-analysis",
 )
 @model_argument
 @text_option
@@ -43,7 +53,7 @@ from commands.terminal import note_printer, resumable, say_written, step_progres
 @click.option(
     "--drop", default=0, show_default=True, type=click.IntRange(0), help="Suggest so many attentions to drop."
 )
-@click.option("--greedy", is_flag=True, help="Measure again after each suggested drop.")
+@click.option("--greedy", is_flag=True, help="Measure again after each suggested drop: a pass each.")
 @click.option(
     "--parallel",
     default=0,
@@ -105,16 +115,21 @@ def analyze(
     force: bool,
     quiet: bool,
 ) -> None:
-    """Measure which blocks depend on which, and suggest a plan: dependency.json, plan.yaml, pictures."""
+    """Measure which blocks depend on which, and suggest a plan.
+
+    Writes dependency.json, plan.yaml and pictures. Every block is applied once for each block before it: on a CPU take
+    little text.
+    """
     from engines.hardware import gpu_named, read_gpus
     from engines.latency_model import Deployment, Tokens, format_of_graph
     from engines.what_if import gain_text
     from exporter.analysis.dependency import measure_dependency
     from exporter.analysis.plan import Constraints
     from exporter.hidden_states import remove_states
-    from exporter.pipeline import source_fingerprint
+    from exporter.pipeline import apply_plan, source_fingerprint
     from exporter.read import open_model
     from exporter.suggest import Wishes, analysis_files, check_wishes, source_text, suggest
+    from exporter.summary import change_text
     from exporter.text import model_windows
     from exporter.writers.files import refuse_existing, save_folder
 
@@ -135,7 +150,7 @@ def analyze(
         placed = Deployment(gpu=gpu_named(gpu, read_gpus()), tp_size=tp, format=number)
         gain = gain_text(checkpoint.graph, placed, Tokens.decode(1, context))
     tokens = model_windows(text, checkpoint, context=context, max_windows=max_windows)
-    with resumable(resume is not None), step_progress(quiet) as progress:
+    with resumable(resume is not None), step_progress(quiet, lines=True) as progress:
         dependency = measure_dependency(
             checkpoint.graph,
             tokens,
@@ -162,6 +177,8 @@ def analyze(
     save_folder(output, files, kind="analysis", details=details, force=force)
     if resume is not None:
         remove_states(resume)
+    if not quiet:
+        click.echo(f"suggested: {change_text(checkpoint.graph, apply_plan(checkpoint.graph, suggestion.plan))}")
     say_written(quiet, output)
 
 
@@ -201,7 +218,10 @@ def evaluate(
     force: bool,
     quiet: bool,
 ) -> None:
-    """Measure perplexity on a text, with a reference also KL divergence and top-1 agreement; or run tasks."""
+    """Measure perplexity on a text, or run tasks.
+
+    With a reference also KL divergence from it and top-1 agreement with it.
+    """
     from exporter.analysis.tasks import check_tasks
     from exporter.writers.files import json_bytes, refuse_existing_file, save_file
 
@@ -326,7 +346,11 @@ def predict(
     force: bool,
     quiet: bool,
 ) -> None:
-    """Predict decode and prefill latency, memory and what a plan would gain, from structure and hardware alone."""
+    """Predict latency, memory and what a plan would gain.
+
+    From the structure and data about the hardware alone: decode, prefill, memory of a GPU, and what each line of the
+    plan takes off a decode step.
+    """
     from engines import prediction as shown
     from engines.hardware import gpu_named, read_gpus
     from engines.latency_fit import criterion_for, fit_constants, leave_one_out, read_observations
@@ -379,8 +403,9 @@ def predict(
     points = sweep(models, placed, batches=batches, context=context)
     gains = [] if plan is None else plan_gains(graph, plan, placed, Tokens.decode(batches[0], context))
     console.print(shown.assumptions(number, constants, context), "")
-    console.print(shown.points_table(points, price_per_gpu_hour), "", shown.parts_table(points), "")
-    console.print(shown.memory_table(models, [point for point in points if point.batch == batches[0]], context))
+    at_first_batch = [point for point in points if point.batch == batches[0]]
+    console.print(shown.points_table(points, price_per_gpu_hour), "", shown.parts_table(at_first_batch), "")
+    console.print(shown.memory_table(models, at_first_batch, context))
     if gains:
         console.print("", shown.gains_table(gains, placed))
     if output is not None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from commands.help import SectionedCommand
 from commands.options import (
     INDICES,
     NAMES,
@@ -129,7 +130,10 @@ def bench(
 def import_bench(
     report: Path, requests: Path, model: Path, label: str | None, warmup: int, output: Path, force: bool, quiet: bool
 ) -> None:
-    """Convert what trtllm-bench measured (REPORT is its --report_json) into a results file."""
+    """Convert what trtllm-bench measured into a results file.
+
+    REPORT is its --report_json.
+    """
     from engines.results import engine_label, json_from_results
     from engines.trtllm_bench import results_from_trtllm_bench
     from exporter.writers.files import refuse_existing_file, save_file
@@ -154,7 +158,15 @@ OPTIONS_OF_REPORT = (
 )  # fmt: skip
 
 
-@click.command(epilog="Example: python build.py report out/8b.json -o out/8b-report")
+@click.command(
+    cls=SectionedCommand,
+    sections={
+        "Report": ("baseline", "title", "analysis", "errors"),
+        "Prediction": ("gpu_names", "tp", "batch", "dtype", "gpus_path", "calibrate"),
+        "Comparison of two results files": ("compare", "metrics", "threshold"),
+    },
+    epilog="Example: python build.py report out/8b.json -o out/8b-report",
+)
 @click.argument("results", nargs=-1, required=True, type=PATH)
 @click.option("--baseline", help="Label of the engine that ratios refer to; the first engine's if not given.")
 @click.option("--title", help="Headline of the report.")

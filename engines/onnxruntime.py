@@ -1,6 +1,6 @@
 """ONNX Runtime on CPU: engines from ONNX networks, and a runner whose KV cache is updated in place.
 
-Building takes the network and its weight files over and proves that they run, quantized linears with the kernels of their
+Building takes over the network and its weight files and proves that they run, quantized linears with kernels of their
 format (`onnxruntime_kernels`); ONNX Runtime optimizes when the engine is opened. The cache of a network with symbolic
 capacity starts small and grows by `CACHE_STEP` positions, because on CPU an attention costs what its capacity is, not
 what it holds.

@@ -31,10 +31,14 @@ def assumptions(number: NumberFormat, constants: Constants, context: int) -> Tex
 
 
 def points_table(points: Sequence[Point], price_per_gpu_hour: float | None = None) -> Table:
-    """One row per point: times and rates, and whether it fits the GPU's memory."""
+    """One row per point: times and rates, whether it fits the GPU's memory, and what it is over the first model."""
+    first = {(p.deployment.name, p.batch): p.prediction.latency_ms for p in points if p.model == points[0].model}
+    has_others = any(point.model != points[0].model for point in points)
     table = _table("model", "on")
     for name in ("batch", "decode ms", "tokens/s\nper user", "tokens/s", "prefill ms", "fits"):
         table.add_column(name, justify="right")
+    if has_others:
+        table.add_column("decodes\nfaster", justify="right")
     if price_per_gpu_hour is not None:
         table.add_column("per million\ntokens", justify="right")
     for point in points:
@@ -49,6 +53,9 @@ def points_table(points: Sequence[Point], price_per_gpu_hour: float | None = Non
             f"{point.prefill.latency_ms:,.1f}",
             FITS[point.memory.fits],
         ]
+        if has_others:
+            faster = first[point.deployment.name, point.batch] / decode.latency_ms
+            row.append("" if point.model == points[0].model else f"{faster:.2f}×")
         if price_per_gpu_hour is not None:
             row.append(f"{point.cost_per_million_tokens(price_per_gpu_hour):,.2f}")
         table.add_row(*row, style="" if point.memory.fits else "dim")
@@ -70,8 +77,8 @@ def parts_table(points: Sequence[Point]) -> Table:
 def memory_table(models: Sequence[tuple[str, Structure]], points: Sequence[Point], context: int) -> Table:
     """One row per point: what fills a GPU's memory, in GiB, and what would still fit."""
     table = _table("GiB of a GPU", "on")
-    for name in ("batch", "weights", "KV cache", "activations", "usable", "most sequences", "longest"):
-        table.add_column(name, justify="right")
+    for name in ("batch", "weights", "KV\ncache", "activations", "usable", "most\nsequences", "longest"):
+        table.add_column(name, justify="right", no_wrap=True)
     structures = dict(models)
     for point in points:
         structure, memory = structures[point.model], point.memory
@@ -88,16 +95,14 @@ def memory_table(models: Sequence[tuple[str, Structure]], points: Sequence[Point
 
 
 def gains_table(gains: Sequence[Gain], deployments: Sequence[Deployment]) -> Table:
-    """One row per line of a plan: what it takes off a decode step, in us and percent."""
-    table = _table("line of the plan")
-    table.add_column("sublayers", justify="right")
-    for deployment in deployments:
-        table.add_column(deployment.name, justify="right")
-    for gain in gains:
-        saved = (
-            f"{us:,.0f} us  {100 * share:4.1f} %" for us, share in zip(gain.saved_us, gain.saved_share, strict=True)
-        )
-        table.add_row(gain.what, f"-{gain.sublayers_saved}", *saved)
+    """One row per deployment and line of a plan: what the line takes off a decode step, in us and percent."""
+    table = _table("line of the plan", "on")
+    for name in ("sublayers", "decode us", "decode %"):
+        table.add_column(name, justify="right")
+    for index, deployment in enumerate(deployments):
+        for gain in gains:
+            saved = f"-{gain.saved_us[index]:,.0f}", f"-{100 * gain.saved_share[index]:.1f}"
+            table.add_row(gain.what, deployment.name, f"-{gain.sublayers_saved}", *saved)
     return table
 
 

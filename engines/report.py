@@ -341,11 +341,17 @@ def _pace_interval(
 def _tile(
     comparison: Comparison, figures: Figures, shape: RequestShape, engine: EngineResult, intervals: Intervals
 ) -> dict[str, Any]:
-    base_ms, _ = pace_of(figures.get((comparison.baseline.label, shape)))
+    base = comparison.baseline
+    base_ms, _ = pace_of(figures.get((base.label, shape)))
     pace, what = pace_of(figures.get((engine.label, shape)))
-    if base_ms is None or pace is None or not have_comparable_times(engine, comparison.baseline):
+    now, before = (None if one.accuracy is None else one.accuracy.perplexity for one in (engine, base))
+    cost = (
+        "" if now is None or before is None else f"perplexity {now:,.2f}, {base.label}\N{NO-BREAK SPACE}{before:,.2f}"
+    )
+    if base_ms is None or pace is None or not have_comparable_times(engine, base):
         return {
             "engine": engine,
+            "cost": cost,
             "number": NOTHING,
             "words": "its time says nothing" if engine.kind == "emulated" else "no measurement to compare",
             "interval": "",
@@ -359,10 +365,11 @@ def _tile(
     shown = interval if interval is None or faster < 1 else interval.inverse
     return {
         "engine": engine,
+        "cost": cost,
         "number": f"{max(faster, 1 / faster):.2f}×",
         "words": f"{words} {what}",
         "interval": interval_text(shown) + (doubt and f", {doubt}"),
-        "detail": f"{digits(pace)} ms, {comparison.baseline.label} {digits(base_ms)} ms",
+        "detail": f"{digits(pace)} ms, {base.label} {digits(base_ms)} ms",
         "verdict": verdict,
     }
 

@@ -397,7 +397,9 @@ def read_results_bytes(path: Path) -> bytes:
         with path.open("rb") as stream:
             content = stream.read(MAX_RESULTS_BYTES + 1)
     except OSError as error:
-        raise EngineError(f"the results file cannot be read: {error.strerror}", file=path) from error
+        raise EngineError(
+            f"the results file cannot be read: {error.strerror}", file=path, hint="it is what `bench` wrote with -o"
+        ) from error
     if len(content) > MAX_RESULTS_BYTES:
         raise EngineError("the results file is too large", file=path, expected=f"at most {MAX_RESULTS_BYTES} bytes")
     return content

@@ -6,6 +6,7 @@ Anything else that escapes is a bug. Printing and exit codes belong to the comma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 
 class FuselageError(Exception):
@@ -94,15 +95,36 @@ class IncompleteError(EngineError):
 
 
 SHOWN_PROBLEMS = 12
+SHOWN_BLOCKS = 4
 
 
 def raise_all(problems: Sequence[FuselageError]) -> None:
-    """Raise nothing, the only problem, or one error of the first problem's type that lists them all (up to 12)."""
+    """Raise nothing, the only problem, or one error of the first problem's type that lists them all.
+
+    What is wrong with several blocks alike takes one line, and there are 12 lines at most.
+    """
     if not problems:
         return
     if len(problems) == 1:
         raise problems[0]
-    lines = [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
-    if len(problems) > SHOWN_PROBLEMS:
-        lines.append(f"  ... and {len(problems) - SHOWN_PROBLEMS} more")
+    lines = [f"  {line}" for line in _lines(problems)]
+    if len(lines) > SHOWN_PROBLEMS:
+        lines[SHOWN_PROBLEMS:] = [f"  ... and {len(lines) - SHOWN_PROBLEMS} more"]
     raise type(problems[0])(f"{len(problems)} problems:\n" + "\n".join(lines))
+
+
+def _lines(problems: Sequence[FuselageError]) -> list[str]:
+    """The problems as texts; of those that differ in their block alone, one."""
+    alike: dict[str, list[FuselageError]] = {}
+    for problem in problems:
+        without_block = copy(problem)
+        is_of_block = (problem.file, problem.tensor) == (None, None)
+        without_block.block = None if is_of_block else problem.block
+        alike.setdefault(str(without_block), []).append(problem)
+    lines: list[str] = []
+    for text, group in alike.items():
+        blocks = [str(problem.block) for problem in group if problem.block is not None]
+        more = f" and {len(blocks) - SHOWN_BLOCKS} more" if len(blocks) > SHOWN_BLOCKS else ""
+        together = len(blocks) == len(group) > 1
+        lines += [f"blocks {', '.join(blocks[:SHOWN_BLOCKS])}{more}: {text}"] if together else map(str, group)
+    return lines

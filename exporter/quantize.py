@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +29,10 @@ from exporter.quantization import QuantizationRecipe
 from exporter.ranges import SITE_OF, Ranges
 from exporter.writers.files import json_bytes
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HEADERS = ("linear", "output error", "SQNR", "inputs clipped")
 SEARCH_WINDOWS = 4  # how many windows the search for alpha looks at
 
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, what comes next)
@@ -179,7 +184,7 @@ def _csv(errors: Sequence[LinearError]) -> bytes:
 
 
 def errors_table(errors: Sequence[LinearError], count: int | None = None) -> list[tuple[str, str, str, str]]:
-    """The worst linears as text: name, relative error, SQNR, saturation."""
+    """The worst linears as text, under `HEADERS`."""
     return [
         (
             error.name,
@@ -191,15 +196,22 @@ def errors_table(errors: Sequence[LinearError], count: int | None = None) -> lis
     ]
 
 
-def errors_summary(files: dict[str, bytes], count: int = 8) -> str:
-    """The first lines of the table in `errors.md`: the linears that lose most."""
-    lines = files["errors.md"].decode().splitlines()
-    return "\n".join(lines[2 : 4 + count])
+def errors_summary(files: Mapping[str, bytes], count: int = 8) -> Table:
+    """The linears that lose most, of the files of `error_files`, for a terminal."""
+    from rich.table import Table
+
+    errors = [LinearError(**error) for error in json.loads(files[ERRORS_FILE])["linears"]]
+    table = Table(HEADERS[0], box=None, pad_edge=False, header_style="dim")
+    for header in HEADERS[1:]:
+        table.add_column(header, justify="right")
+    for row in errors_table(errors, count):
+        table.add_row(*row)
+    return table
 
 
 def _markdown(errors: Sequence[LinearError], cells: Sequence[SmoothingCell], source: str) -> str:
     lines = [f"# Quantization error, {source}", ""]
-    lines += ["| linear | output error | SQNR | inputs clipped |", "|---|---:|---:|---:|"]
+    lines += [f"| {' | '.join(HEADERS)} |", "|---|---:|---:|---:|"]
     lines += [f"| {' | '.join(row)} |" for row in errors_table(errors)]
     for block in dict.fromkeys(cell.block for cell in cells):
         own = [cell for cell in cells if cell.block == block]

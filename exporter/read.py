@@ -65,6 +65,14 @@ SCALE_HINTS = {
     "scale": "the quantization config says nothing of it",
 }
 
+# Weights that are not read, by how their files end: what is wrong, and a way out.
+PICKLES = (
+    "weights are pickles, which can run code and are never opened",
+    "save the model as safetensors (transformers: save_pretrained) and give that folder",
+)
+GGUF = ("weights are GGUF, which is not read", "give the folder of safetensors that it was made from")
+OTHER_WEIGHTS = {".bin": PICKLES, ".gguf": GGUF, ".pt": PICKLES, ".pth": PICKLES}
+
 TIE_HINT = "set tie_word_embeddings to false in config.json, or remove the tensor"
 
 # Files beside the weights that belong to a model and that a writer copies along.
@@ -102,15 +110,14 @@ def open_model(path: Path, *, need_weights: bool) -> Checkpoint:
     """
     is_file = os.path.isfile(path)
     if is_file and path.suffix != ".json":
-        raise CheckpointError("not a model", file=path, expected="a model folder, or a config.json alone")
+        problem, hint = OTHER_WEIGHTS.get(path.suffix, ("not a model", None))
+        raise CheckpointError(problem, file=path, expected="a model folder, or a config.json alone", hint=hint)
     if path.name.endswith(STRUCTURE_SUFFIX) and is_file:
         folder, config_path, config = path.parent, path, _config_from_structure(path)
     else:
         folder = path.parent if is_file else path
         if not os.path.isdir(folder):
-            raise CheckpointError(
-                "no such model folder", file=path, hint="models are read from this machine, none is downloaded"
-            )
+            raise CheckpointError("no such model folder", file=path, hint=_download_hint(path))
         manifest = read_manifest(folder)
         if manifest is not None:
             check_files(folder, manifest, hashes=False)
@@ -129,7 +136,7 @@ def open_model(path: Path, *, need_weights: bool) -> Checkpoint:
         spec = replace(spec, quantization=_quantization_beside(spec.quantization, path_inside(folder, HF_QUANT_CONFIG)))
     structure_only = is_file or not has_checkpoint(folder)
     if structure_only:
-        _refuse_pickles(None if is_file else folder)
+        _refuse_other_weights(None if is_file else folder)
         if need_weights:
             raise CheckpointError(
                 "no safetensors weights",
@@ -226,16 +233,20 @@ def _hint_for(folder: Path, manifest: Manifest | None) -> str | None:
     return f"give one of its snapshots: {snapshots / names[0]}" if names else None
 
 
-def _refuse_pickles(folder: Path | None) -> None:
+def _download_hint(path: Path) -> str:
+    """A way to a model that is not here, with the command if its path may be a name on the Hugging Face Hub."""
+    hint = "models are read from this machine, none is downloaded"
+    name = re.fullmatch(r"(?:https?:/+huggingface\.co/)?([\w.-]*\w/[\w.-]+)", str(path), re.ASCII)
+    return hint if name is None else f"{hint}: hf download {name[1]} --local-dir {Path(name[1]).name}"
+
+
+def _refuse_other_weights(folder: Path | None) -> None:
     if folder is None:
         return
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            "weights are pickles, which can run code and are never opened",
-            file=folder / pickles[0],
-            hint="save the model as safetensors (transformers: save_pretrained) and give that folder",
-        )
+    others = sorted(path.name for suffix in OTHER_WEIGHTS for path in folder.glob(f"*{suffix}"))
+    if others:
+        problem, hint = OTHER_WEIGHTS[Path(others[0]).suffix]
+        raise CheckpointError(problem, file=folder / others[0], hint=hint)
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,15 +107,17 @@ def read_safetensors(path: Path) -> dict[str, FileTensor | SkippedTensor]:
     start = file.read(0, 8)
     header_size = int.from_bytes(start, "little")
     limit = min(MAX_HEADER_BYTES, file_size - 8)
+    if start == LFS_POINTER:
+        raise CheckpointError(
+            "a Git LFS pointer is in the place of the file", file=path, hint="fetch the file itself (git lfs pull)"
+        )
     if header_size > limit:
         raise CheckpointError(
             "header length is beyond the file or the format's limit",
             file=path,
             expected=f"at most {limit}",
             found=header_size,
-            hint="this is a Git LFS pointer: fetch the file itself (git lfs pull)"
-            if start == LFS_POINTER
-            else "is the file truncated, or not a safetensors file?",
+            hint="is the file truncated, or not a safetensors file?",
         )
     header = _parse_json(file.read(8, header_size), path)
     if not isinstance(header, dict):

@@ -24,6 +24,16 @@ def summary(graph: ModelGraph) -> RenderableType:
     return Group(_totals(graph), Text(), _strip(graph), legend, Text(), _blocks(graph))
 
 
+def change_text(before: ModelGraph, after: ModelGraph) -> str:
+    """Say in one line what a plan made of a model."""
+    figures = (
+        ("sequential sublayers", before.sequential_sublayers, after.sequential_sublayers),
+        ("blocks", len(before.flat_blocks), len(after.flat_blocks)),
+        ("parameters", before.num_parameters, after.num_parameters),
+    )
+    return ", ".join(f"{name} {was:,} -> {now:,}" for name, was, now in figures)
+
+
 def _totals(graph: ModelGraph) -> Table:
     table = Table.grid(padding=(0, 2))
     attentions = len(graph.attentions)
@@ -118,8 +128,9 @@ def _ffn(block: Block) -> str:
     if not _is_fused(block):
         return f"{block.ffn.intermediate_size:,}"
     padding = f" + {block.ffn.padding} padding" if block.ffn.padding else ""
-    parts = ", ".join(f"{segment.width:,}" for segment in block.ffn.segments[:8])
-    more = f", ... {len(block.ffn.segments)} in all" if len(block.ffn.segments) > 8 else ""
+    stretches = [(width, len(list(group))) for width, group in groupby(segment.width for segment in block.ffn.segments)]
+    parts = " + ".join(f"{width:,}" if count == 1 else f"{count} x {width:,}" for width, count in stretches[:8])
+    more = f" + ... {len(block.ffn.segments)} in all" if len(stretches) > 8 else ""
     return f"{block.ffn.intermediate_size:,} fused from {parts}{more}{padding}"
 
 

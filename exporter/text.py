@@ -42,7 +42,7 @@ def read_documents(path: Path) -> list[str]:
     except OSError as error:
         raise TextError(f"cannot be read ({error.strerror or error})", file=path) from error
     except UnicodeDecodeError as error:
-        raise TextError(f"cannot be read ({error})", file=path) from error
+        raise TextError(f"not a text in UTF-8 ({error.reason} at byte {error.start:,})", file=path) from error
     if len(raw) > MAX_TEXT_BYTES:
         raise TextError("text is too large", file=path, expected=f"at most {MAX_TEXT_BYTES} characters")
     documents = _lines(raw, path) if path.suffix == ".jsonl" else [raw]
@@ -54,7 +54,9 @@ def read_documents(path: Path) -> list[str]:
 
 def check_text(path: Path) -> None:
     """Raise TextError if there is no such file, or one too large; cheap, for use before long work."""
-    if not os.path.exists(path) or os.path.isdir(path):  # a pipe is a text too
+    if os.path.isdir(path):
+        raise TextError("a text is one file, and this is a folder", file=path)
+    if not os.path.exists(path):  # a pipe is a text too
         raise TextError("no such text", file=path)
     size = path.stat().st_size
     if size > MAX_TEXT_BYTES:

@@ -198,7 +198,8 @@ def test_inspect_needs_no_weights() -> None:
 
 
 def test_the_main_job_step_by_step(model: Path, plan: Path, tmp_path: Path) -> None:
-    done("transform", model, "--plan", plan, "-o", tmp_path / "fused")
+    told = done("transform", model, "--plan", plan, "-o", tmp_path / "fused").stdout
+    assert told.startswith("sequential sublayers 12 -> 8, blocks 6 -> 5, parameters ")
     fused = open_model(tmp_path / "fused", need_weights=True).graph
     assert fused.sequential_sublayers == 8
     assert (
@@ -211,8 +212,8 @@ def test_the_main_job_step_by_step(model: Path, plan: Path, tmp_path: Path) -> N
     engines = [tmp_path / "baseline" / "engine", tmp_path / "fused" / "engine"]
     grid = ["--batch", "1,2", "--input-len", "8", "--output-len", "4", "--rounds", "2", "--runtime", "python"]
     shown = done("bench", *engines, *grid, "-o", tmp_path / "results.json").stdout.splitlines()
-    rows = [line.split(maxsplit=1)[0] for line in shown if "batch" in line]
-    assert rows == ["baseline", "fused"] * 2
+    rows = [line.split()[:2] for line in shown if line.startswith(("baseline", "fused"))]
+    assert rows == [["baseline", "1"], ["fused", "1"], ["baseline", "2"], ["fused", "2"]]
     results = json.loads((tmp_path / "results.json").read_text())
     assert [engine["label"] for engine in results["engines"]] == ["baseline", "fused"]
     done("report", tmp_path / "results.json", "-o", tmp_path / "report")
@@ -245,7 +246,8 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text("fuse: [[100, 106]]\n")
     structure = ROOT / "tests" / "data" / "nemotron-ultra-253b.structure.json"
     arguments = ["transform", structure, "--plan", tmp_path / "plan.yaml", "-o", tmp_path / "out"]
-    *lines, last = done(*arguments, "--dry-run").output.splitlines()
+    told, *lines, last = done(*arguments, "--dry-run").output.splitlines()
+    assert told.startswith("sequential sublayers 145 -> 139, ")
     sizes = {name: int(size.replace(",", "")) for size, name in map(str.split, lines)}
     assert sum(size for name, size in sizes.items() if name.endswith(".safetensors")) == 506_802_420_480
     assert last == f" {sum(sizes.values()):,}  bytes in all; nothing was written"
@@ -303,7 +305,9 @@ def test_evaluate_prints_and_writes_the_same_figures(model: Path, plan: Path, tm
 
 def test_analyze_suggests_a_plan_that_transform_takes(model: Path, tmp_path: Path) -> None:
     text = ["--text", model.parent / "text.txt", "--context", 20]
-    done("analyze", model, *text, "--drop", 3, "--greedy", "--kl", "--parallel", 1, "--window", 2, "-o", tmp_path / "a")
+    wishes = ["--drop", 3, "--greedy", "--kl", "--parallel", 1, "--window", 2]
+    told = done("analyze", model, *text, *wishes, "-o", tmp_path / "a").stdout
+    assert re.match(r"suggested: sequential sublayers 12 -> \d, blocks 6 -> \d, parameters ", told)
     names = {path.name for path in (tmp_path / "a").iterdir()}
     kinds = ("block", "attention", "ffn")
     pictures = {f"{what}_{kind}.png" for what in ("dependency", "importance", "importance_kl") for kind in kinds}
@@ -560,6 +564,11 @@ REFUSED = {
     ),
     "drops": (["analyze", "{model}", "--text", "{plan}", "--drop", "9", "--context", "2", "-o", "{tmp}/out"], "fewer"),
     "no_text": (["evaluate", "{model}", "--text", "{tmp}/none.txt", "--context", "20"], "none.txt: no such text"),
+    "folder_of_texts": (["evaluate", "{model}", "--text", "{tmp}", "--context", "20"], "text is one file"),
+    "binary_text": (
+        ["evaluate", "{model}", "--text", "{model}/model.safetensors", "--context", "20"],
+        "not a text in UTF-8 (invalid",
+    ),
     "nothing_to_evaluate_on": (["evaluate", "{model}"], "--text, --tasks or both"),
     "reference_without_text": (["evaluate", "{model}", "--tasks", "x", "--reference", "{model}"], "give --text"),
     "tasks_of_a_plan": (["evaluate", "{model}", "--plan", "{plan}", "--tasks", "x"], "`transform` first"),

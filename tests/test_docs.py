@@ -1,4 +1,4 @@
-"""The documentation against the repository: links lead to files; docs/recipes.md has every key and valid examples."""
+"""The documentation against the repository: links lead to files; commands and keys are described, examples valid."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import build
 from engines.backends import BACKENDS
 from exporter import recipe
 from exporter.plan import Plan, read_plan
@@ -74,3 +75,8 @@ def test_every_option_of_a_recipes_engine_is_described(backend: str) -> None:
         known += settings_of(TARGETS[kind.builds_from["to"]].settings)
     options = [setting.option or "" for setting in known]
     assert [name for name in options if not re.search(rf"`{name.replace('-', '_')}(`|:)|--{name}\b", text)] == []
+
+
+def test_every_command_is_in_the_table() -> None:
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/commands.md").read_text("utf-8"), re.MULTILINE)
+    assert sorted(name for row in rows for name in re.findall(r"`([\w-]+)`", row)) == sorted(build.main.commands)

@@ -50,7 +50,9 @@ def test_predict_writes_a_sweep(tmp_path: Path) -> None:
     plan.write_text(PLAN)
     arguments = ["--plan", plan, "--gpu", "h100-sxm,b200", "--tp", "4..16", "--batch", "1,64", "--format", "fp8"]
     output = done("predict", LLAMA, *arguments, "-o", tmp_path / "out")
-    assert re.search(r"fuse \[66, 70\] +-4 ", output)
+    assert re.search(r"fuse \[66, 70\] +4x H100 SXM +-4 ", output)
+    parts = output.partition("\ndecode step ")[2].partition("\n\n")[0]
+    assert {line.split()[-6] for line in parts.splitlines()[1:]} == {"1"}  # the first batch alone
     figures = json.loads((tmp_path / "out" / "prediction.json").read_text())
     assert figures["kind"] == "predicted"
     points = {(p["model"], p["gpu"], p["tp_size"], p["batch"]): p for p in figures["points"]}
@@ -61,9 +63,15 @@ def test_predict_writes_a_sweep(tmp_path: Path) -> None:
         for tp in (4, 8, 16)
     ]
     whole = figures["gains"][-1]
+    for on in whole["on"]:
+        figure = rf"-{on['saved_us']:,.0f} +-{100 * on['saved_share']:.1f}\n"
+        assert re.search(rf"the whole plan +{on['tp_size']}x {on['gpu']} +-17 +{figure}", output)
     assert (whole["line"], whole["sublayers_saved"]) == ("the whole plan", 10 + 4 + 3)
     assert [1000 * ms for ms in saved] == pytest.approx([on["saved_us"] for on in whole["on"][:3]])
     assert [points["llama-3.1-405b", "H100 SXM", tp, 1]["fits"] for tp in (4, 8)] == [False, True]
+    row = next(line for line in output.splitlines() if line.startswith("llama-3.1-405b, shorter"))  # at TP 4, batch 1
+    before, after = (points[name, "H100 SXM", 4, 1] for name in ("llama-3.1-405b", "llama-3.1-405b, shorter"))
+    assert row.split()[-1] == f"{before['decode_ms'] / after['decode_ms']:.2f}×"
     for name in ("speedup_over_tp.png", "throughput.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     refused = call("predict", LLAMA, *arguments, "-o", tmp_path / "out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,7 @@ def test_options(model: Path, tmp_path: Path) -> None:
     assert all(attention.kv_quantization is not None for _, attention in graph.attentions)
     quantized = {name for name, linear in linear_names(graph).items() if linear.quantization is not None}
     assert quantized == {name for name in linear_names(graph) if name.startswith(("blocks.1", "blocks.2", "blocks.3"))}
-    assert "| blocks." in printed
+    assert re.search(r"^blocks\.\S+ +\d+\.\d\d % +\d+\.\d dB ", printed, re.MULTILINE)
     described = json.loads((tmp_path / "report" / "errors.json").read_text())
     assert {row["name"] for row in described["linears"]} == quantized
     assert described["linears"][0]["relative_error"] > 0

@@ -109,7 +109,9 @@ def scores_table(scores: Sequence[TaskScore]) -> Any:
     """Task scores as a `rich` table."""
     from rich.table import Table
 
-    table = Table("task", "metric", "value", "± stderr", "samples", box=None)
+    table = Table("task", "metric", box=None, pad_edge=False, header_style="dim")
+    for name in ("value", "± stderr", "samples"):
+        table.add_column(name, justify="right")
     for score in scores:
         stderr = "" if score.stderr is None else f"{score.stderr:.4f}"
         table.add_row(score.task, score.metric, f"{score.value:.4f}", stderr, f"{score.samples:,}")

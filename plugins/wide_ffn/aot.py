@@ -183,7 +183,7 @@ def compile_variant(variant: Variant, arch: str = "sm_90") -> CompiledKernel:
         from triton.backends.compiler import GPUTarget
         from triton.backends.nvidia.compiler import get_ptxas
     except ImportError as error:
-        raise TargetError("Triton is missing", hint="pip install 'fuselage[gpu]' on Linux") from error
+        raise TargetError("Triton is missing", hint="on Linux: pip install --editable '.[gpu]'") from error
     tiling = variant.tiling
     with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.compilation.scope():
         knobs.cache.dir = folder

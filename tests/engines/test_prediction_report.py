@@ -206,8 +206,11 @@ def test_the_model_beside_what_was_measured(tmp_path: Path) -> None:
     page = Page(files["report.html"])
     for name, measured, predicted_ms, error, _ in calibration.rows:
         row = page.row(name)
-        assert row[1:4] == [f"{measured:.3f}", f"{predicted_ms:.3f}", f"{100 * error:+.1f} %"]
-        assert f"| {name} | {measured:.3f} | {predicted_ms:.3f} |" in files["report.md"].decode()
+        assert row[1:4] == [f"{measured:,.3f}", f"{predicted_ms:,.3f}", f"{round(100 * error, 1) + 0.0:+.1f} %"]
+        assert f"| {name} | {measured:,.3f} | {predicted_ms:,.3f} |" in files["report.md"].decode()
+    assert f"{calibration.fit.constants.sublayer_us:,.4g} us per sequential sublayer" in page.text
+    assert "-0.0\xa0%" not in page.text
+    assert "nothing here was run" not in page.text  # half of it was
 
 
 def test_hostile_labels_stay_text_among_predictions(tmp_path: Path) -> None:

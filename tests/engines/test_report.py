@@ -572,6 +572,26 @@ def test_emulated_time_is_not_held_against_accuracy(tmp_path):
     assert dots == ["baseline series-0", "series-1"] * 2  # one chart per batch size
 
 
+def test_the_first_screen_says_what_the_gain_costs(tmp_path):
+    page = Page(rendered(tmp_path, REALISTIC)["report.html"])
+    costs = re.findall(r"perplexity ([\d.]+), baseline\s([\d.]+)", page.text)
+    assert costs == [("9.02", "8.41"), ("9.27", "8.41")]
+
+
+def test_an_engine_alone_has_no_ratios_to_explain(tmp_path):
+    alone = with_changes(engines=ENGINES[:1], cells=[c for c in REALISTIC["cells"] if c["engine"] == "baseline"])
+    assert "A ratio is" not in Page(rendered(tmp_path, alone)["report.html"]).text
+    assert "A ratio is" in Page(rendered(tmp_path, REALISTIC)["report.html"]).text
+
+
+@pytest.mark.parametrize(("count", "scrolls"), [(2, False), (3, True)])
+def test_a_table_that_fits_a_phone_does_not_ask_to_be_scrolled(tmp_path, count, scrolls):
+    labels = [engine["label"] for engine in ENGINES[:count]]
+    cells = [cell for cell in REALISTIC["cells"] if cell["engine"] in labels]
+    page = Page(rendered(tmp_path, with_changes(engines=ENGINES[:count], cells=cells))["report.html"])
+    assert ("scroll it sideways" in page.text) == scrolls
+
+
 def test_without_accuracy_nothing_is_said_of_it(tmp_path):
     engines = [{**engine, "accuracy": None} for engine in ENGINES]
     files = rendered(tmp_path, with_changes(engines=engines))

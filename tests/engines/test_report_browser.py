@@ -95,8 +95,11 @@ def test_nothing_runs_off_a_phone_or_a_printed_page(count: int, tmp_path: Path) 
     file = tmp_path / "report.html"
     file.write_bytes(report_files(tmp_path, document)["report.html"])
     page_width = "document.documentElement.scrollWidth"
+    strips = "[...document.querySelectorAll('.strips svg')]"
     with Page(file, tmp_path, width=WIDTH) as page:
         assert page.run(page_width) <= WIDTH  # tables scroll within it
+        assert page.run(f"Math.max(...{strips}.map(e => e.getBoundingClientRect().right))") <= WIDTH
+        assert page.run(f"new Set({strips}.map(e => e.getBoundingClientRect().width)).size") == 1  # one scale
         page.lay_out_for_print(width=A4)
         assert page.run(page_width) <= A4
         tables = "[...document.querySelectorAll('table')].filter(e => e.checkVisibility())"

@@ -126,3 +126,4 @@ def test_figures_are_whole_on_a_narrow_terminal() -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     for figure in ("1,053.8", "71,037"):  # ms of prefill, the longest context
         assert figure in shown
+    assert {"activations", "sequences"} <= set(shown.split())

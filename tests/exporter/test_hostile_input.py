@@ -226,7 +226,7 @@ HEADERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "header nested deeply": (raw_header(b'{"a":' * 5000 + b"1" + b"}" * 5000), (FILE, "not valid JSON")),
     "header that is a pointer to elsewhere": (
         lambda folder: (folder / FILE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
-        (FILE, "header length is beyond", "This is a Git LFS pointer"),
+        (FILE, "a Git LFS pointer is in the place of the file. Fetch the file itself (git lfs pull)"),
     ),
     "header of something else": (
         lambda folder: (folder / FILE).write_text("GGUF, for example, and more of it"),
@@ -364,11 +364,14 @@ def replace_by(make: Callable[[Path], object], name: str = SHARDS[1]) -> Callabl
     return change
 
 
-def only_pickle(folder: Path) -> None:
-    for path in folder.glob("*.safetensors*"):
-        path.unlink()
-    (folder / INDEX).unlink(missing_ok=True)
-    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+def only(name: str) -> Callable[[Path], None]:
+    """Weights in a file of another format."""
+
+    def replace_weights(folder: Path) -> None:
+        no_weights(folder)
+        (folder / name).write_bytes(b"\x80\x04.")
+
+    return replace_weights
 
 
 def no_weights(folder: Path) -> None:
@@ -442,7 +445,8 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": "b", "a": "c"}}'),
         (INDEX, "a key occurs twice"),
     ),
-    "pickle only": (only_pickle, ("pytorch_model.bin", "pickles", "never opened", "safetensors")),
+    "pickle only": (only("pytorch_model.bin"), ("pytorch_model.bin", "pickles", "never opened", "safetensors")),
+    "GGUF only": (only("m-Q4_K_M.gguf"), ("m-Q4_K_M.gguf: weights are GGUF", "Give the folder of safetensors")),
     "no weights": (no_weights, ("no safetensors weights: expected model.safetensors or model.safetensors.index.json",)),
     "an adapter": (
         lambda folder: (folder / "adapter_config.json").write_text("{}"),
@@ -478,6 +482,23 @@ def test_paths_that_are_no_model(path: str, tmp_path: Path) -> None:
         open_model(tmp_path / path, need_weights=True)
 
 
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [
+        ("no-such-org/Llama-3.1-8B", ": hf download no-such-org/Llama-3.1-8B --local-dir Llama-3.1-8B"),
+        ("https://huggingface.co/org/Model_2", ": hf download org/Model_2 --local-dir Model_2"),
+        ("./Llama-3.1-8B", ""),
+        ("../org/model", ""),
+        ("/org/model", ""),
+        ("https://huggingface.co/org/model/tree/main", ""),
+    ],
+)
+def test_a_name_on_the_hub_is_no_folder(path: str, command: str) -> None:
+    with pytest.raises(CheckpointError, match=r"no such model folder\. .* none is downloaded") as refusal:
+        open_model(Path(path), need_weights=True)
+    assert str(refusal.value).partition("none is downloaded")[2] == command
+
+
 def test_a_cache_is_no_model_but_its_snapshots_are(sharded: Path) -> None:
     cache = sharded.parent / "models--some--model"
     (cache / "snapshots").mkdir(parents=True)
@@ -493,6 +514,9 @@ def test_a_cache_is_no_model_but_its_snapshots_are(sharded: Path) -> None:
 def test_a_weight_file_is_no_model(need_weights: bool, sharded: Path) -> None:
     with pytest.raises(CheckpointError, match=r"not a model: expected a model folder, or a config\.json alone"):
         open_model(sharded / SHARDS[0], need_weights=need_weights)
+    (sharded / "m.gguf").touch()
+    with pytest.raises(CheckpointError, match=r"m\.gguf: weights are GGUF, which is not read: expected a model folder"):
+        open_model(sharded / "m.gguf", need_weights=need_weights)
 
 
 # --- config
