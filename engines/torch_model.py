@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from engines.torch_linear import DeviceLinear, Load, activations_of, halves, linear_on_device
+from exporter.dtypes import FLOAT32
 from exporter.graph import (
     FFN,
     Activation,
@@ -31,7 +32,7 @@ from exporter.graph import (
     RMSNorm,
     members,
 )
-from exporter.lazy import LazyTensor, concat
+from exporter.lazy import LazyTensor, cast, concat
 from exporter.one_gemm import can_be_one
 from exporter.reference import ACTIVATIONS, fake_quantized, rotate, torch_from_lazy
 from exporter.writers.onnx_weights import filled_biases
@@ -429,10 +430,17 @@ def joined(linears: Sequence[Linear]) -> Linear:
         scales = [linear.quantization.weight_scale for linear in linears if linear.quantization is not None]
         quantization = Quantization(weight_scale=concat(scales, axis=0), input=quantization.input)
     return Linear(
-        weight=concat([linear.weight for linear in linears], axis=0),
-        bias=None if biases is None else concat(biases, axis=0),
+        weight=_below_each_other([linear.weight for linear in linears]),
+        bias=None if biases is None else _below_each_other(biases),
         quantization=quantization,
     )
+
+
+def _below_each_other(tensors: Sequence[LazyTensor]) -> LazyTensor:
+    """Of different dtypes in float32, which holds float16 and bfloat16 exactly."""
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        tensors = [cast(tensor, FLOAT32) for tensor in tensors]
+    return concat(tensors, axis=0)
 
 
 def _slots(graph: ModelGraph) -> list[list[int | None]]:

@@ -100,6 +100,12 @@ class _HeadDivergence(torch.autograd.Function):
 
 
 def hidden_distance(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """|s - t|^2 / |t|^2, mean over tokens, of residual streams [..., D]; taken in float32."""
+    """|s - t|^2 / |t|^2 of residual streams [..., D], mean over the tokens whose t is not zero; taken in float32.
+
+    It is zero where an embedding is, as padding has it, and nothing came from other tokens.
+    """
     t, s = teacher.float(), student.float()
-    return ((s - t).pow(2).sum(-1) / t.pow(2).sum(-1)).mean()
+    sizes = t.pow(2).sum(-1)
+    has_size = sizes > 0
+    distances = (s - t).pow(2).sum(-1) / sizes.where(has_size, 1.0)
+    return (distances * has_size).sum() / has_size.sum().clamp(min=1)

@@ -7,7 +7,10 @@ so "AF" is a full block, "F" one without attention, "A" one without FFN, "LF" an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +26,10 @@ from exporter.graph import (
     ParallelBlocks,
     RMSNorm,
     Segment,
+    linears,
+    map_blocks,
 )
-from exporter.lazy import LazyTensor, array
+from exporter.lazy import LazyTensor, array, cast
 from exporter.rope import Rope
 
 
@@ -131,6 +136,20 @@ def tiny_graph(
         lm_head=None if tied else linear(vocab_size, hidden_size),
         rope=rope or Rope(theta=10000.0),
         max_position_embeddings=max_position_embeddings,
+    )
+
+
+def with_dtypes(graph: ModelGraph, *names: str) -> ModelGraph:
+    """The graph with these dtypes, in turn, of its linears' weights."""
+    dtypes = itertools.cycle(BY_NAME[name] for name in names)
+
+    def changed(sublayer: Any) -> Any:
+        parts = linears(sublayer) if sublayer is not None else {}
+        weights = {name: replace(linear, weight=cast(linear.weight, next(dtypes))) for name, linear in parts.items()}
+        return replace(sublayer, **weights) if weights else sublayer
+
+    return map_blocks(
+        graph, lambda block, _: replace(block, attention=changed(block.attention), ffn=changed(block.ffn))
     )
 
 

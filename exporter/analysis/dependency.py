@@ -58,7 +58,7 @@ class Dependency:
     # Of every block of the range, [n]: the paper's other curves.
     distance_of_output: np.ndarray  # cosine distance of x and f(x)
     distance_of_contribution: np.ndarray  # cosine distance of x and h(x)
-    relative_contribution: np.ndarray  # |h| / |x|
+    relative_contribution: np.ndarray  # |h| / |x|, of the tokens whose x is not zero
     # What the last hidden state (before the final norm) loses without a part, [n] per kind.
     importance: dict[Kind, np.ndarray] = field(default_factory=dict)
     kl: dict[Kind, np.ndarray] = field(default_factory=dict)  # KL(whole || without), nats per token, [n]
@@ -197,7 +197,7 @@ class _Run:
         older = [removal for removal in self._removals if removal.block < index]
         fresh = [removal for removal in self._removals if removal.block == index]
         distances = dict.fromkeys(older, 0.0)
-        curves = np.zeros(3)
+        curves = np.zeros(4)
         for part in self._slices:
             x = self._states.read("base", part, self._reference.device)
             attention, ffn = block.contributions(x, self._span)
@@ -232,7 +232,8 @@ class _Run:
             columns = {f"{kind}.{index}": np.full(self._last - self._first + 1, math.nan) for kind in KINDS}
             for removal, distance in distances.items():
                 columns[f"{removal.kind}.{index}"][removal.block - self._first] = distance / count
-            columns[f"curves.{index}"] = curves / count
+            nonzero = curves[3] or math.nan
+            columns[f"curves.{index}"] = curves[:3] / (count, count, nonzero)
         self._states.commit(index + 1, columns)
         self._columns |= columns
 
@@ -290,17 +291,26 @@ def _without(block: LoadedBlock, kind: Kind, x: torch.Tensor, attention: Any, sp
 
 
 def _curves(x: torch.Tensor, y: torch.Tensor) -> np.ndarray:
-    """Sums over tokens of distance(x, f(x)), distance(x, h(x)) and |h| / |x|."""
+    """Sums over tokens of distance(x, f(x)), distance(x, h(x)) and |h| / |x|, and how many have a ratio.
+
+    A token whose embedding is zero, as padding has it, has none before the first attention.
+    """
     h = y - x
-    relative = (h.norm(dim=-1) / x.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)).double().sum().item()
-    return np.array([_summed_distance(x, y), _summed_distance(x, h), relative])
+    sizes = x.double().norm(dim=-1)
+    ratios = h.double().norm(dim=-1)[sizes > 0] / sizes[sizes > 0]
+    return np.array([_summed_distance(x, y), _summed_distance(x, h), ratios.sum().item(), len(ratios)])
 
 
 def _summed_distance(a: torch.Tensor | float, b: torch.Tensor | float) -> float:
-    """Sum over tokens of 1 - cos(a, b), in float64; NaN where either side is not there."""
+    """Sum over tokens of 1 - cos(a, b), in float64; NaN where either side is not there.
+
+    Equal vectors have the distance 0, also two zeros, which have no angle: what a block of zero weights adds depends on
+    nothing.
+    """
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return math.nan
-    return (1 - F.cosine_similarity(a.double(), b.double(), dim=-1)).sum().item()
+    distances = 1 - F.cosine_similarity(a.double(), b.double(), dim=-1)
+    return distances.masked_fill((a == b).all(-1), 0.0).sum().item()
 
 
 def summed_kl(reference: torch.Tensor, other: torch.Tensor) -> float:

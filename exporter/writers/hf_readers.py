@@ -1,16 +1,17 @@
 """What the readers of a folder would reject or, worse, silently get wrong: rules as data.
 
-A folder in a plain family (Llama, Mistral, Qwen) is what every reader was made for: only the rules for quantized
-folders concern it. The rules were established for the versions in `READERS`, by running the reader where `evidence`
-says so, else by reading its model file (`nemotron_nas.py`, `nemotron-nas.py`, `modeling_nemotron_nas.py`,
-`conversion/deci.py`) and what it does with `quantization_config`.
+A folder in a plain family (Llama, Mistral, Qwen) is what every reader was made for, but for what few models of it have:
+`PLAIN_RULES`. The rules were established for the versions in `READERS`, by running the reader where `evidence` says so,
+else by reading its model files (`nemotron_nas.py`, `nemotron-nas.py`, `modeling_nemotron_nas.py`, `conversion/deci.py`,
+and those of the plain families), its rotary embedding and what it does with `quantization_config`.
 """
 
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from exporter.architectures import FAMILIES
@@ -124,7 +125,11 @@ def check_for(graph: ModelGraph, options: Options, readers: Iterable[str]) -> li
     kept = tuple(index for index, entry in enumerate(graph.blocks) if not entry.is_empty)
     quantization = quantization_of(written, FAMILIES[family].tensors, options.quantization_layout)
     folder = Folder(written, kept, options, family, quantization)
-    rules = (*(RULES if family == NEMOTRON_NAS else ()), *(QUANTIZATION_RULES if quantization is not None else ()))
+    rules = (
+        *(RULES if family == NEMOTRON_NAS else PLAIN_RULES),
+        *SHARED_RULES,
+        *(QUANTIZATION_RULES if quantization is not None else ()),
+    )
     found = [(rule, rule.find(folder)) for rule in rules]
     return [
         _problem(rule, READERS[name], what)
@@ -177,11 +182,36 @@ def _scaled_other_than_llama3(folder: Folder) -> str | None:
     return None if scaling is None or isinstance(scaling, Llama3Scaling) else type(scaling).__name__
 
 
-def _unusual_yarn(folder: Folder) -> str | None:
+def _untruncated_yarn(folder: Folder) -> str | None:
     scaling = folder.graph.rope.scaling
-    if not isinstance(scaling, YarnScaling) or (scaling.attention_factor is None and scaling.truncate):
+    return "truncate False" if isinstance(scaling, YarnScaling) and not scaling.truncate else None
+
+
+def _yarn_attention_factor(folder: Folder) -> str | None:
+    rope = folder.graph.rope
+    if not isinstance(rope.scaling, YarnScaling):
         return None
-    return f"attention_factor {scaling.attention_factor}, truncate {scaling.truncate}"
+    otherwise = replace(rope, scaling=replace(rope.scaling, attention_factor=None)).attention_factor
+    if math.isclose(rope.attention_factor, otherwise):
+        return None
+    return f"attention_factor {rope.attention_factor:g}, {otherwise:g} without it"
+
+
+def _yarn_mscales(folder: Folder) -> str | None:
+    scaling = folder.graph.rope.scaling
+    if not isinstance(scaling, YarnScaling) or scaling.mscale is None or scaling.mscale_all_dim is None:
+        return None
+    return f"mscale {scaling.mscale:g}, mscale_all_dim {scaling.mscale_all_dim:g}"
+
+
+def _yarn_mscale_alone(folder: Folder) -> str | None:
+    """One of the two; what that means without the other is transformers' choice: nothing."""
+    scaling = folder.graph.rope.scaling
+    if not isinstance(scaling, YarnScaling) or (scaling.mscale is None) == (scaling.mscale_all_dim is None):
+        return None
+    if scaling.mscale is None:
+        return f"mscale_all_dim {scaling.mscale_all_dim:g} alone"
+    return None if scaling.mscale == 1 else f"mscale {scaling.mscale:g} alone"
 
 
 def _own_head_dim(folder: Folder) -> str | None:
@@ -204,6 +234,10 @@ def _different_kv_heads(folder: Folder) -> str | None:
 
 def _attention_bias(folder: Folder) -> str | None:
     return folder.where(lambda block: isinstance(block.attention, Attention) and block.attention.q_proj.bias)
+
+
+def _qk_norm_and_bias(folder: Folder) -> str | None:
+    return _attention_bias(folder) if _qk_norm(folder) else None
 
 
 def _ffn_bias(folder: Folder) -> str | None:
@@ -315,6 +349,7 @@ REJECTS, WRONG_RESULTS = Severity.REJECTS, Severity.WRONG_RESULTS
 _IGNORES_WINDOW = (WRONG_RESULTS, "it attends to all positions")
 _NULL_SIZE = (REJECTS, "it computes with n_heads_in_group or ffn_mult, which are null here")
 
+# Of folders in the Nemotron-NAS layout.
 RULES: tuple[Rule, ...] = (
     Rule(
         "the first layer has no attention",
@@ -377,12 +412,6 @@ RULES: tuple[Rule, ...] = (
         _scaled_other_than_llama3,
         {"llama.cpp": (WRONG_RESULTS, "it ignores the scaling")},
         "use another reader, or a model with default or llama3 RoPE",
-    ),
-    Rule(
-        "YaRN with an attention factor or without truncation",
-        _unusual_yarn,
-        {"mlx-lm": (WRONG_RESULTS, "it reads neither key")},
-        "use another reader",
     ),
     Rule(
         "head_dim is not hidden_size / num_attention_heads",
@@ -454,6 +483,61 @@ RULES: tuple[Rule, ...] = (
         _byte_level_tokenizer,
         {"llama.cpp": (REJECTS, f"its converter takes one at vocab_size {LLAMA3_VOCAB_SIZE} only")},
         "use another reader",
+    ),
+)
+
+# Of folders in a plain family: what readers leave out of models that are not quite the usual ones.
+PLAIN_RULES: tuple[Rule, ...] = (
+    Rule(
+        "sliding windows",
+        _window,
+        dict.fromkeys(("llama.cpp", "mlx-lm"), _IGNORES_WINDOW),
+        "keep sequences within the window, or use another reader",
+    ),
+    Rule(
+        "the activation is not silu",
+        _not_silu,
+        {
+            "vllm": (REJECTS, "it knows no other"),
+            "sglang": (REJECTS, "it knows no other"),
+            "llama.cpp": (WRONG_RESULTS, "it computes silu"),
+            "mlx-lm": (WRONG_RESULTS, "it computes silu"),
+        },
+        "use another reader",
+    ),
+    Rule(
+        "attention biases beside norms on queries and keys",
+        _qk_norm_and_bias,
+        {"mlx-lm": (REJECTS, "it does not know the tensors")},
+        "use another reader",
+    ),
+)
+
+# Of both.
+SHARED_RULES: tuple[Rule, ...] = (
+    Rule(
+        "YaRN without truncation",
+        _untruncated_yarn,
+        {"mlx-lm": (WRONG_RESULTS, "it truncates")},
+        "use another reader",
+    ),
+    Rule(
+        "YaRN with an attention factor of its own",
+        _yarn_attention_factor,
+        dict.fromkeys(("vllm", "sglang", "mlx-lm"), (WRONG_RESULTS, "it does not read the key")),
+        "use another reader",
+    ),
+    Rule(
+        "YaRN with mscale and mscale_all_dim",
+        _yarn_mscales,
+        {"vllm": (WRONG_RESULTS, "it reads neither key")},
+        "use another reader",
+    ),
+    Rule(
+        "YaRN with mscale or mscale_all_dim alone",
+        _yarn_mscale_alone,
+        {"mlx-lm": (WRONG_RESULTS, "it reads each by itself")},
+        "remove the key: without the other it means nothing",
     ),
     Rule(
         "weights of several dtypes",

@@ -88,7 +88,7 @@ def kv_tensors(attention: Attention) -> Named:
 
 
 def _plain(gemm: Gemm, dtype: DType) -> Named:
-    yield "weight", cast(gemm.cut([linear.weight for linear in gemm.linears]), dtype)
+    yield "weight", gemm.cut([cast(linear.weight, dtype) for linear in gemm.linears])
 
 
 def _fp8(gemm: Gemm, dtype: DType) -> Named:

@@ -29,7 +29,7 @@ from exporter.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from exporter.writers import onnx
 from exporter.writers.files import save_folder
 from exporter.writers.onnx import Network, Options
-from tests.tiny import tiny_graph
+from tests.tiny import tiny_graph, with_dtypes
 
 pytestmark = pytest.mark.skipif(bool(OnnxRuntime().missing()), reason="; ".join(OnnxRuntime().missing()))
 
@@ -72,6 +72,7 @@ GRAPHS: dict[str, Callable[[], ModelGraph]] = {
     ),
     "bfloat16 weights": lambda: tiny_graph("AF F AF", dtype="bfloat16", tied=True),
     "float16 weights": lambda: tiny_graph("AF F AF", dtype="float16"),
+    "weights of several dtypes": lambda: with_dtypes(tiny_graph("AF F"), "float32", "bfloat16", "float16"),
 }
 
 SYMBOLIC = onnx.PRESETS["onnxruntime"]

@@ -138,3 +138,16 @@ def test_hidden_distance_is_relative_to_the_teacher() -> None:
     teacher = torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])
     student = torch.tensor([[[3.0, 5.0], [2.0, 1.0]]])
     assert hidden_distance(teacher, student).item() == pytest.approx((1 / 25 + 4) / 2)
+
+
+@pytest.mark.parametrize("student", [[0.0, 0.0], [1.0, 2.0]])
+def test_hidden_distance_leaves_out_what_is_zero_in_the_teacher(student: list[float]) -> None:
+    """As a token is whose embedding is zero, where it is the first."""
+    teacher = torch.tensor([[[0.0, 0.0], [3.0, 4.0]]])
+    found = torch.tensor([[student, [3.0, 5.0]]], requires_grad=True)
+    loss = hidden_distance(teacher, found)
+    loss.backward()
+    assert loss.item() == pytest.approx(1 / 25)
+    assert found.grad is not None
+    assert found.grad.tolist() == [[[0.0, 0.0], [0.0, pytest.approx(2 / 25)]]]
+    assert hidden_distance(torch.zeros(1, 2), found.detach()[0, :1]).item() == 0

@@ -16,10 +16,11 @@ import transformers
 
 from exporter.analysis import dependency
 from exporter.analysis.dependency import Kind, dependency_from_json, measure_dependency
+from exporter.dtypes import FLOAT32
 from exporter.errors import CheckpointError, OutputError, PlanError
-from exporter.graph import ModelGraph
+from exporter.graph import Linear, ModelGraph
 from exporter.hidden_states import remove_states
-from exporter.lazy import LazyTensor, array
+from exporter.lazy import LazyTensor, array, full
 from exporter.passes.parallelize_blocks import parallelize_blocks
 from exporter.read import open_model
 from exporter.reference import Reference
@@ -122,6 +123,32 @@ def test_the_curves_equal_brute_force(tmp_path: Path) -> None:
 
 
 TOKENS = np.arange(40).reshape(4, 10)
+
+
+@torch.inference_mode()
+def test_zeros_have_no_ratio_and_depend_on_nothing() -> None:
+    """Of a token whose embedding is zero, as that of padding is, and of a block whose output matrices are."""
+    graph = tiny_graph("AF AF AF")
+    embedding = graph.embedding.numpy()
+    embedding[5] = 0
+    block = graph.flat_blocks[2]
+    silent = replace(
+        block,
+        attention=replace(block.attention, o_proj=Linear(weight=full((64, 64), 0.0, FLOAT32))),
+        ffn=replace(block.ffn, down_proj=Linear(weight=full((64, 256), 0.0, FLOAT32))),
+    )
+    graph = replace(graph, embedding=array(embedding), blocks=(*graph.blocks[:2], silent))
+    measured = measure_dependency(graph, TOKENS)
+    for layer, (x, y) in enumerate(pairwise(Reference(graph).residuals(torch.from_numpy(TOKENS), None))):
+        ratios = (y - x).norm(dim=-1) / x.norm(dim=-1)
+        expected = ratios[ratios.isfinite()].mean().item()
+        assert measured.relative_contribution[layer] == pytest.approx(expected, rel=1e-4)
+    for matrix in measured.matrices.values():
+        assert matrix[0, 1] > 1e-3
+        assert matrix[0, 2] == matrix[1, 2] == 0
+    assert {kind: curve[2] for kind, curve in measured.importance.items()} == dict.fromkeys(dependency.KINDS, 0)
+    nothing_but_padding = measure_dependency(graph, np.full((1, 4), 5))
+    assert np.isnan(nothing_but_padding.relative_contribution[0])
 
 
 class Counted(LazyTensor):

@@ -242,7 +242,7 @@ def test_truncation_and_padding_in_the_file_are_for_batches(tmp_path: Path) -> N
     [
         pytest.param("a.txt", "  \n", "text is empty", id="empty"),
         pytest.param("a.txt", "w1 w2", r"shorter than the context: expected >= 3 tokens, found 2", id="short"),
-        pytest.param("a.txt", b"\xff\xfe\x00", "cannot be read", id="not_utf8"),
+        pytest.param("a.txt", b"\xff\xfe\x00", "not a text in UTF-8", id="not_utf8"),
         pytest.param("a.jsonl", "{", "line 1 is not JSON", id="not_json"),
         pytest.param("a.jsonl", '{"text": "\\ud83d"}', "line 1 has half of a surrogate pair", id="half_a_pair"),
         pytest.param("a.jsonl", '{"txt": "w"}', "line 1 has no text", id="no_text"),

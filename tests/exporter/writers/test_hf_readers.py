@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,12 +16,17 @@ from exporter.graph import Activation, ModelGraph
 from exporter.lazy import cast
 from exporter.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from exporter.writers.hf import NEMOTRON_NAS, Options, layout_of
-from exporter.writers.hf_readers import READERS, RULES, Severity, check_for
+from exporter.writers.hf_readers import PLAIN_RULES, READERS, RULES, SHARED_RULES, Severity, check_for
 from tests.tiny import tiny_graph
 
 LLAMA3 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 NORM = tiny_graph("F").norm
 YARN = YarnScaling(factor=4.0, original_max_position_embeddings=64)
+
+
+def with_yarn(**keys: Any) -> ModelGraph:
+    return tiny_graph("AF F", rope=Rope(theta=1e4, scaling=replace(YARN, **keys)))
+
 
 CLEAN = {
     "attention dropped": tiny_graph("AF F AF F"),
@@ -30,7 +37,7 @@ CLEAN = {
 }
 PLAIN = {
     "llama": tiny_graph("AF AF", rope=Rope(theta=1e4, scaling=YARN), qkv_bias=True, o_bias=True, head_dim=32),
-    "mistral": tiny_graph("AF AF", sliding_window=4),
+    "mistral": tiny_graph("AF AF", sliding_window=512),
     "qwen2": tiny_graph("AF AF", qkv_bias=True),
     "qwen3": tiny_graph("AF AF", qk_norm=True, head_dim=32),
 }
@@ -55,10 +62,17 @@ FIRES: dict[str, tuple[ModelGraph, str, dict[str, Severity]]] = {
     "RoPE is scaled otherwise than in Llama 3": (
         tiny_graph("AF F", rope=Rope(theta=1e4, scaling=LinearScaling(factor=2.0))), "LinearScaling", {"llama.cpp": W},
     ),
-    "YaRN with an attention factor or without truncation": (
-        tiny_graph("AF F", rope=Rope(theta=1e4, scaling=replace(YARN, truncate=False))),
-        "attention_factor None, truncate False",
-        {"mlx-lm": W},
+    "YaRN without truncation": (with_yarn(truncate=False), "truncate False", {"mlx-lm": W}),
+    "YaRN with an attention factor of its own": (
+        with_yarn(attention_factor=1.5),
+        "attention_factor 1.5, 1.13863 without it",
+        {"vllm": W, "sglang": W, "mlx-lm": W},
+    ),
+    "YaRN with mscale and mscale_all_dim": (
+        with_yarn(mscale=1.0, mscale_all_dim=0.5), "mscale 1, mscale_all_dim 0.5", {"vllm": W},
+    ),
+    "YaRN with mscale or mscale_all_dim alone": (
+        with_yarn(mscale_all_dim=0.5), "mscale_all_dim 0.5 alone", {"mlx-lm": W},
     ),
     "head_dim is not hidden_size / num_attention_heads": (
         tiny_graph("AF F", head_dim=32), "head_dim 32, hidden_size 64, 4 heads", {"mlx-lm": R, "llama.cpp": R},
@@ -89,11 +103,33 @@ FIRES: dict[str, tuple[ModelGraph, str, dict[str, Severity]]] = {
     ),
     "weights in float64": (tiny_graph("AF F", dtype="float64"), "float64", {"mlx-lm": R}),
 }  # fmt: skip
+# The same of plain families; with the family.
+PLAIN_FIRES: dict[str, tuple[ModelGraph, str, str, dict[str, Severity]]] = {
+    "sliding windows": (
+        tiny_graph("AF AF", sliding_window=4), "mistral", "blocks 0-1", {"llama.cpp": W, "mlx-lm": W},
+    ),
+    "the activation is not silu": (
+        tiny_graph("AF", activation=Activation.RELU),
+        "llama",
+        "hidden_act relu",
+        {"vllm": R, "sglang": R, "llama.cpp": W, "mlx-lm": W},
+    ),
+    "attention biases beside norms on queries and keys": (
+        tiny_graph("AF", qk_norm=True, qkv_bias=True, o_bias=True), "qwen3", "block 0", {"mlx-lm": R},
+    ),
+    "YaRN without truncation": (
+        tiny_graph("AF", rope=Rope(theta=1e4, scaling=replace(YARN, truncate=False))),
+        "llama",
+        "truncate False",
+        {"mlx-lm": W},
+    ),
+}  # fmt: skip
 WITH_FILES = "a byte-level tokenizer with another vocabulary than Llama 3's"
 
 
 def test_every_rule_has_a_case() -> None:
-    assert {rule.problem for rule in RULES} == {*FIRES, WITH_FILES}
+    assert {rule.problem for rule in (*RULES, *SHARED_RULES)} == {*FIRES, WITH_FILES}
+    assert {rule.problem for rule in PLAIN_RULES} <= {*PLAIN_FIRES}
 
 
 @pytest.mark.parametrize("case", FIRES)
@@ -105,6 +141,16 @@ def test_rule_fires(case: str) -> None:
         assert problem.found == found
         assert problem.reader.version in str(problem)
         assert problem.hint
+
+
+@pytest.mark.parametrize("case", PLAIN_FIRES)
+def test_rule_fires_in_a_plain_family(case: str) -> None:
+    graph, family, found, severities = PLAIN_FIRES[case]
+    options = Options(family=family)
+    assert layout_of(graph, options) == family
+    problems = check_for(graph, options, READERS)
+    assert {problem.reader.name: problem.severity for problem in problems} == severities
+    assert all(f": {case}: " in problem.problem and problem.found == found for problem in problems)
 
 
 @pytest.mark.parametrize("case", CLEAN)
@@ -137,6 +183,11 @@ def test_tokenizer_rule(tokenizer: dict, files: list[str], vocab_size: int, fire
     problems = check_for(tiny_graph("AF F", vocab_size=vocab_size), options, READERS)
     assert [problem.reader.name for problem in problems] == (["llama.cpp"] if fires else [])
     assert all(f": {WITH_FILES}: " in problem.problem for problem in problems)
+
+
+@pytest.mark.parametrize("keys", [{}, {"attention_factor": 0.1 * math.log(4) + 1}, {"mscale": 1.0}])
+def test_yarn_that_everybody_computes_alike(keys: dict) -> None:
+    assert {problem.reader.name for problem in check_for(with_yarn(**keys), Options(), READERS)} == {"llama.cpp"}
 
 
 def test_only_the_readers_asked_for() -> None:

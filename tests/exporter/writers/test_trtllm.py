@@ -45,7 +45,7 @@ from exporter.writers.files import save_folder, sizes_of
 from exporter.writers.trtllm import Options, check, emit, tensors_of_ranks
 from exporter.writers.trtllm_config import read_checkpoint_manifest
 from tests.exporter.writers.trtllm_loader import Assembled, assembled, expected_tensors, load, logits
-from tests.tiny import quantized_graph, tiny_graph
+from tests.tiny import quantized_graph, tiny_graph, with_dtypes
 
 DATA = Path(__file__).parents[2] / "data"
 TOKENS = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -72,6 +72,7 @@ GRAPHS: dict[str, tuple[ModelGraph, list[tuple[int, int]]]] = {
     "parallel blocks": (tiny_graph("AF (AF F) (AF - AF) (- AF) -", **HEADS), [(1, 1), (2, 1), (8, 1), (2, 2)]),
     "stages of 3 and 2": (tiny_graph("AF F F AF AF", **HEADS), [(1, 2), (2, 2)]),
     "float16": (tiny_graph("AF F", **HEADS, dtype="float16"), [(2, 1)]),
+    "several dtypes": (with_dtypes(tiny_graph("AF F", **HEADS), "float32", "bfloat16", "float16"), [(1, 1), (2, 1)]),
     "linear rope": (tiny_graph("AF", **HEADS, rope=Rope(theta=1e6, scaling=LinearScaling(factor=2.0))), [(2, 1)]),
     "llama3 rope, other eps": (tiny_graph("AF", **HEADS, rope=Rope(theta=5e5, scaling=LLAMA3), eps=1e-6), [(2, 1)]),
 }  # fmt: skip
