@@ -23,7 +23,7 @@ from commands.options import (
     quiet_option,
     refuse_given,
 )
-from commands.terminal import carry_out, say_written, step_progress, wide_console
+from commands.terminal import carry_out, note_printer, say_written, step_progress, wide_console
 
 # Options of `export` that say nothing about the form of the files, by their parameters, and the targets they are for.
 OWNERS = {
@@ -174,7 +174,10 @@ def engine(
     label = engine_label(label, output)
     refuse_overlap(network, output)
     with step_progress(quiet or not tells_progress(backend)) as progress:
-        backend_named(backend, chosen, progress).build(network, output, label=label, force=force)
+        builder = backend_named(backend, chosen, progress)
+        builder.build(network, output, label=label, force=force)
+    for problem in builder.missing():
+        note_printer(quiet)(f"it is built, but this machine cannot run it: {problem}")
     say_written(quiet, output)
 
 

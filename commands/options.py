@@ -192,13 +192,19 @@ def _option_of(setting: Setting, owners: Collection[str]) -> click.Option:
 
 def open_planned(model: Path, plan_path: Path | None, norm: Any, *, need_weights: bool = True) -> tuple[Any, Any]:
     """Open a model and apply the plan, if there is one, to its graph."""
+    from exporter.errors import PlanError
     from exporter.pipeline import apply_plan
     from exporter.plan import read_plan
     from exporter.read import open_model
 
     checkpoint = open_model(model, need_weights=need_weights)
-    graph = checkpoint.graph if plan_path is None else apply_plan(checkpoint.graph, read_plan(plan_path), norm=norm)
-    return checkpoint, graph
+    if plan_path is None:
+        return checkpoint, checkpoint.graph
+    try:
+        return checkpoint, apply_plan(checkpoint.graph, read_plan(plan_path), norm=norm)
+    except PlanError as error:
+        error.file = error.file or plan_path
+        raise
 
 
 def block_range_from_text(graph: Any, layers: str, option: str = "--layers") -> tuple[int, int]:

@@ -26,9 +26,10 @@ DEMO_RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 @click.option("--dry-run", is_flag=True, help="Check everything, list the steps, write nothing.")
 @quiet_option
 def run(recipe: Path, output: Path | None, dry_run: bool, quiet: bool) -> None:
-    """Carry out a recipe; steps that are complete are not repeated.
+    """Carry out a recipe, from the model to the report.
 
-    A dry run needs neither the weights nor the runtime, so a recipe for a GPU can be checked without one.
+    Steps that are complete are not repeated. A dry run needs neither the weights nor the runtime, so a recipe for a GPU
+    can be checked without one.
     """
     output = output or Path("out") / recipe.stem
     if dry_run:
@@ -41,7 +42,10 @@ def run(recipe: Path, output: Path | None, dry_run: bool, quiet: bool) -> None:
 @click.option("-o", "--output", default=Path("out/demo"), show_default=True, type=PATH, help="Folder of all steps.")
 @quiet_option
 def demo(output: Path, quiet: bool) -> None:
-    """Run the recipe of the bundled model: baseline, attention dropped, FFNs fused, and what a measured plan gives."""
+    """Carry out the recipe of the bundled model.
+
+    Baseline, attention dropped, FFNs fused, and what a measured plan gives.
+    """
     _run(DEMO_RECIPE, output, quiet)
 
 

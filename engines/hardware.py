@@ -129,7 +129,7 @@ def read_gpus(path: Path = GPUS) -> dict[str, Gpu]:
     try:
         file = _File.model_validate(data)
     except ValidationError as error:
-        raise validation_error(error, path) from error
+        raise validation_error(error, _File, path) from error
     for name, link in file.links.items():
         if max(link.all_reduce_us, default=0) != link.gpus:
             raise PlanError(

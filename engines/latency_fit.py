@@ -219,7 +219,7 @@ def read_observations(path: Path, gpus: Mapping[str, Gpu], *, gpu: Gpu | None = 
     try:
         file = _Rates.model_validate(read_yaml(path))
     except ValidationError as error:
-        raise validation_error(error, path) from error
+        raise validation_error(error, _Rates, path) from error
     found = []
     for rate in file.rates:
         graph = open_model(path.parent / rate.model, need_weights=False).graph

@@ -18,7 +18,8 @@ Here is the order of the steps. A new one is a function in `engines.run_models` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,6 +164,15 @@ def _foreseen(wanted: VariantRecipe, variant: Variant | None) -> ForeseenVariant
     )
 
 
+@contextmanager
+def _named_in_errors(variant: VariantRecipe) -> Iterator[None]:
+    try:
+        yield
+    except FuselageError as error:
+        error.problem = f"variant {variant.name!r}: {error.problem}"
+        raise
+
+
 def _missing(recipe: Recipe, backends: Mapping[str, Backend]) -> list[FuselageError]:
     problems: list[FuselageError] = [*missing_runtimes(recipe, backends.values()), *missing_devices(recipe)]
     if recipe.evaluate is not None and recipe.evaluate.tasks:
@@ -209,11 +219,12 @@ def _carry_out(
     prediction = None if recipe.predict is None else prediction_of(recipe.predict, source.graph)
 
     def planned(wanted: VariantRecipe, plan: Plan) -> Variant:
-        graph = apply_plan(source.graph, plan, norm=wanted.norm)
-        expected = check_model(wanted, graph, source.graph)
-        engine = check_engine(recipe, wanted, expected) if wanted.bench else None
-        if engine is not None and prediction is not None:
-            check_prediction(prediction, expected, engine)
+        with _named_in_errors(wanted):
+            graph = apply_plan(source.graph, plan, norm=wanted.norm)
+            expected = check_model(wanted, graph, source.graph)
+            engine = check_engine(recipe, wanted, expected) if wanted.bench else None
+            if engine is not None and prediction is not None:
+                check_prediction(prediction, expected, engine)
         folder = output / wanted.name
         return Variant(
             recipe=wanted,

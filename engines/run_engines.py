@@ -68,17 +68,17 @@ def check_engine(recipe: Recipe, variant: VariantRecipe, structure: ModelGraph) 
     settings = None if network is None else network.settings
     foreseen = BACKENDS[variant.engine.name].foresee(structure, settings, variant.engine.settings)
     if recipe.bench is not None:
-        raise_all(_request_problems(recipe.bench, foreseen, variant.name))
+        raise_all(_request_problems(recipe.bench, foreseen))
     return foreseen
 
 
-def _request_problems(bench: BenchRecipe, engine: Foreseen, variant: str) -> list[EngineError]:
+def _request_problems(bench: BenchRecipe, engine: Foreseen) -> list[EngineError]:
     """Requests that an engine will not take: the benchmark itself is far behind the builds."""
     problems = []
     if bench.longest > engine.max_positions:
         problems.append(
             EngineError(
-                f"bench: input and output are longer than sequences of {variant!r} may be",
+                "bench: input and output are longer than a sequence of its engine may be",
                 expected=f"at most {engine.max_positions} tokens",
                 found=bench.longest,
             )
@@ -86,7 +86,7 @@ def _request_problems(bench: BenchRecipe, engine: Foreseen, variant: str) -> lis
     if engine.batch is not None and set(bench.batch) != {engine.batch}:
         problems.append(
             EngineError(
-                f"bench.batch: the engine of {variant!r} has a fixed batch",
+                "bench.batch: its engine has a fixed batch",
                 expected=[engine.batch],
                 found=bench.batch,
                 hint="give network.batch, and one recipe for each",
@@ -95,7 +95,7 @@ def _request_problems(bench: BenchRecipe, engine: Foreseen, variant: str) -> lis
     if engine.max_batch is not None and max(bench.batch) > engine.max_batch:
         problems.append(
             EngineError(
-                f"bench.batch: the engine of {variant!r} takes fewer sequences",
+                "bench.batch: its engine takes fewer sequences",
                 expected=f"at most {engine.max_batch}",
                 found=max(bench.batch),
                 hint="give engine.max_batch",

@@ -77,7 +77,7 @@ class Torch:
         except ImportError:
             return ["PyTorch is not installed: pip install 'torch>=2.8'"]
         if self.settings.device == "cuda" and not torch.cuda.is_available():
-            return ["PyTorch sees no GPU to run engines on: take another machine, or `device: cpu`"]
+            return ["PyTorch sees no GPU to run the engine on: choose the device cpu, or another machine"]
         return []
 
     def build(

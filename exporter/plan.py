@@ -11,12 +11,12 @@ A plan is YAML; layers are the source model's numbers, ranges include both ends,
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, ValidationError
 from pydantic_core import PydanticCustomError
 
 from exporter.errors import PlanError
@@ -27,21 +27,36 @@ MAX_YAML_DEPTH = 16  # a recipe has 6 levels
 MAX_LAYER = 1 << 16
 
 
-def _pair(value: Any) -> Any:
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise PydanticCustomError("range", "expected a range of two layers, like [3, 8]")
-    return tuple(value)  # pydantic's strict tuples do not accept the lists that YAML gives
-
-
-def _layer_or_pair(value: Any) -> Any:
-    if not isinstance(value, int | list | tuple):
-        raise PydanticCustomError("layer", "expected a layer, or a range like [3, 8]")
+def _layer(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MAX_LAYER:
+        raise PydanticCustomError("layer", f"expected a layer, a whole number from 0 to {MAX_LAYER - 1}")
     return value
 
 
-Layer = Annotated[int, Field(ge=0, lt=MAX_LAYER)]
-LayerRange = Annotated[tuple[Layer, Layer], BeforeValidator(_pair)]
-LayerOrRange = Annotated[Layer | LayerRange, BeforeValidator(_layer_or_pair)]
+def _range(value: Any) -> tuple[int, int]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise PydanticCustomError("range", "expected a range of two layers, like [3, 8]")
+    return _layer(value[0]), _layer(value[1])
+
+
+def _layer_or_range(value: Any) -> int | tuple[int, int]:
+    if isinstance(value, list | tuple):
+        return _range(value)
+    if not isinstance(value, int):
+        raise PydanticCustomError("layer", "expected a layer, or a range like [3, 8]")
+    return _layer(value)
+
+
+def _list(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        raise PydanticCustomError("list", "expected a list in brackets, of ranges like [3, 8]")
+    return list(value)
+
+
+LayerRange = Annotated[tuple[int, int], PlainValidator(_range)]
+LayerOrRange = Annotated[int | tuple[int, int], PlainValidator(_layer_or_range)]
+Ranges = Annotated[list[LayerRange], BeforeValidator(_list)]
+Layers = Annotated[list[LayerOrRange], BeforeValidator(_list)]
 
 
 class Plan(BaseModel):
@@ -49,10 +64,10 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    drop_attention: list[LayerOrRange] = []
-    drop_ffn: list[LayerOrRange] = []
-    fuse: list[LayerRange] = []
-    parallel: list[LayerRange] = []
+    drop_attention: Layers = []
+    drop_ffn: Layers = []
+    fuse: Ranges = []
+    parallel: Ranges = []
 
     @property
     def dropped_layers(self) -> list[int]:
@@ -94,7 +109,7 @@ def plan_from_data(data: Any, file: Path | None = None) -> Plan:
     try:
         return Plan.model_validate(data)
     except ValidationError as error:
-        raise validation_error(error, file) from error
+        raise validation_error(error, Plan, file) from error
 
 
 def read_yaml(path: Path) -> Any:
@@ -157,12 +172,44 @@ _PlainData.add_implicit_resolver(
 )
 
 
-def validation_error(error: ValidationError, file: Path | None, where: str | None = None) -> PlanError:
-    """The first of pydantic's complaints as our error; `where` stands in the file what was validated."""
+def validation_error(
+    error: ValidationError, model: type[BaseModel], file: Path | None, where: str | None = None
+) -> PlanError:
+    """The first of pydantic's complaints as our error.
+
+    Args:
+        model: what the data was validated as.
+        where: its place in the file, if it is not all of it.
+    """
     problems = error.errors(include_url=False)
     # A misspelled key is two of them: the missing one comes first, and only the other says what to correct.
     problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
     key = ".".join(map(str, problem["loc"] if where is None else (where, *problem["loc"])))
     what = {"extra_forbidden": "unknown key", "missing": "key is missing"}.get(problem["type"], problem["msg"])
     found = None if problem["type"] == "missing" else shown(problem["input"], 60)
-    return PlanError(f"{key}: {what}", file=file, found=found)
+    table = _table_at(model, problem["loc"][:-1]) if problem["type"] == "extra_forbidden" else None
+    expected = f"one of {', '.join(table.model_fields)}" if table is not None and table.model_fields else None
+    return PlanError(f"{key}: {what}", file=file, expected=expected, found=found)
+
+
+def _table_at(model: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel] | None:
+    """The model of what lies at pydantic's location `loc`; None if it is not one."""
+    for name in loc:
+        if isinstance(name, str):  # a number is a place in a list, which the list's annotation speaks of
+            field = model.model_fields.get(name)
+            tables = [] if field is None else [part for part in _parts(field.annotation) if _is_table(part)]
+            if len(tables) != 1:
+                return None
+            (model,) = tables
+    return model
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """An annotation, and what it is made of: of `list[X] | None` also `X`."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _parts(part)
+
+
+def _is_table(part: Any) -> bool:
+    return isinstance(part, type) and issubclass(part, BaseModel)

@@ -154,7 +154,7 @@ def read_quantization(name: str | Path) -> QuantizationRecipe:
     try:
         return QuantizationRecipe.model_validate(data)
     except ValidationError as error:
-        raise validation_error(error, path) from error
+        raise validation_error(error, QuantizationRecipe, path) from error
 
 
 def recipe_with(

@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from exporter.errors import PlanError
 from exporter.manifests import shown
-from exporter.plan import LayerOrRange, Plan, plan_from_data, read_plan, read_yaml, validation_error
+from exporter.plan import Layers, Plan, plan_from_data, read_plan, read_yaml, validation_error
 from exporter.quantization import QuantizationRecipe, read_quantization
 from exporter.recipe_engines import Backend, Choice, Sections, choices_from, sections_from
 from exporter.settings import found_from
@@ -61,7 +61,7 @@ class DistillRecipe(WindowsRecipe):
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     hidden_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    blocks: Annotated[list[LayerOrRange], Field(min_length=1)] | None = None  # source layers; None: everything
+    blocks: Annotated[Layers, Field(min_length=1)] | None = None  # source layers; None: everything
     dtype: Literal["float32", "bfloat16"] = "float32"
     recompute: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
@@ -146,6 +146,9 @@ class Recipe(_Table):
 
     title: str | None = None  # of the report; None: it names the variants
     model: Annotated[Path, BeforeValidator(_path)]
+    # Of variants that say nothing else, as in `VariantRecipe`.
+    network: Choice | None = None
+    engine: Choice | None = None
     analysis: AnalysisRecipe | None = None
     calibration: CalibrationRecipe | None = None
     variants: Annotated[list[VariantRecipe], Field(min_length=1, max_length=64)]
@@ -172,8 +175,9 @@ def read_recipe(path: Path, backends: Mapping[str, Backend]) -> Recipe:
     """
     data = read_yaml(path)
     if not isinstance(data, dict):
-        keys = ", ".join(["network", "engine", *Recipe.model_fields])
-        raise PlanError("not a recipe", file=path, expected=f"keys {keys}", found=shown(data, 60))
+        raise PlanError(
+            "not a recipe", file=path, expected=f"keys {', '.join(Recipe.model_fields)}", found=shown(data, 60)
+        )
     folder = path.absolute().parent
     evaluate = data.get("evaluate")
     paths = [(data, "model"), (evaluate, "text"), (evaluate, "include_path")]
@@ -185,9 +189,8 @@ def read_recipe(path: Path, backends: Mapping[str, Backend]) -> Recipe:
         if isinstance(table, dict) and isinstance(table.get(key), str):
             table[key] = str(found_from(folder, table[key]))
     shared = sections_from(data, "", path)
-    choices_from(Sections(), shared, backends, path)  # what is wrong with them is said where they stand
-    for section in ("network", "engine"):
-        data.pop(section, None)
+    choices = choices_from(Sections(), shared, backends, path)
+    data["network"], data["engine"] = choices.network, choices.engine
     for number, variant in enumerate(variants):
         if "plan" in variant:
             variant["plan"] = _plan(variant["plan"], folder, path)
@@ -201,7 +204,7 @@ def read_recipe(path: Path, backends: Mapping[str, Backend]) -> Recipe:
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        raise validation_error(error, path) from error
+        raise validation_error(error, Recipe, path) from error
     names = [variant.name for variant in recipe.variants]
     if len(set(names)) != len(names):
         raise PlanError("two variants have the same name", file=path, found=", ".join(names))

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from exporter.errors import PlanError
 from exporter.manifests import shown
 from exporter.plan import validation_error
-from exporter.settings import settings_from_data
+from exporter.settings import settings_from_data, table_of
 from exporter.targets import TARGETS
 
 MODEL_FOLDER = {"to": "hf"}  # what a backend builds from that needs no network, but a variant's Hugging Face folder
@@ -149,10 +149,11 @@ def _network(network: Mapping[str, Any], form: Mapping[str, str], own: Sections,
 
 
 def _settings(declared: type | None, data: Mapping[str, Any], where: str, file: Path) -> Any:
+    kind, folder = declared or _Nothing, file.absolute().parent
     try:
-        return settings_from_data(declared or _Nothing, data, file.absolute().parent)
+        return settings_from_data(kind, data, folder)
     except ValidationError as error:
-        raise validation_error(error, file, where) from error
+        raise validation_error(error, table_of(kind, folder), file, where) from error
 
 
 @dataclass(frozen=True)

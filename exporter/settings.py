@@ -78,12 +78,13 @@ def settings_from_data(declared: type, data: Mapping[str, Any], folder: Path) ->
         pydantic.ValidationError: a key is unknown, or a value of the wrong kind or out of range.
     """
     names = {_key(setting): setting.name for setting in settings_of(declared)}
-    chosen = dict(_table(declared, folder).model_validate(data))
+    chosen = dict(table_of(declared, folder).model_validate(data))
     return declared(**{names[key]: value for key, value in chosen.items() if value is not None})
 
 
 @functools.cache  # pydantic takes a millisecond to make one
-def _table(declared: type, folder: Path) -> type[BaseModel]:
+def table_of(declared: type, folder: Path) -> type[BaseModel]:
+    """What `settings_from_data` validates data as."""
     fields: dict[str, Any] = {
         _key(setting): (_annotation(setting, folder) | None, None) for setting in settings_of(declared)
     }

@@ -122,6 +122,9 @@ def abacus(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def build(self, network: Path, output: Path, *, label: str | None, force: bool) -> None:
             built.append(self.settings)
 
+        def missing(self) -> list[str]:
+            return []
+
     like = BACKENDS["onnxruntime"]
     kind = replace(like, make=lambda settings, progress: Abacus(settings), settings=AbacusSettings)
     monkeypatch.setitem(BACKENDS, "abacus", kind)

@@ -67,11 +67,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "out",
         "no layer to write",
     ),
+    "plan_that_does_not_fit": (
+        {"variants": [{"name": "a"}, {"name": "b", "plan": {"fuse": [[0, 1]]}}]},
+        "out",
+        "variant 'b': fuse: the run contains an attention, in layer 0",
+    ),
     "requests_too_long": ({"bench": {"input_len": [500], "output_len": [13]}}, "out", "at most 512 tokens, found 513"),
     "requests_longer_than_the_network": (
         {"network": {"max_positions": 100}, "bench": {"input_len": [9, 90], "output_len": [11, 1]}},
         "out",
-        "longer than sequences of 'a' may be: expected at most 100 tokens, found 101",
+        "variant 'a': bench: .*longer than a sequence of its engine may be: expected at most 100 tokens, found 101",
     ),
     "requests_longer_than_a_trtllm_engine": (
         {"network": {"to": "trtllm"}, "engine": {"max_seq_len": 64}},
@@ -86,17 +91,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "fixed_batch": (
         {"network": {"target": "tensorrt", "batch": 2}, "bench": {"batch": [1, 2]}},
         "out",
-        r"the engine of 'a' has a fixed batch: expected \[2\], found \[1, 2\]",
+        r"variant 'a': bench.batch: its engine has a fixed batch: expected \[2\], found \[1, 2\]",
     ),
     "fixed_batch_of_a_variant": (
         {"variants": [{"name": "a"}, {"name": "b", "network": {"batch": 2}}]},
         "out",
-        r"the engine of 'b' has a fixed batch: expected \[2\], found \[1\]",
+        r"variant 'b': bench.batch: its engine has a fixed batch: expected \[2\], found \[1\]",
     ),
     "large_batch": (
         {"network": {"to": "trtllm"}, "engine": {"max_batch": 2}, "bench": {"batch": [1, 3]}},
         "out",
-        "'a' takes fewer sequences: expected at most 2, found 3.* Give engine.max_batch",
+        "variant 'a': .*takes fewer sequences: expected at most 2, found 3.* Give engine.max_batch",
     ),
     "plugin_in_float32": (
         {"engine": {"backend": "torch", "plugins": "wide_ffn", "dtype": "float32"}},
@@ -165,7 +170,10 @@ def test_what_can_be_known_beforehand_is_refused_beforehand(
 LACKING: dict[str, tuple[dict[str, Any], str]] = {
     "gpu": (distilling(device="cuda"), "a CUDA device of its own: expected at least 1, found 0"),
     "runtime": ({"network": {"to": "trtllm"}, "bench": None}, "TensorRT-LLM"),
-    "gpu_of_an_engine": ({"engine": {"backend": "torch"}, "bench": None}, "PyTorch sees no GPU to run engines on"),
+    "gpu_of_an_engine": (
+        {"engine": {"backend": "torch"}, "bench": None},
+        "PyTorch sees no GPU to run",
+    ),
     "runtime_of_a_variant": (
         {
             "variants": [

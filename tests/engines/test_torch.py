@@ -502,6 +502,13 @@ class TestCommand:
         assert (manifest.label, manifest.capacity, manifest.dtype) == ("fused", 512, "bfloat16")
         assert manifest.plugins == ("wide_ffn",)
 
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_says_that_an_engine_does_not_run_here(self, tmp_path: Path) -> None:
+        model = checkpoint(tiny_graph("AF", dtype="bfloat16"), tmp_path / "model")
+        found = done("engine", model, "--backend", "torch", "-o", tmp_path / "cuda")
+        assert "note: it is built, but this machine cannot run it: PyTorch sees no GPU" in found.stderr
+        assert done("engine", model, "--backend", "torch", "--device", "cpu", "-o", tmp_path / "cpu").stderr == ""
+
     def test_options_belong_to_their_backend(self, tmp_path: Path) -> None:
         (tmp_path / "model").mkdir()
         result = call("engine", tmp_path / "model", "--device", "cpu", "-o", tmp_path / "engine")

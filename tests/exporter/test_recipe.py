@@ -191,13 +191,23 @@ def test_a_variants_own_keys_go_before_the_recipes(case: str, tmp_path: Path) ->
 
 
 REFUSED = {
-    "not_a_mapping": ("- a\n- b\n", "not a recipe: expected keys network, engine, title, model"),
+    "not_a_mapping": ("- a\n- b\n", "not a recipe: expected keys title, model, network"),
     "no_model": ("variants: [{name: a}]\n", "model: key is missing"),
-    "misspelled_key": ("modle: m\nvariants: [{name: a}]\n", "modle: unknown key: found m"),
+    "misspelled_key": (
+        "modle: m\nvariants: [{name: a}]\n",
+        "modle: unknown key: expected one of title, model, network, .*, found m",
+    ),
     "network_is_a_word": ("model: m\nnetwork: trtllm\nvariants: [{name: a}]\n", "network: "),
     "no_variants": ("model: m\nvariants: []\n", "variants: List should have at least 1 item"),
     "unknown_key": ("model: m\nvariants: [{name: a}]\nbatch: 1\n", "batch: unknown key"),
-    "unknown_plan_key": ("model: m\nvariants: [{name: a, plan: {drop: [1]}}]\n", "drop: unknown key"),
+    "unknown_plan_key": (
+        "model: m\nvariants: [{name: a, plan: {drop: [1]}}]\n",
+        "drop: unknown key: expected one of drop_attention, ",
+    ),
+    "unknown_key_of_a_variant": (
+        "model: m\nvariants: [{name: a}, {name: b, distill: {text: t, lrr: 1}}]\n",
+        "variants.1.distill.lrr: unknown key: expected one of context, max_windows, text, epochs",
+    ),
     "same_name": ("model: m\nvariants: [{name: a}, {name: a}]\n", "same name"),
     "name_is_no_folder": ("model: m\nvariants: [{name: ../a}]\n", r"variants.0.name: String should match"),
     "baseline": ("model: m\nvariants: [{name: a}]\nbaseline: b\n", "baseline is one of the variants"),
@@ -257,7 +267,7 @@ REFUSED = {
     ),
     "engine_option": (
         "model: m\nvariants: [{name: a}]\nengine: {backend: tensorrt, optimization: 3}\n",
-        "engine.optimization: unknown key",
+        "engine.optimization: unknown key: expected one of max_batch, max_input_len",
     ),
     "engine_option_of_a_variant": (
         "model: m\nvariants: [{name: a, engine: {backend: tensorrt, lean: 1}}]\n",
@@ -334,9 +344,14 @@ def test_a_malformed_recipe_is_refused(case: str, tmp_path: Path) -> None:
         pytest.param("fuse: [[1, 2, 3]]\n", "fuse.0", id="three"),
         pytest.param("fuse: [3]\n", r"fuse.0: expected a range of two layers, like \[3, 8\]: found 3", id="no_range"),
         pytest.param("drop_ffn: [3-5]\n", "drop_ffn.0: expected a layer, or a range .*found 3-5", id="dash"),
-        pytest.param("fuse: [[1, 99999999]]\n", "fuse.0.1", id="huge"),
+        pytest.param(
+            "fuse: [[1, 99999999]]\n", "fuse.0: expected a layer, a whole number from 0 to 65535: found", id="huge"
+        ),
+        pytest.param("drop_ffn: [[1, -2]]\n", r"drop_ffn.0: expected a layer.* found \[1, -2\]", id="negative_end"),
+        pytest.param("drop_ffn: [yes]\n", "drop_ffn.0: expected a layer, .*found true", id="boolean"),
+        pytest.param("drop_ffn: 3-5\n", "drop_ffn: expected a list in brackets, of ranges .*found 3-5", id="no_list"),
         pytest.param("", "not a plan", id="empty"),
-        pytest.param("fuse: {a: 1}\n", "fuse: Input should be a valid list", id="mapping"),
+        pytest.param("fuse: {a: 1}\n", "fuse: expected a list in brackets", id="mapping"),
         pytest.param("fuse: [[1, 2]]\nfuse: []\n", "key 'fuse' occurs twice", id="repeated_key"),
         pytest.param("fuse: " + "[" * 200_000, "nested too deeply", id="deep"),
     ],
