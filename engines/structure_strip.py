@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from exporter.architectures.base import WIDTH_MULTIPLE
 from exporter.structure import AttentionShape, BlockShape, FFNShape, ParallelShape, Structure
 
 TARGET_WIDTH = 960.0  # what the widest model should take
@@ -33,7 +34,7 @@ BOTTOM = BAND_Y + BAND_HEIGHT + GAP + TICK_HEIGHT
 ROLES = {
     "ffn": "FFN, height = intermediate size",
     "segment-0": "fused FFN, one shade per source layer",
-    "padding": "zero padding",
+    "padding": f"zero padding, to a width that is a multiple of {WIDTH_MULTIPLE}",
     "attention": "attention, query heads",
     "key-value": "key-value heads",
     "dropped": "attention dropped",
