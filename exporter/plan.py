@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import PydanticCustomError
 
 from exporter.errors import PlanError
@@ -53,8 +53,8 @@ def _list(value: Any) -> Any:
     return list(value)
 
 
-LayerRange = Annotated[tuple[int, int], PlainValidator(_range)]
-LayerOrRange = Annotated[int | tuple[int, int], PlainValidator(_layer_or_range)]
+LayerRange = Annotated[tuple[int, int], BeforeValidator(_range)]
+LayerOrRange = Annotated[int | tuple[int, int], BeforeValidator(_layer_or_range)]
 Ranges = Annotated[list[LayerRange], BeforeValidator(_list)]
 Layers = Annotated[list[LayerOrRange], BeforeValidator(_list)]
 

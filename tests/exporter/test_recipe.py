@@ -13,7 +13,7 @@ from commands.studies import analyze
 from commands.timing import bench
 from engines.backends import BACKENDS
 from exporter.errors import PlanError
-from exporter.plan import Plan, read_plan
+from exporter.plan import Plan, plan_from_data, read_plan
 from exporter.recipe import AnalysisRecipe, BenchRecipe, CalibrationRecipe, Recipe, read_recipe
 from exporter.settings import record_of
 
@@ -374,6 +374,15 @@ def test_ranges_that_make_no_sense_are_refused(text: str, message: str, tmp_path
     plan = read_plan(written(tmp_path, text))
     with pytest.raises(PlanError, match=message):
         _ = plan.dropped_layers + plan.dropped_ffn_layers
+
+
+def test_a_plan_as_json_is_the_plan(tmp_path: Path) -> None:
+    plan = read_plan(
+        written(tmp_path, "drop_attention: [1, [3, 5]]\ndrop_ffn: [[7, 8]]\nfuse: [[3, 5]]\n")
+    )
+    data = plan.model_dump(mode="json")
+    assert data == {"drop_attention": [1, [3, 5]], "drop_ffn": [[7, 8]], "fuse": [[3, 5]], "parallel": []}
+    assert plan_from_data(data) == plan
 
 
 def test_errors_show_control_characters_instead_of_sending_them_to_the_terminal() -> None:
