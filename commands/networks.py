@@ -116,13 +116,15 @@ def export(
 def check(network: Path, runtime: str, plugins: tuple[str, ...]) -> None:
     """Check networks against the rules of a runtime's importer.
 
-    NETWORK is a folder that `export` wrote, or any .onnx file. No weight is read. The runtime need not be installed.
+    NETWORK is a folder that `export` wrote, whose plugins are known, or any .onnx file. No weight is read. The runtime
+    need not be installed.
     """
+    from exporter.writers.onnx_plugins import plugin_ops
     from exporter.writers.onnx_tensorrt_rules import networks_to_check, version_from_text
 
     version = version_from_text(runtime)
-    files = networks_to_check(network)
-    _refuse_violations(files, version, plugins)
+    files, own_plugins = networks_to_check(network)
+    _refuse_violations(files, version, (*plugins, *plugin_ops(own_plugins)))
     click.echo(f"no rule of {runtime} is broken by {', '.join(files)}")
 
 

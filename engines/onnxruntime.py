@@ -25,6 +25,7 @@ from engines.onnxruntime_kernels import (
     QuantizedLinear,
     check_kernels,
     executed_format,
+    is_emulated,
     kernels_from_profile,
     quantized_linears,
     session_config,
@@ -311,6 +312,8 @@ def _engine_manifest(
 
     itemsize = BY_NAME[variant.dtype].itemsize
     weight_bytes = sum(folder.files[name].bytes for name in variant.weight_files)
+    plugins = tuple(variant.options.get("plugins", ()))
+    emulated = is_emulated(variant.number_format, linears, plugins)
     return EngineManifest(
         backend=NAME,
         runtime={"onnxruntime": onnxruntime.__version__},
@@ -319,8 +322,8 @@ def _engine_manifest(
         network_file=variant.file,
         network_sha256=folder.fingerprint,
         dtype=variant.dtype,
-        number_format=executed_format(variant.number_format, linears),
-        plugins=tuple(variant.options.get("plugins", ())),
+        number_format=executed_format(variant.number_format, emulated=emulated),
+        plugins=plugins,
         vocab_size=contract.vocab_size,
         max_positions=variant.max_positions,
         batch=variant.batch,
@@ -331,7 +334,7 @@ def _engine_manifest(
         structure=contract.structure,
         options=EngineOptions(
             device="cpu",
-            emulated=any(not linear.is_int8 for linear in linears),
+            emulated=emulated,
             session=_session_config(contract.structure) | session_config(linears),
             network=variant.options,
         ).model_dump(),

@@ -104,15 +104,18 @@ def session_config(linears: Sequence[QuantizedLinear]) -> dict[str, str]:
     }
 
 
-def executed_format(number_format: str | None, linears: Sequence[QuantizedLinear]) -> str | None:
+def is_emulated(number_format: str | None, linears: Sequence[QuantizedLinear], plugins: Sequence[str]) -> bool:
+    """Whether floats imitate a number format: FP8, and FFNs whose plugin is replaced by local functions."""
+    return number_format is not None and (bool(plugins) or not all(linear.is_int8 for linear in linears))
+
+
+def executed_format(number_format: str | None, *, emulated: bool) -> str | None:
     """A network's number format, and in which way ONNX Runtime on CPU departs from it."""
-    if number_format is None or not linears:
-        return number_format
-    if not all(linear.is_int8 for linear in linears):
+    if number_format is None:
+        return None
+    if emulated:
         return f"{number_format}, emulated"
-    if any(linear.weight_only for linear in linears):
-        return number_format.replace("(weight only)", "(weight only, kernel rounds inputs)")
-    return number_format
+    return number_format.replace("(weight only)", "(weight only, kernel rounds inputs)")
 
 
 def kernels_from_profile(profile: Path) -> dict[str, Kernel]:
@@ -149,7 +152,8 @@ def check_kernels(linears: Sequence[QuantizedLinear], kernels: Mapping[str, Kern
         raise EngineError(
             f"ONNX Runtime runs {len(wrong)} of {len(linears)} quantized linears without a kernel for their format",
             file=network,
-            expected=", ".join(sorted({kernel for linear in linears for kernel in linear.kernels if linear.is_int8})),
+            expected=", ".join(sorted({kernel for linear in linears for kernel in linear.kernels if linear.is_int8}))
+            or None,
             found="; ".join(wrong[:SHOWN_LINEARS]) + more,
             hint="export the network for the target onnxruntime; if it is, this version of ONNX Runtime fuses less",
         )

@@ -7,6 +7,7 @@ values of a tensor in a weight file.
 from __future__ import annotations
 
 import math
+import posixpath
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
@@ -25,6 +26,7 @@ HEAD_SIZES = range(16, 257)  # what fused attention kernels are documented for
 MOST_KEYS = 16_384  # that attention over a cache was reported to run fused with
 MOST_TOP_K = 3839
 MOST_ELEMENTS = 2**31 - 1
+EXTERNAL_DATA_KEYS = frozenset({"location", "offset", "length", "checksum"})
 CODE_OPSETS: dict[int, int] = {TensorProto.FLOAT8E4M3FN: 19, TensorProto.INT4: 21, TensorProto.FLOAT4E2M1: 23}
 MOVES = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 PRODUCTS = frozenset({"Gemm", "MatMul"})
@@ -39,7 +41,7 @@ class Finding(NamedTuple):
 
 
 def _label(node: onnx.NodeProto) -> str:
-    return f"{node.name or ', '.join(node.output)} ({node.op_type})"
+    return f"{node.name or ', '.join(filter(None, node.output))} ({node.op_type})"
 
 
 def _given(node: onnx.NodeProto, index: int) -> str | None:
@@ -81,7 +83,9 @@ def unknown_ops(network: TypedNetwork) -> Iterator[Finding]:
     for node in network.all_nodes:
         if node.op_type not in known:
             yield Finding(
-                _label(node), "an op with an importer, a local function or a plugin", f"{node.domain}::{node.op_type}"
+                _label(node),
+                "an op with an importer, a local function or a plugin",
+                f"{node.domain or 'ai.onnx'}::{node.op_type}",
             )
 
 
@@ -116,9 +120,9 @@ def wrong_dtypes(network: TypedNetwork) -> Iterator[Finding]:
 def _is_wrong_anywhere(network: TypedNetwork, name: str) -> bool:
     """Whether a rule about dtypes as such names this value already."""
     dtype = network.dtype(name)
-    return dtype not in KNOWN_DTYPES - {TensorProto.DOUBLE, TensorProto.UINT8} and (
-        dtype != TensorProto.UINT8 or name not in network.inputs
-    )
+    if dtype == TensorProto.UINT8:
+        return name not in network.inputs | network.outputs
+    return dtype == TensorProto.DOUBLE or dtype not in KNOWN_DTYPES
 
 
 def mixed_dtypes(network: TypedNetwork) -> Iterator[Finding]:
@@ -133,7 +137,7 @@ def attribute_names(network: TypedNetwork) -> Iterator[Finding]:
         known = op.attributes
         if known is not None:
             for name in sorted(set(attributes(node)) - set(known)):
-                yield Finding(_label(node), f"of attributes at most {', '.join(known)}", name)
+                yield Finding(_label(node), f"no attribute but {', '.join(known)}", name)
 
 
 def attribute_values(network: TypedNetwork) -> Iterator[Finding]:
@@ -153,9 +157,10 @@ def input_counts(network: TypedNetwork) -> Iterator[Finding]:
 
 def output_counts(network: TypedNetwork) -> Iterator[Finding]:
     for node, op in _rows(network):
-        used = [name for name in node.output if name]
-        if op.outputs is not None and len(used) > op.outputs:
-            yield Finding(_label(node), f"{op.outputs} output", str(len(used)))
+        # The importer of Attention also counts those that an empty name leaves out.
+        found = len(node.output) if node.op_type == "Attention" else sum(map(bool, node.output))
+        if op.outputs not in (None, found):
+            yield Finding(_label(node), f"{op.outputs} output(s)", str(found))
 
 
 def ranks(network: TypedNetwork) -> Iterator[Finding]:
@@ -247,6 +252,19 @@ def large_initializers(network: TypedNetwork) -> Iterator[Finding]:
             yield Finding(name, f"at most {MOST_ELEMENTS:,} elements", f"{elements:,} in {_shape_text(tensor.dims)}")
 
 
+def external_data(network: TypedNetwork) -> Iterator[Finding]:
+    for name, tensor in network.initializers.items():
+        if tensor.data_location != TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        unknown = sorted(set(entries) - EXTERNAL_DATA_KEYS)
+        if unknown:
+            yield Finding(name, f"no key but {', '.join(sorted(EXTERNAL_DATA_KEYS))}", ", ".join(unknown))
+        location = posixpath.normpath(entries.get("location", ""))
+        if location.startswith(("../", "/")):
+            yield Finding(name, "a file beside the network or below", location)
+
+
 def empty_initializers(network: TypedNetwork) -> Iterator[Finding]:
     for name, tensor in network.initializers.items():
         if 0 in tensor.dims:
@@ -283,8 +301,8 @@ def rotary_tables(network: TypedNetwork) -> Iterator[Finding]:
 def rotary_heads(network: TypedNetwork) -> Iterator[Finding]:
     for node in network.built_in("RotaryEmbedding"):
         shape = network.shape(_given(node, 0))
-        if shape is not None and len(shape) == 4 and attributes(node).get("num_heads"):
-            yield Finding(_label(node), "no num_heads where x has 4 dimensions", _shape_text(shape))
+        if shape is not None and len(shape) == 3 and "num_heads" not in attributes(node):
+            yield Finding(_label(node), "num_heads where x has 3 dimensions", _shape_text(shape))
 
 
 # --- KV cache
@@ -546,29 +564,25 @@ def scale_values(network: TypedNetwork) -> Iterator[Finding]:
 def scale_shapes(network: TypedNetwork) -> Iterator[Finding]:
     for node in network.built_in("QuantizeLinear", "DequantizeLinear"):
         data, scale = (network.shape(_given(node, index)) for index in (0, 1))
-        problem = (
-            None if data is None or scale is None else _scale_problem(data, scale, attributes(node).get("axis", 1))
-        )
+        if data is None or scale is None:
+            continue
+        problem = _scale_problem(data, scale, attributes(node).get("axis", 1))
         if problem is not None:
-            yield Finding(_label(node), problem, f"{_shape_text(scale or ())} for {_shape_text(data or ())}")
+            yield Finding(_label(node), problem, f"{_shape_text(scale)} for {_shape_text(data)}")
 
 
 def _scale_problem(data: Sequence[Size], scale: Sequence[Size], axis: int) -> str | None:
-    if not all(isinstance(size, int) for size in scale):
-        return "a scale of fixed shape"
     if all(size == 1 for size in scale):
         return None
-    if len(scale) == 1 and -len(data) <= axis < len(data):
-        wanted = data[axis]
-        return (
-            None
-            if wanted == scale[0] or not isinstance(wanted, int)
-            else f"a scale for each of {wanted} on axis {axis}"
-        )
+    if len(scale) == 1 and isinstance(scale[0], int) and -len(data) <= axis < len(data):
+        channels = data[axis]
+        matches = channels == scale[0] or not isinstance(channels, int)
+        return None if matches else f"a scale for each of {channels} on axis {axis}"
     if len(scale) == len(data):
-        blocked = [axis for axis, (d, s) in enumerate(zip(data, scale, strict=True)) if isinstance(d, int) and d != s]
-        return None if len(blocked) <= 1 else "blocks along one axis only"
-    return "a scale of one element, of one dimension, or of the rank of the data"
+        is_static = all(isinstance(size, int) for size in (*data, *scale))
+        blocked_axes = sum(ours != theirs for ours, theirs in zip(data, scale, strict=True))
+        return None if blocked_axes == 1 or not is_static else "blocks along one axis"
+    return "a scale of one element, of one dimension and fixed size, or of the rank of the data"
 
 
 def per_channel_activations(network: TypedNetwork) -> Iterator[Finding]:

@@ -121,7 +121,9 @@ def _size(dimension: onnx.TensorShapeProto.Dimension) -> Size:
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     """A node's attributes as plain values; strings are decoded."""
     values = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
+    return {
+        name: value.decode(errors="replace") if isinstance(value, bytes) else value for name, value in values.items()
+    }
 
 
 def version_text(version: Version) -> str:

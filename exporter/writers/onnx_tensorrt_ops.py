@@ -39,7 +39,7 @@ class Op:
     attributes: Mapping[str, Any] | None = None  # name -> ANY, or the values that are taken; None: not looked at
     constant: tuple[int, ...] = ()  # inputs whose values must be known when the network is parsed
     inputs: tuple[int, int] | None = None  # least and most that are given
-    outputs: int | None = None  # most that are used
+    outputs: int | None = 1  # that the importer makes; None: as many as the node has
     ranks: Mapping[int, frozenset[int]] = field(default_factory=dict)  # of inputs
 
 
@@ -55,22 +55,31 @@ _ATTENTION_ATTRIBUTES = {
     "kv_num_heads": ANY,
     "softcap": (0.0,),
     "qk_matmul_output_mode": (0,),
+    # TensorRT's own, which ONNX does not know:
+    "TRT_decomposable": ANY,
+    "TRT_normalization_op": ("softmax", "none"),
+    "nb_rank": ANY,
 }
 _FOUR_DIMENSIONS = frozenset({4})
 _HEADS_APART_OR_NOT = frozenset({3, 4})  # [B, n, S, d] or [B, S, n * d]
 
 OPS: dict[str, Op] = {
     **_group(
-        "Acos Acosh Asin Asinh Atan Atanh AveragePool BatchNormalization Ceil Celu Clip Conv ConvTranspose Cos Cosh "
-        "CumSum Einsum Elu Erf Exp Floor GlobalAveragePool GlobalLpPool GlobalMaxPool GroupNormalization GRU "
-        "HardSigmoid HardSwish Hardmax InstanceNormalization IsInf LRN LSTM LayerNormalization LeakyRelu "
-        "Log LogSoftmax LpNormalization LpPool MaxPool MeanVarianceNormalization PRelu RNN "
+        "Acos Acosh Asin Asinh Atan Atanh AveragePool BatchNormalization Ceil Celu Conv ConvTranspose Cos Cosh "
+        "Einsum Elu Erf Exp Floor GlobalAveragePool GlobalLpPool GlobalMaxPool GroupNormalization "
+        "HardSigmoid HardSwish Hardmax InstanceNormalization IsInf LRN LayerNormalization LeakyRelu "
+        "Log LogSoftmax LpNormalization LpPool MaxPool MeanVarianceNormalization PRelu "
         "RandomNormalLike RandomUniformLike Reciprocal Resize Round Selu Sigmoid Sin Sinh Softmax Softplus "
         "Softsign Sqrt Tan Tanh ThresholdedRelu Upsample",
         Op(dtypes=FLOATS),
     ),
+    **_group("GRU LSTM RNN", Op(dtypes=FLOATS, outputs=None)),
+    # The list has floats only for these two; the importers take integers, too.
+    **_group("Clip", Op(dtypes=NUMBERS)),
+    **_group("CumSum", Op(dtypes=NUMBERS, constant=(1,))),
     **_group("Abs ArgMax ArgMin DepthToSpace IsNaN Neg Pad Relu Shrink Sign SpaceToDepth", Op(dtypes=NUMBERS)),
-    **_group("Scatter ScatterElements ScatterND", Op(dtypes=NUMBERS)),
+    **_group("Scatter ScatterElements", Op(dtypes=NUMBERS)),
+    **_group("ScatterND", Op(dtypes=NUMBERS, attributes={"reduction": ("none",)})),
     **_group("DeformConv GridSample Mish NonMaxSuppression RoiAlign", Op(dtypes=FLOATS - {TensorProto.BFLOAT16})),
     **_group("BlackmanWindow HammingWindow HannWindow", Op(dtypes=INTEGERS)),
     **_group("STFT", Op(dtypes=frozenset({TensorProto.FLOAT}))),
@@ -83,24 +92,26 @@ OPS: dict[str, Op] = {
         "ReduceSumSquare",
         Op(dtypes=NUMBERS, constant=(1,)),
     ),
-    **_group("Expand EyeLike Flatten Identity OneHot Reshape ReverseSequence Shape Size Slice Tile", Op(dtypes=VALUES)),
-    **_group("Split Transpose Trilu NonZero", Op(dtypes=VALUES)),
-    **_group("Squeeze Unsqueeze", Op(dtypes=VALUES, constant=(1,))),
+    **_group("Expand EyeLike Flatten Identity Reshape ReverseSequence Shape Size Slice Tile", Op(dtypes=VALUES)),
+    **_group("Transpose Trilu NonZero", Op(dtypes=VALUES)),
+    **_group("Split", Op(dtypes=VALUES, outputs=None)),
+    **_group("OneHot Squeeze Unsqueeze", Op(dtypes=VALUES, constant=(1,))),
     **_group("Concat", Op(dtypes=VALUES, typed=(ALL,), alike=True)),
     **_group("Where", Op(dtypes=VALUES, typed=(1, 2), alike=True, others={0: BOOL})),
     **_group("Gather GatherElements GatherND", Op(dtypes=VALUES, others={1: INTEGERS})),
-    **_group("TopK", Op(dtypes=NUMBERS, attributes={"axis": ANY, "largest": ANY, "sorted": (1,)})),
+    **_group("TopK", Op(dtypes=NUMBERS, outputs=2)),
     **_group("Range", Op(dtypes=INTEGERS | {TensorProto.FLOAT}, typed=(0, 1, 2), alike=True)),
     **_group("Cast CastLike", Op(dtypes=VALUES | {TensorProto.UINT8, TensorProto.DOUBLE})),
     # No dtype of their own: what they hold or contain is looked at where it is used.
-    **_group("Constant ConstantOfShape Dropout If Loop RandomNormal RandomUniform Scan", Op(dtypes=KNOWN_DTYPES)),
+    **_group("Constant ConstantOfShape RandomNormal RandomUniform", Op(dtypes=KNOWN_DTYPES)),
+    **_group("Dropout If Loop Scan", Op(dtypes=KNOWN_DTYPES, outputs=None)),
     **_group("Gelu", Op(dtypes=FLOATS, attributes={"approximate": ("none", "tanh")})),
     **_group("MatMul", Op(dtypes=FLOATS, typed=(0, 1), alike=True)),
     **_group(
         "Gemm",
         Op(dtypes=FLOATS, typed=(ALL,), alike=True, ranks={0: frozenset({2}), 1: frozenset({2})}),
     ),
-    **_group("RMSNormalization", Op(dtypes=FLOATS, typed=(0, 1), outputs=1)),
+    **_group("RMSNormalization", Op(dtypes=FLOATS, typed=(0, 1))),
     **_group(
         "RotaryEmbedding",
         Op(
@@ -119,7 +130,6 @@ OPS: dict[str, Op] = {
             typed=(0, 1, 2),
             alike=True,
             attributes=_ATTENTION_ATTRIBUTES,
-            outputs=1,
             # The list of ops asks for 4 dimensions throughout; the importers reshape 3, and prepend some to a mask.
             ranks={0: _HEADS_APART_OR_NOT, 1: _HEADS_APART_OR_NOT, 2: _HEADS_APART_OR_NOT, 3: frozenset(range(5))},
         ),

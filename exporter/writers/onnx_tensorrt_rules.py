@@ -146,15 +146,19 @@ def check_network(
         plugins: op types that plugins implement: not looked into, and neither are local functions of their names.
 
     Raises:
-        CheckpointError: not valid ONNX, so that types cannot be inferred.
+        CheckpointError: not valid ONNX, so that types cannot be inferred, or values not be read.
     """
     network = TypedNetwork(model, version, plugins, file=file)
-    return [
-        Violation(rule, version, file, finding)
-        for rule in RULES
-        if rule.holds_for(version)
-        for finding in rule.find(network)
-    ]
+    try:
+        return [
+            Violation(rule, version, file, finding)
+            for rule in RULES
+            if rule.holds_for(version)
+            for finding in rule.find(network)
+        ]
+    except (TypeError, ValueError) as error:  # names that are no text, unknown dtypes, constants that are cut short
+        problem = " ".join(str(error).split())[:200]
+        raise CheckpointError("not a valid ONNX network", file=file, found=problem) from error
 
 
 def refuse_violations(
@@ -177,18 +181,23 @@ def refuse_violations(
     return found
 
 
-def networks_to_check(network: Path) -> dict[str, Path]:
-    """The .onnx files of a network folder, by name: those written for TensorRT, or all if none is; or the file itself.
+def networks_to_check(network: Path) -> tuple[dict[str, Path], list[str]]:
+    """Find what to check in a network folder, or take the .onnx file itself.
+
+    Returns:
+        The files by name, those written for TensorRT or all if none is; their plugins, of `onnx_options.PLUGINS`.
 
     Raises:
         CheckpointError: neither a file nor a network folder.
     """
     if os.path.isfile(network):
-        return {network.name: network}
+        return {network.name: network}, []
     if not os.path.isfile(network / NETWORK_FILE):
         raise CheckpointError("no network to check", file=network, expected="an .onnx file, or a folder that has them")
     manifest = network_manifest_from_json(read_json(network / NETWORK_FILE), network / NETWORK_FILE)
-    return {file: network / file for file in files_for_tensorrt(manifest.networks)}
+    files = {file: network / file for file in files_for_tensorrt(manifest.networks)}
+    plugins = {name for one in manifest.networks if one.file in files for name in one.options.get("plugins", ())}
+    return files, sorted(plugins)
 
 
 def files_for_tensorrt(networks: Sequence[_Targeted]) -> list[str]:
@@ -202,7 +211,8 @@ def summary(violations: Sequence[Violation], version: Version) -> TargetError:
     for rule in dict.fromkeys(violation.rule for violation in violations):
         broken = [violation for violation in violations if violation.rule is rule]
         head = f"{rule.id}: {rule.statement} (TensorRT {rule.severity.value}; {rule.evidence.value}: {rule.source})"
-        lines = [f"    {v.file}: {v.tensor}: expected {v.expected}, found {v.found}" for v in broken]
+        places = [f"{v.file}: {v.tensor}: expected {v.expected}, found {v.found}" for v in broken]
+        lines = ["    " + place.replace("\n", "\\n") for place in places]  # names are not ours
         paragraphs.append("\n".join([f"  {head}", *lines, f"    -> {rule.hint}"]))
     counts = f"{len(violations)} places against {len(paragraphs)} of its import rules"
     return TargetError("\n".join([f"TensorRT {version_text(version)}: {counts}", *paragraphs]))
@@ -231,7 +241,7 @@ RULES: tuple[Rule, ...] = (
         _REFUSED,
         _DOCUMENTED,
         _OPERATORS,
-        "write it with other ops, or declare the plugin",
+        "write it with other ops, or name it with --plugin if a plugin implements it",
     ),
     Rule(
         "op-version",
@@ -247,9 +257,9 @@ RULES: tuple[Rule, ...] = (
         "no op of another domain has the name of an ONNX op, which TensorRT would take it for",
         conditions.foreign_domains,
         _WRONG,
-        _UNVERIFIED,
-        "importers are looked up by name alone; Edge-LLM 0.11 relies on it",
-        "rename it",
+        _IMPORTER,
+        "parseNode in ModelImporter.cpp of 10.16 and 11.0: looked up by name alone; Edge-LLM 0.11 relies on it",
+        "use the op of ONNX, or another name",
     ),
     Rule(
         "op-dtype",
@@ -298,12 +308,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "op-outputs",
-        "only the first output is used",
+        "a node has the outputs that its importer makes; of Attention, the first, and none with an empty name",
         conditions.output_counts,
         _REFUSED,
         _IMPORTER,
-        f"{_ATTENTION}; onnx-tensorrt issue 4738 of NVIDIA/TensorRT",
-        "compute the other outputs with other nodes",
+        "parseNode in ModelImporter.cpp, and Attention in onnxOpImporters.cpp, of 10.16 and 11.0; issue 4738 of "
+        "NVIDIA/TensorRT",
+        "drop outputs that nobody reads, with their empty names; compute the others with other nodes",
     ),
     Rule(
         "op-rank",
@@ -393,7 +404,7 @@ RULES: tuple[Rule, ...] = (
         conditions.function_names,
         _WRONG,
         _IMPORTER,
-        "onnxOpImporters.cpp of 11.0, LocalFunctionImporter: looked up by name alone",
+        "importLocalFunctions in ModelImporter.cpp of 10.16 and 11.0: the first of a name stays",
         "rename one of them",
     ),
     Rule(
@@ -402,7 +413,7 @@ RULES: tuple[Rule, ...] = (
         conditions.function_inputs,
         _REFUSED,
         _IMPORTER,
-        "onnxOpImporters.cpp of 11.0, LocalFunctionImporter",
+        "onnxOpCheckers.cpp of 11.0, LocalFunctionImporter",
         "pass all inputs, or write a function for each number of inputs",
     ),
     Rule(
@@ -413,6 +424,15 @@ RULES: tuple[Rule, ...] = (
         _REPORTED,
         "issues 1948 and 4123 of NVIDIA/TensorRT; issue 3495 of NVIDIA/TensorRT-LLM, about the FFNs of Ultra-253B",
         "fuse fewer FFNs into one",
+    ),
+    Rule(
+        "external-data",
+        "weight files are beside the network or below, and named by location, offset, length and checksum",
+        conditions.external_data,
+        _REFUSED,
+        _IMPORTER,
+        "WeightsContext.cpp of 10.16",
+        "save the network again, with its weights in its folder",
     ),
     Rule(
         "empty-initializer",
@@ -453,12 +473,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "rotary-heads",
-        "num_heads of RotaryEmbedding is for inputs of 3 dimensions",
+        "a RotaryEmbedding of 3 dimensions has num_heads",
         conditions.rotary_heads,
         _REFUSED,
         _IMPORTER,
-        "onnxOpImporters.cpp of 11.0, RotaryEmbedding",
-        "leave num_heads out",
+        "onnxOpImporters.cpp of 10.16 and 11.0, RotaryEmbedding",
+        "set num_heads",
     ),
     # KV cache
     Rule(
@@ -613,7 +633,7 @@ RULES: tuple[Rule, ...] = (
         _WARNING,
         _DOCUMENTED,
         "TensorRT's page on fused attention; issue 4705 of NVIDIA/TensorRT",
-        "allow the builder to decompose attention",
+        "build the engine with --decomposable-attention",
     ),
     Rule(
         "attention-keys",
@@ -622,7 +642,7 @@ RULES: tuple[Rule, ...] = (
         _WARNING,
         _REPORTED,
         "NVIDIA's TensorRT-Model-Connect, pull requests 1035 (16,384 is qualified) and 873 (40,960 had none on SM86)",
-        "export with fewer --max-positions, or allow the builder to decompose attention",
+        "export with fewer --max-positions, or build the engine with --decomposable-attention",
     ),
     Rule(
         "attention-cast",

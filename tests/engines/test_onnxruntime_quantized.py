@@ -254,7 +254,7 @@ def test_refuses_fp8_weights_that_are_dequantized_at_every_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backend, "session_config", lambda linears: {})
-    with pytest.raises(EngineError, match=r"8 of 8 .*its weight dequantized at every step"):
+    with pytest.raises(EngineError, match=r"8 of 8 .*format: found .*its weight dequantized at every step"):
         built(network_of(quantized("plain", "fp8"), SYMBOLIC, tmp_path))
 
 

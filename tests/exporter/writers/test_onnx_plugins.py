@@ -114,7 +114,13 @@ def test_float32_networks_cast_the_same_weights(tmp_path: Path) -> None:
 def test_local_functions_compute_what_the_reference_does(format_name: str | None, tmp_path: Path) -> None:
     """In ONNX Runtime. FFNs alone: what an attention's standard form rounds is tested elsewhere."""
     graph = graph_of(format_name, "F (F F) F")
-    recorded = Recorded(open_graph(graph, ONNXRUNTIME, tmp_path), len(LENGTHS))
+    runner = open_graph(graph, ONNXRUNTIME, tmp_path)
+    is_quantized = format_name is not None
+    assert (runner.manifest.options["emulated"], str(runner.manifest.number_format).endswith(", emulated")) == (
+        is_quantized,
+        is_quantized,
+    )
+    recorded = Recorded(runner, len(LENGTHS))
     recorded.decode(recorded.prefill(*LENGTHS), 4)
     recorded.prefill(5, 0, 3)
     found = differences(recorded, graph)
@@ -165,6 +171,8 @@ def test_export(tmp_path: Path) -> None:
     save_folder(tmp_path / "model", hf_emit(graph_of("fp8", "AF F"), HfOptions()), kind="checkpoint", details={})
     export = ("export", tmp_path / "model", "--to", "onnx", "--plugins", "wide_ffn", "--max-positions", 64)
     done(*export, "--target", "tensorrt:bfloat16", "--check", "tensorrt", "-o", tmp_path / "network")
+    done("check", tmp_path / "network")
+    assert "cast-codes" in call("check", tmp_path / "network" / "tensorrt.onnx").output, "nobody says who runs its ops"
     model = onnx.load(tmp_path / "network" / "tensorrt.onnx", load_external_data=False)
     assert [node.op_type for node in plugin_nodes(model)] == ["wide_ffn_up_fp8_static", "wide_ffn_down_fp8_static"] * 2
     refused = call(*export, "--target", "tensorrt:float16", "-o", tmp_path / "refused")

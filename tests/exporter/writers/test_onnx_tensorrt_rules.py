@@ -201,6 +201,13 @@ def an_inner_uint8(model: ModelProto) -> None:
     model.graph.output.append(helper.make_tensor_value_info("back", TensorProto.FLOAT, [1, 320]))
 
 
+def uint8_read_again(model: ModelProto) -> None:
+    model.graph.node.append(helper.make_node("Cast", ["logits"], ["bytes"], name="bytes", to=TensorProto.UINT8))
+    model.graph.output.append(helper.make_tensor_value_info("bytes", TensorProto.UINT8, [1, 320]))
+    model.graph.node.append(helper.make_node("Concat", ["bytes", "bytes"], ["two"], name="two", axis=0))
+    model.graph.output.append(helper.make_tensor_value_info("two", TensorProto.UINT8, [2, 320]))
+
+
 def an_int16(model: ModelProto) -> None:
     model.graph.node.append(helper.make_node("Cast", ["logits"], ["short"], name="short", to=TensorProto.INT16))
     model.graph.output.append(helper.make_tensor_value_info("short", TensorProto.INT16, [1, 320]))
@@ -293,6 +300,17 @@ def a_wide_ffn(model: ModelProto) -> None:
     model.graph.initializer.append(tensor)
 
 
+def a_weight_file(**entries: str) -> Callable[[ModelProto], None]:
+    def spoil(model: ModelProto) -> None:
+        tensor = next(one for one in model.graph.initializer if one.data_location == TensorProto.EXTERNAL)
+        for key, value in entries.items():
+            kept = [entry for entry in tensor.external_data if entry.key != key]
+            del tensor.external_data[:]
+            tensor.external_data.extend([*kept, onnx.StringStringEntryProto(key=key, value=value)])
+
+    return spoil
+
+
 def a_float32_gamma(model: ModelProto) -> None:
     add_constant(model, "gamma", np.ones(64, np.float32))
     the(model, "RMSNormalization").input[1] = "gamma"
@@ -310,8 +328,18 @@ def flat_tables_without_positions(model: ModelProto) -> None:
     del the(model, "RotaryEmbedding").input[3]
 
 
-def rotary_heads(model: ModelProto) -> None:
-    set_attribute(the(model, "RotaryEmbedding"), "num_heads", 4)
+def add_node(
+    model: ModelProto, op_type: str, inputs: list[str], dtype: int, sizes: list[int], **attributes: object
+) -> None:
+    """A node of one output, which becomes an output of the network."""
+    model.graph.node.append(helper.make_node(op_type, inputs, ["added"], name="added", **attributes))
+    model.graph.output.append(helper.make_tensor_value_info("added", dtype, sizes))
+
+
+def heads_side_by_side(model: ModelProto, **attributes: object) -> None:
+    x = add_constant(model, "flat", np.ones((1, 1, 64)), TensorProto.BFLOAT16)
+    _, *tables = the(model, "RotaryEmbedding").input
+    add_node(model, "RotaryEmbedding", [x, *tables], TensorProto.BFLOAT16, [1, 1, 64], **attributes)
 
 
 def a_cache_behind_a_node(model: ModelProto) -> None:
@@ -376,6 +404,17 @@ def key_lengths(model: ModelProto) -> None:
 
 def second_output(model: ModelProto) -> None:
     the(model, "Attention").output.append("attended_keys")
+
+
+def outputs_without_names(model: ModelProto) -> None:
+    """As exporters leave them that drop what nobody reads."""
+    the(model, "Attention").output.extend(["", "", ""])
+
+
+def indices_alone(model: ModelProto) -> None:
+    add_constant(model, "k", np.array([3], np.int64))
+    model.graph.node.append(helper.make_node("TopK", ["logits", "k"], ["", "where"], name="best"))
+    model.graph.output.append(helper.make_tensor_value_info("where", TensorProto.INT64, [1, 3]))
 
 
 def causal_over_a_cache(model: ModelProto) -> None:
@@ -518,6 +557,22 @@ def two_blocked_axes(model: ModelProto) -> None:
     the_weight_dq(model).input[1] = add_constant(model, "tiles", np.full((2, 2), 0.5, np.float32))
 
 
+def a_scale_for_every_weight(model: ModelProto) -> None:
+    the_weight_dq(model).input[1] = add_constant(model, "blocks of 1", np.full((64, 256), 0.5, np.float32))
+
+
+def a_scale_per_token(model: ModelProto) -> None:
+    inputs = {"codes": (TensorProto.INT8, ["tokens", 64]), "token scales": (TensorProto.BFLOAT16, ["tokens"])}
+    model.graph.input.extend(helper.make_tensor_value_info(name, *kind) for name, kind in inputs.items())
+    add_node(model, "DequantizeLinear", list(inputs), TensorProto.BFLOAT16, [1, 64], axis=0)
+
+
+def scales_of_blocks_of_x(model: ModelProto) -> None:
+    inputs = {"codes": (TensorProto.FLOAT8E4M3FN, ["tokens", 64]), "scales": (TensorProto.BFLOAT16, ["rows", 4])}
+    model.graph.input.extend(helper.make_tensor_value_info(name, *kind) for name, kind in inputs.items())
+    add_node(model, "DequantizeLinear", list(inputs), TensorProto.BFLOAT16, [1, 64], axis=1, block_size=16)
+
+
 def a_node_after_dq(model: ModelProto) -> None:
     name = the_weight_dq(model).output[0]
     node = next(n for n in model.graph.node if name in n.input)
@@ -558,6 +613,7 @@ SPOILED: dict[str, tuple[str, Callable[[ModelProto], None], str]] = {
     "a newer IR": ("float", newer_ir, "ir-version"),
     "float64": ("float", a_double, "double"),
     "uint8 inside": ("float", an_inner_uint8, "uint8"),
+    "uint8 that is read again": ("float", uint8_read_again, "op-dtype"),
     "int16": ("float", an_int16, "dtype"),
     "a cast to FP8": ("float", a_cast_to_fp8, "cast-codes"),
     "an op nobody has": ("float", an_unknown_op, "op-unknown"),
@@ -575,7 +631,14 @@ SPOILED: dict[str, tuple[str, Callable[[ModelProto], None], str]] = {
     "a float32 norm weight": ("float", a_float32_gamma, "rms-norm-dtype"),
     "empty position_ids": ("float", empty_positions, "rotary-empty-positions"),
     "flat tables without positions": ("float", flat_tables_without_positions, "rotary-tables"),
-    "num_heads beside four dimensions": ("float", rotary_heads, "rotary-heads"),
+    "heads side by side, and nobody says how many": ("float", heads_side_by_side, "rotary-heads"),
+    "weights in the folder above": (
+        "float",
+        a_weight_file(location="below/../../weights.safetensors"),
+        "external-data",
+    ),
+    "weights anywhere": ("float", a_weight_file(location="/weights.safetensors"), "external-data"),
+    "weights with a base path": ("float", a_weight_file(basepath="."), "external-data"),
     "a cache that is no input": ("float", a_cache_behind_a_node, "cache-input"),
     "a cache that is no output": ("float", a_cache_that_is_no_output, "cache-output"),
     "one cache for keys and values": ("float", one_cache_for_keys_and_values, "cache-once"),
@@ -591,6 +654,20 @@ SPOILED: dict[str, tuple[str, Callable[[ModelProto], None], str]] = {
     "past keys": ("float", a_past, "attention-past"),
     "key lengths": ("float", key_lengths, "attention-nonpad"),
     "a second output": ("float", second_output, "op-outputs"),
+    "outputs with empty names": ("float", outputs_without_names, "op-outputs"),
+    "the indices of a TopK alone": ("float", indices_alone, "op-outputs"),
+    "sums on a computed axis": (
+        "float",
+        lambda model: add_node(model, "CumSum", ["logits", "logits_index"], TensorProto.FLOAT, [1, 320]),
+        "op-constant-input",
+    ),
+    "a scatter that adds": (
+        "float",
+        lambda model: add_node(
+            model, "ScatterND", ["logits", "input_ids", "logits"], TensorProto.FLOAT, [1, 320], reduction="add"
+        ),
+        "op-attribute-value",
+    ),
     "causal over a cache": ("float", causal_over_a_cache, "attention-causal"),
     "causal and a mask": ("float", causal_and_a_mask, "attention-causal-mask"),
     "a mask of integers": ("float", an_integer_mask, "attention-mask-dtype"),
@@ -614,6 +691,8 @@ SPOILED: dict[str, tuple[str, Callable[[ModelProto], None], str]] = {
     "a negative scale": ("int8", a_negative_scale, "scale-positive"),
     "scales on the other axis": ("int8", scales_on_the_wrong_axis, "scale-shape"),
     "blocks on two axes": ("int8", two_blocked_axes, "scale-shape"),
+    "blocks of one": ("int8", a_scale_for_every_weight, "scale-shape"),
+    "a scale per token": ("float", a_scale_per_token, "scale-shape"),
     "a scale per channel of x": ("int8", a_scale_per_channel_of_x, "scale-activation"),
     "a scale per channel of FP8": ("fp8", a_scale_per_channel_of_fp8, "fp8-channel"),
     "something behind a DQ": ("int8", a_node_after_dq, "dequantize-adjacent"),
@@ -625,6 +704,7 @@ SPOILED: dict[str, tuple[str, Callable[[ModelProto], None], str]] = {
 # Where one wrong thing is two by nature.
 ALSO = {
     "codes in int16": {"dtype"},
+    "a scale per token": {"scale-activation"},
     "codes of unsaid dtype": {"uint8"},
     "integers out of a DQ": {"op-dtype", "op-mixed-dtypes"},
     "an unsigned zero point": {"uint8"},
@@ -638,6 +718,58 @@ def test_what_is_spoiled_breaks_its_rule(case: str) -> None:
     assert fired(model) == set()
     spoil(model)
     assert fired(model) == {rule} | ALSO.get(case, set())
+
+
+TAKEN: dict[str, Callable[[ModelProto], None]] = {
+    # what importers take though their documentation, or ONNX, does not say so
+    "num_heads beside four dimensions": lambda model: set_attribute(the(model, "RotaryEmbedding"), "num_heads", 4),
+    "heads side by side": lambda model: heads_side_by_side(model, num_heads=4),
+    "attention that may be decomposed": lambda model: set_attribute(the(model, "Attention"), "TRT_decomposable", 1),
+    "sums of integers": lambda model: add_node(
+        model, "CumSum", ["input_ids", add_constant(model, "axis", np.array(1))], TensorProto.INT64, [1, 1]
+    ),
+    "integers within bounds": lambda model: add_node(
+        model, "Clip", ["input_ids", add_constant(model, "least", np.array(0))], TensorProto.INT64, [1, 1]
+    ),
+    "scales of blocks of inputs": scales_of_blocks_of_x,
+    "weights in a folder below": a_weight_file(location="below/weights.safetensors"),
+    "an attribute that is no text": lambda model: set_attribute(the(model, "Gemm"), "note", b"\xff"),
+}
+
+
+@pytest.mark.parametrize("change", TAKEN.values(), ids=TAKEN.keys())
+def test_what_is_unusual_passes(change: Callable[[ModelProto], None]) -> None:
+    model = onnx.load_model_from_string(valid("float"))
+    change(model)
+    assert [fired(model, version) for version in VERSIONS] == [set()] * len(VERSIONS)
+
+
+def a_constant_cut_short(model: ModelProto) -> None:
+    tensor = TensorProto(name="short", data_type=TensorProto.FLOAT, dims=[2], raw_data=b"\0\0\0")
+    model.graph.initializer.append(tensor)
+    the(model, "QuantizeLinear").input[1] = "short"
+
+
+def an_attribute_of_no_function(model: ModelProto) -> None:
+    the(model, "Attention").attribute.add(name="softcap", type=onnx.AttributeProto.FLOAT, ref_attr_name="cap")
+
+
+def a_dtype_that_is_none(model: ModelProto) -> None:
+    model.graph.initializer.append(TensorProto(name="odd", data_type=101, dims=[1], raw_data=b"\0"))
+
+
+@pytest.mark.parametrize("spoil", [a_constant_cut_short, an_attribute_of_no_function, a_dtype_that_is_none])
+def test_what_is_not_onnx(spoil: Callable[[ModelProto], None]) -> None:
+    model = onnx.load_model_from_string(valid("int8"))
+    spoil(model)
+    with pytest.raises(CheckpointError, match=r"x\.onnx: not a valid ONNX network"):
+        check_network(model, file="x.onnx")
+
+
+def test_names_that_are_no_text() -> None:
+    content = valid("float").replace(b"weights.safetensors", b"weights\xffsafetensors")
+    with pytest.raises(CheckpointError, match="not a valid ONNX network"):
+        check_network(read_network("x.onnx", content))
 
 
 def test_every_rule_has_a_network_that_breaks_it() -> None:
@@ -756,6 +888,7 @@ def test_violations_are_refused_and_warnings_returned() -> None:
     [warning] = refuse_violations(files, NEWEST)
     assert warning.rule.id == "attention-scale"
     a_softcap(model)
+    the(model, "Attention").name = "attention\n  passes"
     for node in [node for node in model.graph.node if node.op_type == "TensorScatter"] * 10:
         set_attribute(node, "mode", "circular")
     with pytest.raises(TargetError) as raised:
@@ -763,6 +896,7 @@ def test_violations_are_refused_and_warnings_returned() -> None:
     text = str(raised.value)
     assert text.count("one.onnx: ") == 3
     assert "attention-scale" not in text
+    assert "one.onnx: attention\\n  passes (Attention): expected" in text
     assert "present_k_0 (TensorScatter)" in text
 
 
@@ -806,8 +940,10 @@ def test_the_table_of_ops() -> None:
     for name, op in OPS.items():
         latest = onnx.defs.get_schema(name, 24) if onnx.defs.has(name) else None
         if latest is not None and op.attributes is not None:
-            assert set(op.attributes) <= set(latest.attributes)
+            own = {"TRT_decomposable", "TRT_normalization_op", "nb_rank"}
+            assert set(op.attributes) - own <= set(latest.attributes)
         if latest is not None:
+            assert op.outputs is None or latest.min_output <= op.outputs <= latest.max_output
             assert max([*op.others, *op.constant, *op.ranks], default=-1) < latest.max_input
 
 
@@ -821,7 +957,7 @@ def test_a_folder(tmp_path: Path) -> None:
     ):
         folder = tmp_path / "-".join(targets)
         save_folder(folder, writer.emit(graph, options_for(targets, max_positions=64)), kind=writer.KIND, details={})
-        assert list(networks_to_check(folder)) == files
-    assert networks_to_check(folder / "onnxruntime.onnx") == {"onnxruntime.onnx": folder / "onnxruntime.onnx"}
+        assert networks_to_check(folder) == ({file: folder / file for file in files}, [])
+    assert networks_to_check(folder / "onnxruntime.onnx") == ({"onnxruntime.onnx": folder / "onnxruntime.onnx"}, [])
     with pytest.raises(CheckpointError):
         networks_to_check(tmp_path)
