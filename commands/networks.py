@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from commands.help import OwnedOption, SettingsCommand
 from commands.options import (
     PATH,
     Real,
-    SettingsCommand,
     dry_run_option,
     force_option,
     model_argument,
@@ -25,15 +26,6 @@ from commands.options import (
 )
 from commands.terminal import carry_out, note_printer, say_written, step_progress, wide_console
 
-# Options of `export` that say nothing about the form of the files, by their parameters, and the targets they are for.
-OWNERS = {
-    "format_name": ["trtllm"],
-    "calibration": ["trtllm"],
-    "kv_cache": ["trtllm"],
-    "list_tensors": ["trtllm"],
-    "runtime": ["onnx"],
-}
-
 
 def _target_options() -> list[click.Option]:
     from exporter.targets import TARGETS, targets_by_setting
@@ -44,20 +36,28 @@ def _target_options() -> list[click.Option]:
     return [target, *options_of(targets_by_setting())]
 
 
+_trtllm_option = partial(click.option, cls=OwnedOption, owners=["trtllm"])
+
+
 @click.command(
     cls=SettingsCommand,
     look_up=_target_options,
+    chooser="--to",
     epilog="Example: python build.py export out/8b-fused --to onnx --max-positions 4096 -o out/8b-network",
 )
 @model_argument
 @plan_option
 @norm_option
-@click.option("--format", "format_name", help="trtllm: quantize on the way: fp8, fp8-rowwise, ... or a recipe file.")
-@click.option("--calibration", type=PATH, help="trtllm: a calibration of MODEL, for --format.")
-@click.option("--kv-cache", type=click.Choice(["fp8", "int8"]), help="trtllm: quantize the KV cache, with --format.")
-@click.option("--list-tensors", is_flag=True, help="trtllm: with --dry-run, every tensor of every rank.")
+@_trtllm_option("--format", "format_name", help="Quantize on the way: fp8, fp8-rowwise, ... or a recipe file.")
+@_trtllm_option("--calibration", type=PATH, help="A calibration of MODEL, for --format.")
+@_trtllm_option("--kv-cache", type=click.Choice(["fp8", "int8"]), help="Quantize the KV cache, with --format.")
+@_trtllm_option("--list-tensors", is_flag=True, help="With --dry-run, every tensor of every rank.")
 @click.option(
-    "--check", "runtime", help="onnx: refuse what this runtime would not import: tensorrt, or tensorrt:10.15."
+    "--check",
+    "runtime",
+    cls=OwnedOption,
+    owners=["onnx"],
+    help="Refuse what this runtime would not import: tensorrt, or tensorrt:10.15.",
 )
 @output_option
 @dry_run_option
@@ -135,14 +135,15 @@ def _backend_options() -> list[click.Option]:
     backend = click.Option(
         ["--backend"], type=names, default="onnxruntime", show_default=True, help="The runtime that is to run it."
     )
-    planning = ", ".join(describing_backends())
-    dry_run = click.Option(["--dry-run"], is_flag=True, help=f"{planning}: print what would be built, and its memory.")
+    planning = "Print what would be built, and its memory."
+    dry_run = OwnedOption(["--dry-run"], owners=describing_backends(), is_flag=True, help=planning)
     return [backend, *options_of(backends_by_setting()), dry_run]
 
 
 @click.command(
     cls=SettingsCommand,
     look_up=_backend_options,
+    chooser="--backend",
     epilog="Example: python build.py engine out/8b-network --label baseline -o out/8b-engine",
 )
 @click.argument("network", type=PATH)
@@ -247,15 +248,13 @@ def _quantized(
 
 def _refuse_options_of_others(target: str) -> None:
     """Refuse options that were given and belong to other targets than the one to write."""
-    from exporter.targets import targets_by_setting
-
-    owners = {setting.name: names for setting, names in targets_by_setting().items()} | OWNERS
+    ctx = click.get_current_context()
     foreign: dict[str, list[str]] = {}
-    for option, names in owners.items():
-        if target not in names:
-            foreign.setdefault(" or ".join(names), []).append(option)
-    for others, options in foreign.items():
-        refuse_given(options, f"--to {others}")
+    for option in ctx.command.get_params(ctx):
+        if isinstance(option, OwnedOption) and target not in option.owners:
+            foreign.setdefault(" or ".join(option.owners), []).append(option.name or "")
+    for others, names in foreign.items():
+        refuse_given(names, f"--to {others}")
 
 
 def _list_tensors(graph: Any, options: Any) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from commands.help import OwnedOption
+
 if TYPE_CHECKING:
     from exporter.settings import Setting
 
@@ -151,20 +153,8 @@ def refuse_given(names: Collection[str], owner: str) -> None:
         raise click.UsageError(f"{', '.join(given)} {'belongs' if len(given) == 1 else 'belong'} to {owner}.")
 
 
-class SettingsCommand(click.Command):
-    """Has further options behind its argument, which `look_up` makes when the command runs or prints its help."""
-
-    def __init__(self, *, look_up: Callable[[], list[click.Option]], **attributes: Any) -> None:
-        super().__init__(**attributes)
-        self._look_up = look_up
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        argument, *options = super().get_params(ctx)
-        return [argument, *self._look_up(), *options]
-
-
 def options_of(owners_by_setting: Mapping[Setting, Collection[str]]) -> list[click.Option]:
-    """The options of settings, whose help names their owners; the value of one that is not given is None."""
+    """The options of settings; the value of one that is not given is None."""
     return [_option_of(setting, owners) for setting, owners in owners_by_setting.items()]
 
 
@@ -185,9 +175,8 @@ def _option_of(setting: Setting, owners: Collection[str]) -> click.Option:
         how = {"multiple": True, "callback": lambda ctx, option, texts: texts or None}
     elif setting.type is tuple:
         how = {"type": NAMES}
-    return click.Option(
-        [f"--{setting.option}", setting.name], default=None, help=f"{', '.join(owners)}: {setting.help}", **how
-    )
+    text = setting.help[0].upper() + setting.help[1:]
+    return OwnedOption([f"--{setting.option}", setting.name], owners=owners, default=None, help=text, **how)
 
 
 def open_planned(model: Path, plan_path: Path | None, norm: Any, *, need_weights: bool = True) -> tuple[Any, Any]:

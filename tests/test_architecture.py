@@ -99,7 +99,8 @@ FLOORS: list[tuple[str, list[str], str]] = [
         "all",
     ),
     ("recipe", ["engines.run", "engines.run_*"], "kin"),
-    ("options", ["commands.help", "commands.options", "commands.terminal"], "none"),
+    ("help", ["commands.help"], "none"),
+    ("options", ["commands.options", "commands.terminal"], "none"),
     (
         "commands",
         ["commands.models", "commands.networks", "commands.timing", "commands.studies", "commands.recipes"],

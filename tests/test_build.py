@@ -175,9 +175,11 @@ def test_a_backend_refuses_what_its_settings_do(options: list[object], message: 
 def test_help_says_which_backend_an_option_is_for(abacus: list[Any]) -> None:
     text = " ".join(done("engine", "--help").output.split())
     assert "tensorrt-llm|torch|abacus]" in text
-    assert "--beads INTEGER RANGE abacus: beads of a wire; 10 if not given." in text
-    assert "tensorrt, tensorrt-llm: sequences side by side" in text
-    assert "tensorrt, tensorrt-llm: print what would be built" in text
+    assert re.search(r"With --backend abacus: --beads INTEGER RANGE Beads of a wire; 10 if not given\.", text)
+    shared = (
+        r"With --backend tensorrt or tensorrt-llm: --max-batch INTEGER RANGE Sequences side by side; 8 if not given\."
+    )
+    assert re.search(rf"{shared} \[x>=1\] --dry-run Print what would be built, and its memory", text)
 
 
 def test_no_two_settings_share_an_option() -> None:

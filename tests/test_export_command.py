@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from commands.networks import OWNERS, export
+from commands.help import OwnedOption
+from commands.networks import export
 from exporter.errors import FuselageError, TargetError, raise_all
 from exporter.graph import ModelGraph
 from exporter.read import ASSET_NAMES
@@ -85,8 +87,9 @@ def test_help_says_which_targets_an_option_is_for() -> None:
     text = " ".join(done("export", "--help").output.split())
     assert f"--to [{'|'.join(TARGETS)}] What to write. onnx: an ONNX network; " in text
     assert "dump: a dump" in text
-    assert "--rows INTEGER RANGE dump: rows that there must be" in text
-    assert "--max-positions INTEGER RANGE onnx, dump: tokens" in text
+    assert re.search("With --to dump: --prefix TEXT .* --rows INTEGER RANGE Rows that there must be", text)
+    assert re.search("With --to onnx or dump: --max-positions INTEGER RANGE Tokens", text)
+    assert re.search("With --to trtllm: .* --format TEXT Quantize on the way", text)
     assert "--indent" not in text
 
 
@@ -117,8 +120,8 @@ def test_no_two_options_share_a_name() -> None:
     assert len(spelled) == len(set(spelled))
     names = [parameter.name for parameter in parameters]
     assert len(names) == len(set(names))
-    assert OWNERS.keys() <= set(names)
-    assert {owner for owners in OWNERS.values() for owner in owners} <= TARGETS.keys()
+    owned = [parameter for parameter in parameters if isinstance(parameter, OwnedOption)]
+    assert {owner for option in owned for owner in option.owners} <= TARGETS.keys()
 
 
 @pytest.mark.parametrize("target", TARGETS)
