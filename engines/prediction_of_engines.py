@@ -147,14 +147,18 @@ def calibration_of(comparison: Comparison, gpu: Gpu) -> Calibration:
             found=", ".join(f"{e.label}: {e.kind}, {e.number_format or e.dtype}" for e in comparison.engines),
         )
     criterion = criterion_for(observations)
+    notes = [
+        f"{label} is left out: its linears are quantized, or it was not measured."
+        for label, known in is_known.items()
+        if not known
+    ]
+    runtimes = dict.fromkeys(engine.backend for engine in comparison.engines if is_known[engine.label])
+    if len(runtimes) > 1:
+        notes.append(f"{' and '.join(runtimes)} are fitted together, though the constants are each runtime's own.")
     return Calibration(
         gpu=gpu,
         observations=tuple(observations),
         fit=fit_constants(observations, criterion),
         left_out=tuple(leave_one_out(observations, criterion)),
-        notes=tuple(
-            f"{label} is left out: its linears are quantized, or it was not measured."
-            for label, known in is_known.items()
-            if not known
-        ),
+        notes=tuple(notes),
     )

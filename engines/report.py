@@ -106,6 +106,10 @@ MEMORY_NOTE = (
     "weights of a small model, little beside those of a large one."
 )
 DEVICES_NOTE = "The engines are of different devices: ratios across them compare hardware as well as models."
+RUNTIMES_NOTE = (
+    "The engines are of different runtimes: ratios across them compare runtimes as well as models, and, where the C++ "
+    "program timed one and the Python program the other (see Engines), these too."
+)
 
 
 LONGEST_PROBLEM = 300  # characters of why an engine stopped; the results file has all of them
@@ -388,6 +392,7 @@ def _notes(comparison: Comparison, intervals: Intervals) -> list[str]:
         ("emulated" in kinds, EMULATED_NOTE),
         ("predicted" in kinds, PREDICTED_NOTE),
         (len({engine.device for engine in comparison.engines if engine.label in timed}) > 1, DEVICES_NOTE),
+        (len({engine.backend for engine in comparison.engines if engine.label in timed}) > 1, RUNTIMES_NOTE),
         (len(environments) > 1, FILES_NOTE),
         (len(shown) > 1 and not all(one["interleaved"] for one in environments), TURNS_NOTE),
         (any(environment != environments[0] for environment in environments), MACHINES_NOTE),

@@ -238,6 +238,9 @@ def _carry_out(
         )
 
     variants = {wanted.name: planned(wanted, wanted.plan) for wanted in recipe.variants if wanted.plan != "auto"}
+    for wanted in recipe.variants:
+        if wanted.plan == "auto":
+            planned(wanted, Plan())  # what fits no plan is not to be found after hours of analysis
     analysis = calibration = None
     if recipe.analysis is not None:
         analysis = once(analysis_step(recipe.analysis, output / "analysis", source, source_key))

@@ -25,7 +25,7 @@ from exporter.pipeline import Step, Writing, save, target_writing
 from exporter.recipe import BenchRecipe, PredictRecipe, Recipe, VariantRecipe
 from exporter.recipe_engines import Choice
 from exporter.safetensors_io import read_json
-from exporter.settings import record_of
+from exporter.settings import identity_of
 from exporter.targets import TARGETS
 from exporter.writers.files import check_folder, save_folder
 from exporter.writers.onnx_quantization import number_format
@@ -129,7 +129,7 @@ def network_step(variant: Variant, wanted: Choice) -> Step:
     def writing(graph: ModelGraph, details: Mapping[str, Any]) -> Writing:
         return target_writing(wanted.name, origin, graph, folder, settings=wanted.settings, details=details, force=True)
 
-    network = {"to": wanted.name, **record_of(wanted.settings)}
+    network = {"to": wanted.name, **identity_of(wanted.settings)}
     return Step(
         name=f"{variant.name}: network",
         folder=folder,
@@ -156,7 +156,7 @@ def engine_step(backend: Backend, variant: Variant, network: Done | None) -> Ste
         "network": variant.key if network is None else network.fingerprint,
         "label": variant.name,
         "backend": backend.name,
-        "engine": record_of(variant.recipe.engine.settings),
+        "engine": identity_of(variant.recipe.engine.settings),
     }
     return Step(name=f"{variant.name}: engine", folder=folder, kind="engine", inputs=inputs, make=make)
 

@@ -168,7 +168,7 @@ def analysis_step(wanted: AnalysisRecipe, folder: Path, source: Checkpoint, sour
         save_folder(folder, files, kind="analysis", details=details, force=True)
 
     text = source_fingerprint(wanted.text)
-    inputs = {"source": source_key, "text": text, "analysis": wanted.model_dump(mode="json")}
+    inputs = {"source": source_key, "text": text, "analysis": wanted.model_dump(mode="json", exclude={"text"})}
     return Step(name="analysis", folder=folder, kind="analysis", inputs=inputs, make=make)
 
 
@@ -185,7 +185,7 @@ def calibration_step(
         save_folder(folder, calibration_files(found).items(), kind="calibration", details=details, force=True)
 
     text = source_fingerprint(wanted.text)
-    inputs = {"source": key, "text": text, "calibration": wanted.model_dump(mode="json")}
+    inputs = {"source": key, "text": text, "calibration": wanted.model_dump(mode="json", exclude={"text"})}
     name = "calibration" if of is None else f"{of}: calibration"
     return Step(name=name, folder=folder, kind="calibration", inputs=inputs, make=make)
 
@@ -373,7 +373,7 @@ def evaluate_step(wanted: EvaluateRecipe, variant: Variant, source: Checkpoint, 
         "model": variant.key,
         "text": wanted.text and source_fingerprint(wanted.text),
         "tasks": wanted.include_path and source_fingerprint(wanted.include_path),
-        "evaluate": wanted.model_dump(mode="json"),
+        "evaluate": wanted.model_dump(mode="json", exclude={"text", "include_path"}),
     }
     return Step(name=f"{variant.name}: evaluation", folder=folder, kind="evaluation", inputs=inputs, make=make)
 

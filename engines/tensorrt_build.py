@@ -64,7 +64,7 @@ class BuildSettings:
     builder_optimization_level: Annotated[
         int, Setting("0 builds fast, 5 compares most kernels; 3 if not given.", least=0, most=5)
     ] = 3
-    timing_cache: Annotated[Path | None, Setting("file of measured tactics, extended.")] = None
+    timing_cache: Annotated[Path | None, Setting("file of measured tactics, extended.", is_of_machine=True)] = None
     lean: Annotated[bool, Setting("an engine for later versions and the lean runtime.")] = False
     weight_streaming: Annotated[bool, Setting("weights may stay in host memory.")] = False
     weight_streaming_budget: Annotated[
@@ -72,7 +72,7 @@ class BuildSettings:
     ] = None
     decomposable_attention: Annotated[bool, Setting("attention need not be one fused kernel.")] = False
     detailed: Annotated[bool, Setting("keep what an engine inspector shows of layers.")] = False
-    ignore_memory: Annotated[bool, Setting("build even if it is not expected to fit.")] = False
+    ignore_memory: Annotated[bool, Setting("build even if it is not expected to fit.", is_of_machine=True)] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,7 +331,7 @@ def setting_problems(settings: BuildSettings, engine: Foreseen) -> Iterator[Engi
     """What of the settings does not fit an engine of this form, or anything; reads nothing."""
     yield from range_problems(settings, EngineError)
     if settings.max_batch_size is not None and engine.batch is not None:
-        yield EngineError("the network has a fixed batch", expected="no max_batch_size", found=settings.max_batch_size)
+        yield EngineError("the network has a fixed batch", expected="no max_batch", found=settings.max_batch_size)
     if settings.max_input_len is not None and settings.max_input_len > engine.max_positions:
         yield EngineError(
             "max_input_len is more than a sequence may have",

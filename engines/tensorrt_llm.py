@@ -61,7 +61,9 @@ class BuildSettings:
     max_num_tokens: Annotated[int, Setting("tokens of a step; 8192 if not given.", least=1)] = 8192
     low_latency: Annotated[bool, Setting("FP8 GEMMs for few tokens at a time.")] = False
     # None: one per rank, or as many as there are.
-    workers: Annotated[int | None, Setting("GPUs that build at the same time; all if not given.", least=1)] = None
+    workers: Annotated[
+        int | None, Setting("GPUs that build at the same time; all if not given.", least=1, is_of_machine=True)
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,7 +91,7 @@ class Torch:
     ) -> Path:
         """Make an engine folder of a model folder, `network`. No GPU is needed for it.
 
-        Files of a folder that we wrote get a second name there, where the file system allows; others are copied.
+        Weights of a folder that we wrote get a second name there, where the file system allows; the rest is copied.
 
         Raises:
             CheckpointError: the model folder is incomplete, altered or malformed.
@@ -109,7 +109,8 @@ class Torch:
         checkpoint = open_model(network, need_weights=True)
         manifest = _engine_manifest(checkpoint, self.settings, label or output.name)
         written = read_manifest(network)
-        ours = set() if written is None else {network / name for name in written.files}
+        # Beside weights lie texts that people do edit in their model.
+        ours = {network / name for name in written.files if name.endswith(".safetensors")} if written else set()
         files = [
             (name, FileLink(path) if path in ours else FileCopy(path))
             for name, path in _model_files(checkpoint).items()

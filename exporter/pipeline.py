@@ -6,6 +6,7 @@ import hashlib
 import json
 import os.path
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,15 +219,17 @@ def run_step(step: Step) -> tuple[Manifest, bool]:
 
 
 def finished(step: Step) -> Manifest | None:
-    """The manifest of a step's folder if it is complete and was made from the same inputs, else None."""
-    if not step.folder.exists():
-        return None
-    try:
+    """The manifest of a step's folder if it is complete and was made from the same inputs, else None.
+
+    Raises:
+        OutputError: it is not, and something is in its place that is not ours to replace.
+    """
+    with suppress(CheckpointError):  # none yet, or it was altered or interrupted, and is made again
         manifest = check_folder(step.folder, step.kind, hashes=False)
-    except CheckpointError:
-        # An altered or interrupted folder is made again; save_folder refuses to replace one that is not ours.
-        return None
-    return manifest if manifest.details.get("step_key") == step.key else None
+        if manifest.details.get("step_key") == step.key:
+            return manifest
+    refuse_existing(step.folder, force=True)  # `save_folder` would, when the work is done
+    return None
 
 
 def refuse_edited(folder: Path) -> None:

@@ -102,14 +102,15 @@ def read_plan(path: Path) -> Plan:
     return plan_from_data(read_yaml(path), path)
 
 
-def plan_from_data(data: Any, file: Path | None = None) -> Plan:
-    """Validate a plan that was parsed already (a recipe holds plans inline)."""
+def plan_from_data(data: Any, file: Path | None = None, where: str | None = None) -> Plan:
+    """Validate a plan that was parsed already: a recipe holds plans inline, and `where` says at which key."""
     if not isinstance(data, dict):
-        raise PlanError("not a plan", file=file, expected=f"keys {', '.join(Plan.model_fields)}", found=shown(data, 60))
+        problem = "not a plan" if where is None else f"{where}: not a plan"
+        raise PlanError(problem, file=file, expected=f"keys {', '.join(Plan.model_fields)}", found=shown(data, 60))
     try:
         return Plan.model_validate(data)
     except ValidationError as error:
-        raise validation_error(error, Plan, file) from error
+        raise validation_error(error, Plan, file, where) from error
 
 
 def read_yaml(path: Path) -> Any:
@@ -141,6 +142,8 @@ def _check_events(text: str, path: Path) -> None:
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             raise PlanError("aliases (*name) are not allowed here", file=path)
+        if isinstance(event, yaml.ScalarEvent) and "\0" in event.value:  # which no path, name or text may have
+            raise PlanError("a text has a NUL character", file=path, found=shown(event.value, 60))
         # The library's own constructors fail in ways of their own on a "!!bool" that is none.
         if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag is not None:
             raise PlanError("tags (!name) are not allowed here", file=path, found=event.tag[:60])

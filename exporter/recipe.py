@@ -183,20 +183,21 @@ def read_recipe(path: Path, backends: Mapping[str, Backend]) -> Recipe:
     paths = [(data, "model"), (evaluate, "text"), (evaluate, "include_path")]
     paths += [(data.get(section), "text") for section in ("analysis", "calibration")]
     variants = data.get("variants")
-    variants = [variant for variant in variants if isinstance(variant, dict)] if isinstance(variants, list) else []
-    paths += [(variant.get("distill"), "text") for variant in variants]
+    variants = dict(enumerate(variants)) if isinstance(variants, list) else {}
+    variants = {number: variant for number, variant in variants.items() if isinstance(variant, dict)}
+    paths += [(variant.get("distill"), "text") for variant in variants.values()]
     for table, key in paths:
         if isinstance(table, dict) and isinstance(table.get(key), str):
             table[key] = str(found_from(folder, table[key]))
     shared = sections_from(data, "", path)
     choices = choices_from(Sections(), shared, backends, path)
     data["network"], data["engine"] = choices.network, choices.engine
-    for number, variant in enumerate(variants):
-        if "plan" in variant:
-            variant["plan"] = _plan(variant["plan"], folder, path)
-        if isinstance(variant.get("quantize"), str):
-            variant["quantize"] = _quantization(variant["quantize"], folder)
+    for number, variant in variants.items():
         own = sections_from(variant, f"variants.{number}.", path)
+        if "plan" in variant:
+            variant["plan"] = _plan(variant["plan"], folder, path, f"{own.where}plan")
+        if isinstance(variant.get("quantize"), str):
+            variant["quantize"] = _quantization(variant["quantize"], folder, path)
         if variant.get("bench") is False and (own.network or own.engine):
             raise PlanError(f"{own.where}bench: with `false` there is no engine to choose anything about", file=path)
         choices = choices_from(own, shared, backends, path)
@@ -257,11 +258,15 @@ def _check_variants(recipe: Recipe, path: Path) -> None:
             )
 
 
-def _quantization(name: str, folder: Path) -> QuantizationRecipe:
-    return read_quantization(found_from(folder, name) if name.endswith((".yaml", ".yml")) else name)
+def _quantization(name: str, folder: Path, recipe: Path) -> QuantizationRecipe:
+    try:
+        return read_quantization(found_from(folder, name) if name.endswith((".yaml", ".yml")) else name)
+    except PlanError as error:
+        error.file = error.file or recipe
+        raise
 
 
-def _plan(value: Any, folder: Path, recipe: Path) -> Plan | Literal["auto"]:
+def _plan(value: Any, folder: Path, recipe: Path, where: str) -> Plan | Literal["auto"]:
     if value == "auto":
         return "auto"
-    return read_plan(found_from(folder, value)) if isinstance(value, str) else plan_from_data(value, recipe)
+    return read_plan(found_from(folder, value)) if isinstance(value, str) else plan_from_data(value, recipe, where)

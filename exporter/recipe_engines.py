@@ -94,16 +94,14 @@ def choices_from(own: Sections, shared: Sections, backends: Mapping[str, Backend
     form, is_same_form = wanted.builds_from, wanted.builds_from["to"] == inherited.builds_from["to"]
     network = {**(shared.network if is_same_form else {}), **own.network, **form}
     engine.pop("backend", None)
-    return Choices(
-        network=_network(network, form, own, file),
-        engine=Choice(name, _settings(wanted.settings, engine, f"{own.where}engine", file)),
-    )
+    settings = _settings(wanted.settings, engine, f"{own.where}engine", file, hint=f"the backend is {name}")
+    return Choices(network=_network(network, form, own, file), engine=Choice(name, settings))
 
 
 def _backend_of(sections: Sections, backends: Mapping[str, Backend], file: Path, default: str) -> str:
     """The backend that sections ask for; `default` if they leave it open."""
     forms = {key for backend in backends.values() for key in backend.builds_from}
-    asked = {key: value for key, value in sections.network.items() if key in forms}
+    asked = {key: value for key, value in sections.network.items() if key in forms and value is not None}
     named = sections.engine.get("backend")
     if named is not None and (not isinstance(named, str) or named not in backends):
         raise PlanError(
@@ -148,12 +146,16 @@ def _network(network: Mapping[str, Any], form: Mapping[str, str], own: Sections,
     return Choice(target, _settings(TARGETS[target].settings, chosen, f"{own.where}network", file))
 
 
-def _settings(declared: type | None, data: Mapping[str, Any], where: str, file: Path) -> Any:
+def _settings(
+    declared: type | None, data: Mapping[str, Any], where: str, file: Path, *, hint: str | None = None
+) -> Any:
     kind, folder = declared or _Nothing, file.absolute().parent
     try:
         return settings_from_data(kind, data, folder)
     except ValidationError as error:
-        raise validation_error(error, table_of(kind, folder), file, where) from error
+        refusal = validation_error(error, table_of(kind, folder), file, where)
+        refusal.hint = hint
+        raise refusal from error
 
 
 @dataclass(frozen=True)

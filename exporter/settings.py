@@ -39,6 +39,7 @@ class Setting:
     choices: tuple[Any, ...] = ()  # the values; `str` says how each is written. Empty: any value of the type
     in_bytes: bool = False  # a size, which may be written like 20GB
     is_repeated: bool = False  # of a tuple: the option is given for each text, not once with commas in between
+    is_of_machine: bool = False  # about the machine that makes it: what is made is the same
     name: str = ""  # of the field
     type: Any = None  # bool, int, float, str, Path, or tuple for any number of texts
 
@@ -65,6 +66,12 @@ def owners_by_setting(kinds: Mapping[str, type | None]) -> dict[Setting, list[st
 def record_of(settings: Any) -> dict[str, Any]:
     """What was chosen, as plain JSON data by option, for manifests."""
     return {_key(setting): _json(getattr(settings, setting.name)) for setting in settings_of(type(settings))}
+
+
+def identity_of(settings: Any) -> dict[str, Any]:
+    """Of `record_of`, what tells results apart."""
+    of_machine = {_key(setting) for setting in settings_of(type(settings)) if setting.is_of_machine}
+    return {key: value for key, value in record_of(settings).items() if key not in of_machine}
 
 
 def settings_from_data(declared: type, data: Mapping[str, Any], folder: Path) -> Any:

@@ -45,7 +45,6 @@ COPY_CHUNK = 4 << 20
 HASH_AHEAD = 3  # pieces that wait to be hashed
 FLUSH_BYTES = 256 << 20
 SYNC_DATA = getattr(os, "fdatasync", os.fsync)  # macOS has only the latter
-NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)  # but to copy
 NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # NFS and others on a folder
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
@@ -99,21 +98,18 @@ class FileLink(FileCopy):
     """
 
     def is_near(self, folder: Path) -> bool:
-        """Whether the file is on the file system of a folder."""
+        """Whether the file itself is on the file system of a folder."""
         with self._reading():
-            return self.path.lstat().st_dev == folder.stat().st_dev
+            return not self.path.is_symlink() and self.path.lstat().st_dev == folder.stat().st_dev
 
     def link(self, name: Path) -> bool:
-        """Give the file a second name; False where that cannot be."""
-        with self._reading():
-            if self.path.is_symlink():  # to a file that somebody may well write to
-                return False
-            try:
-                os.link(self.path, name)
-            except OSError as error:
-                if error.errno in NO_LINKS:
-                    return False
-                raise
+        """Give the file a second name. False where that cannot be: to copy it then works, or says what is wrong."""
+        if self.path.is_symlink():  # to a file that somebody may well write to
+            return False
+        try:
+            os.link(self.path, name)
+        except OSError:
+            return False
         return True
 
 

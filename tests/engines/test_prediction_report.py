@@ -202,6 +202,9 @@ def test_the_model_beside_what_was_measured(tmp_path: Path) -> None:
     plain = results_from_json(json.dumps({**document, "engines": engines[:2], "cells": cells}).encode())
     assert calibration.observations == tuple(observations_from_results(plain, CPU))
     assert calibration.notes == ("fused is left out: its linears are quantized, or it was not measured.",)
+    mixed = with_changes(engines=[ENGINES[0], {**ENGINES[1], "backend": "torch"}, engines[2]])
+    (together,) = set(calibration_of(comparison_of(mixed), CPU).notes) - set(calibration.notes)
+    assert together == "onnxruntime and torch are fitted together, though the constants are each runtime's own."
     files = report_files(tmp_path, document, prediction=Wanted(calibrate=CPU))
     page = Page(files["report.html"])
     for name, measured, predicted_ms, error, _ in calibration.rows:

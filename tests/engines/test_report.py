@@ -400,14 +400,17 @@ def test_nothing_is_faster_than_an_emulated_baseline(tmp_path):
         assert re.findall(r"[0-9]\.[0-9]+× ?(?:faster|slower)", text) == []
 
 
-def test_engines_of_two_devices_are_said_to_be(tmp_path):
-    engines = [*ENGINES[:2], {**ENGINES[2], "device": "NVIDIA H200"}]
+@pytest.mark.parametrize(
+    ("fields", "kind"), [({"device": "NVIDIA H200"}, "devices"), ({"backend": "torch"}, "runtimes")]
+)
+def test_engines_of_two_kinds_are_said_to_be(fields, kind, tmp_path):
+    engines = [*ENGINES[:2], {**ENGINES[2], **fields}]
     files = rendered(tmp_path, with_changes(engines=engines))
     for text in (Page(files["report.html"]).text, files["report.md"].decode()):
-        assert "The engines are of different devices" in text
+        assert re.findall("The engines are of different (\\w+)", text) == [kind]
     untimed = [cell for cell in REALISTIC["cells"] if cell["engine"] != "fused"]
     files = rendered(tmp_path, with_changes(engines=engines, cells=untimed))
-    assert "of different devices" not in files["report.md"].decode()
+    assert "of different" not in files["report.md"].decode()
 
 
 def test_engines_that_took_no_turns_are_said_to_have_taken_none(tmp_path):

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -19,10 +20,12 @@ import engines.run
 from engines.backends import BACKENDS
 from engines.base import read_engine_manifest
 from engines.run import dry_run_recipe, run_recipe
+from engines.run_engines import engine_step
 from exporter.distill import _Trainer
 from exporter.errors import FuselageError, OutputError
 from exporter.read import open_model
 from exporter.recipe import Recipe, read_recipe
+from exporter.recipe_engines import Choice
 from exporter.writers import hf
 from exporter.writers.files import read_manifest, save_folder
 from tests.command_line import done
@@ -66,6 +69,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         {"variants": [{"name": "a"}, {"name": "b", "plan": {"drop_attention": [0, 2], "drop_ffn": [0, 1, 2]}}]},
         "out",
         "no layer to write",
+    ),
+    "network_of_any_plan": (
+        {"variants": [{"name": "a"}, {"name": "b", "plan": "auto", "network": {"max_positions": 513}}]},
+        "out",
+        "variant 'b': max_positions does not fit the model: expected 1 to 512, found 513",
     ),
     "plan_that_does_not_fit": (
         {"variants": [{"name": "a"}, {"name": "b", "plan": {"fuse": [[0, 1]]}}]},
@@ -210,6 +218,34 @@ def test_what_a_machine_lacks_stops_a_run_and_not_a_dry_one(
     assert sorted(os.walk(tmp_path)) == before
 
 
+def engine_key(backend: str, **chosen: Any) -> str:
+    kind = BACKENDS[backend]
+    settings = kind.settings(**chosen) if kind.settings is not None else None
+    variant: Any = SimpleNamespace(
+        name="a",
+        folder=Path("a"),
+        key={},
+        checkpoint=SimpleNamespace(path=Path("model")),
+        recipe=SimpleNamespace(engine=Choice(backend, settings)),
+    )
+    return engine_step(kind.make(settings, None), variant, None).key
+
+
+@pytest.mark.parametrize(
+    ("backend", "of_machine", "of_engine"),
+    [
+        ("tensorrt", {"timing_cache": Path("tactics"), "ignore_memory": True}, {"lean": True}),
+        ("tensorrt-llm", {"workers": 1}, {"max_seq_len": 64}),
+        ("torch", {}, {"device": "cpu"}),
+    ],
+)
+def test_an_engine_is_built_again_where_it_would_be_another(
+    backend: str, of_machine: dict[str, Any], of_engine: dict[str, Any]
+) -> None:
+    assert engine_key(backend, **of_machine) == engine_key(backend)
+    assert engine_key(backend, **of_engine) != engine_key(backend)
+
+
 PLAN = "drop_attention: [1, 2]\nfuse: [[1, 2]]\n"
 TRAINING = {"text": "text.txt", "context": 16, "steps": 6, "batch": 4, "lr": 3e-3, "temperature": 2.0, "save_every": 2}
 RECIPE = f"""
@@ -272,7 +308,9 @@ CHANGES = [  # before, after, steps that are made again
 ]
 
 
-def test_a_dry_run_foresees_the_steps_and_their_sizes(recipe: Path) -> None:
+def test_a_dry_run_foresees_the_steps_and_their_sizes(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     foreseen = dry_run_recipe(read_recipe(recipe, BACKENDS), Path("out")).steps
     assert [(step.name, step.is_there) for step in foreseen] == [(name, False) for name in STEPS]
     assert not Path("out").exists()
@@ -299,6 +337,8 @@ def test_a_dry_run_foresees_the_steps_and_their_sizes(recipe: Path) -> None:
         recipe.write_text(recipe.read_text().replace(old, new))
         assert steps_foreseen(recipe) == made_again
         assert steps_made(recipe) == made_again
+    monkeypatch.chdir(Path.cwd().rename(tmp_path.with_name(f"{tmp_path.name}-moved")))
+    assert steps_foreseen(recipe) == []
 
 
 def test_a_dry_run_does_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +363,9 @@ def test_a_dry_run_does_without_weights(tmp_path: Path, monkeypatch: pytest.Monk
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_ends_where_a_plan_is_yet_to_be_suggested(recipe: Path) -> None:
+def test_a_dry_run_ends_where_a_plan_is_yet_to_be_suggested(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     auto = {"analysis": {"text": "text.txt", "drop": 1}, "variants": [{"name": "a"}, {"name": "b", "plan": "auto"}]}
     recipe.write_text(
         json.dumps({"model": "model", **auto, "bench": {"rounds": 1, "output_len": [2], "runtime": "python"}})
@@ -335,6 +377,8 @@ def test_a_dry_run_ends_where_a_plan_is_yet_to_be_suggested(recipe: Path) -> Non
     then = dry_run_recipe(read_recipe(recipe, BACKENDS), Path("out"))
     assert [step.name for step in then.steps] == made
     assert all(step.is_there for step in then.steps)
+    monkeypatch.chdir(Path.cwd().rename(tmp_path.with_name(f"{tmp_path.name}-moved")))
+    assert steps_foreseen(recipe) == []
     assert None not in [variant.structure for variant in then.variants]
 
 
@@ -452,6 +496,25 @@ def test_a_file_that_people_edited_is_neither_lost_nor_believed(case: str, recip
         steps_made(recipe)
     assert sorted((path, path.read_bytes()) for path in folder.iterdir()) == before
     assert [path.name for path in Path("out").iterdir()] == ["analysis"]
+
+
+@pytest.mark.parametrize("carry_out", [run_recipe, dry_run_recipe])
+@pytest.mark.parametrize("is_link", [False, True])
+def test_what_is_in_the_way_of_a_step_is_said_before_its_work(
+    is_link: bool, carry_out: Callable[[Recipe, Path], object], recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_folder(Path("out/analysis"), [("plan.yaml", SUGGESTED.encode())], kind="analysis", details={})
+    Path("elsewhere").mkdir()
+    Path("out/trained").mkdir()
+    if is_link:
+        Path("out/trained/distilled").symlink_to(Path("elsewhere").absolute())
+    else:
+        Path("out/trained/distilled").mkdir()
+    monkeypatch.setattr("exporter.distill.distill", Mock(side_effect=AssertionError))
+    with pytest.raises(
+        OutputError, match=rf"distilled: refusing to replace {'a link' if is_link else 'what Fuselage'}"
+    ):
+        carry_out(read_recipe(recipe, BACKENDS), Path("out"))
 
 
 QUANTIZED = """

@@ -285,7 +285,7 @@ def test_a_file_that_nobody_writes_to_gets_a_second_name(tmp_path: Path) -> None
     assert source.read_bytes() == content
 
 
-@pytest.mark.parametrize("code", files.NO_LINKS, ids=errno.errorcode.get)
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EINVAL, errno.EDQUOT], ids=errno.errorcode.get)
 def test_without_links_it_is_copied(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "weights"
     source.write_bytes(b"x" * 100)
@@ -302,7 +302,9 @@ def test_without_links_it_is_copied(code: int, tmp_path: Path, monkeypatch: pyte
 def test_what_a_symbolic_link_leads_to_is_copied(tmp_path: Path) -> None:
     (tmp_path / "theirs").write_bytes(b"x")
     (tmp_path / "weights").symlink_to("theirs")
-    save(tmp_path / "out", [("weights", FileLink(tmp_path / "weights"))])
+    link = FileLink(tmp_path / "weights")
+    assert not link.is_near(tmp_path)  # a copy takes space
+    save(tmp_path / "out", [("weights", link)])
     assert (tmp_path / "out/weights").read_bytes() == b"x"
     assert not (tmp_path / "out/weights").is_symlink()
     assert not os.path.samefile(tmp_path / "out/weights", tmp_path / "theirs")

@@ -113,6 +113,11 @@ def test_sections_have_the_defaults_of_commands(
 
 CHOSEN: dict[str, tuple[str, str, list[tuple[str, dict[str, object], dict[str, object]]]]] = {
     "nothing": ("", "", [("onnxruntime", {"target": ["onnxruntime"], "dtype": None}, {})]),
+    "nulls": (
+        "network: {to: null, target: null, dtype: null}\nengine: {backend: null}",
+        "network: {target: null}",
+        [("onnxruntime", {"dtype": None}, {}), ("onnxruntime", {"dtype": None}, {})],
+    ),
     "form_of_tensorrt": (
         "network: {target: tensorrt, dtype: bfloat16, batch: 2}",
         "network: {dtype: float16}",
@@ -197,6 +202,20 @@ REFUSED = {
         "modle: m\nvariants: [{name: a}]\n",
         "modle: unknown key: expected one of title, model, network, .*, found m",
     ),
+    "plan_of_a_variant": (
+        "model: m\nvariants: [{name: a}, {name: b, plan: {fuse: [1, 2]}}]\n",
+        r"variants.1.plan.fuse.0: expected a range of two layers, like \[3, 8\]: found 1",
+    ),
+    "no_plan": ("model: m\nvariants: [{name: a, plan: 3}]\n", "yaml: variants.0.plan: not a plan: expected keys drop_"),
+    "format": (
+        "model: m\nvariants: [{name: a, quantize: fp9}]\n",
+        "recipe.yaml: unknown quantization format.*found fp9",
+    ),
+    "variant_after_what_is_none": (
+        "model: m\nvariants: [1, {name: a, network: {foo: 1}}]\n",
+        "variants.1.network.foo: unknown key",
+    ),
+    "nul": ('model: "a\\0b"\nvariants: [{name: a}]\n', "a text has a NUL character: found a"),
     "network_is_a_word": ("model: m\nnetwork: trtllm\nvariants: [{name: a}]\n", "network: "),
     "no_variants": ("model: m\nvariants: []\n", "variants: List should have at least 1 item"),
     "unknown_key": ("model: m\nvariants: [{name: a}]\nbatch: 1\n", "batch: unknown key"),
@@ -279,7 +298,7 @@ REFUSED = {
     ),
     "option_of_a_backend_without": (
         "model: m\nvariants: [{name: a}]\nengine: {backend: onnxruntime, capacity: 3}\n",
-        "engine.capacity: unknown key",
+        "engine.capacity: unknown key: found 3. The backend is onnxruntime",
     ),
     "option_of_another_backend": (
         "model: m\nvariants: [{name: a}, {name: b, engine: {backend: torch, lean: true}}]\n"
@@ -377,9 +396,7 @@ def test_ranges_that_make_no_sense_are_refused(text: str, message: str, tmp_path
 
 
 def test_a_plan_as_json_is_the_plan(tmp_path: Path) -> None:
-    plan = read_plan(
-        written(tmp_path, "drop_attention: [1, [3, 5]]\ndrop_ffn: [[7, 8]]\nfuse: [[3, 5]]\n")
-    )
+    plan = read_plan(written(tmp_path, "drop_attention: [1, [3, 5]]\ndrop_ffn: [[7, 8]]\nfuse: [[3, 5]]\n"))
     data = plan.model_dump(mode="json")
     assert data == {"drop_attention": [1, [3, 5]], "drop_ffn": [[7, 8]], "fuse": [[3, 5]], "parallel": []}
     assert plan_from_data(data) == plan
