@@ -99,7 +99,8 @@ class Bar:
 
 CHART_WIDTH, CHART_HEIGHT = 360.0, 230.0
 CHART_LEFT, CHART_RIGHT, CHART_TOP, CHART_BOTTOM = 46.0, 6.0, 16.0, 36.0
-CHARACTER_WIDTH = 5.2  # of a bar's value; where one does not fit its bar, none is written
+# Of a bar's value, and between two of them. Where one does not fit its bar, all are shorter; or none is written.
+CHARACTER_WIDTH, TEXT_GAP = 5.2, 2.0
 
 
 def bar_layout(chart: Chart, engines: Sequence[EngineResult]) -> dict[str, Any]:
@@ -113,7 +114,12 @@ def bar_layout(chart: Chart, engines: Sequence[EngineResult]) -> dict[str, Any]:
 
     group = plot_width / len(chart.x)
     width = min(0.86 * group / len(engines), 46.0)
-    longest = max(len(_short(bar.median)) for row in chart.bars for bar in row if bar is not None)
+    medians = [bar.median for row in chart.bars for bar in row if bar is not None]
+
+    def fits(short: Callable[[float], str]) -> bool:
+        return max(len(short(median)) for median in medians) * CHARACTER_WIDTH + TEXT_GAP <= width
+
+    text_of = next((short for short in (_short, _shorter) if fits(short)), lambda value: "")
     bars = []
     for series, (engine, row) in enumerate(zip(engines, chart.bars, strict=True)):
         for index, bar in enumerate(row):
@@ -129,7 +135,7 @@ def bar_layout(chart: Chart, engines: Sequence[EngineResult]) -> dict[str, Any]:
                     width=0.9 * width,
                     height=y_of(0) - y_of(bar.median),
                     whisker=whisker,
-                    text=_short(bar.median) if width >= CHARACTER_WIDTH * longest else "",
+                    text=text_of(bar.median),
                     tooltip=f"{engine.label}, {chart.x_label} {chart.x[index]}: {digits(bar.median)} {chart.y_label}"
                     f" ({digits(bar.low)} to {digits(bar.high)} over the rounds){chart.ratios[series][index]}",
                 )
@@ -153,6 +159,13 @@ def _short(value: float) -> str:
     if 1000 <= value < 1e6:
         return f"{digits(value / 1000)}k"
     return f"{value:.2f}" if 0.1 <= value < 1 else digits(value)
+
+
+def _shorter(value: float) -> str:
+    """Write a figure with two digits where `_short` has three: 0.63, 16, 1.1k."""
+    if 1000 <= value < 1e6:
+        return f"{_shorter(value / 1000)}k"
+    return f"{value:.{int(value < 9.95)}f}" if value >= 1 else _short(value)
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -878,6 +878,23 @@ def test_a_label_that_no_font_here_can_write_is_no_noise(tmp_path, recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.parametrize(
+    ("count", "medians", "texts"),
+    [
+        (3, (927.0, 1049.0), ["927", "1.05k"]),
+        (5, (927.0, 1049.0), ["927", "1.0k"]),  # "1.05k" would touch its neighbour's
+        (5, (9963.0, 15.93), ["10k", "16"]),
+        (5, (0.634, 15.93), ["0.63", "15.9"]),
+        (8, (927.0, 1049.0), ["", ""]),
+    ],
+)
+def test_values_on_bars_do_not_touch(count, medians, texts):
+    row = tuple(Spread(median=median, low=median, high=median) for median in medians)
+    chart = charts.Chart("f.png", "t", "s", "x", "y", (1, 4), (row,) * count, (("", ""),) * count)
+    bars = charts.bar_layout(chart, [EngineResult(**ENGINES[0])] * count)["bars"]
+    assert [bar.text for bar in bars[:2]] == texts
+
+
 @pytest.mark.parametrize("length", [5, 17, 40, 100])
 def test_legends_of_pictures_are_as_wide_as_the_picture_at_most(length, monkeypatch, recwarn):
     figures = []
