@@ -29,7 +29,7 @@ class Kind:
     tells_progress: bool = False
 
 
-def _foresee_from_network(graph: ModelGraph, network: onnx_options.Settings, settings: object = None) -> Foreseen:
+def _foresee_from_network(graph: ModelGraph, network: onnx_options.Settings, settings: object) -> Foreseen:
     (form,) = onnx_options.options_from(network).networks
     return Foreseen(
         dtype=onnx_options.network_dtype(form, graph.dtype).name,
@@ -40,10 +40,10 @@ def _foresee_from_network(graph: ModelGraph, network: onnx_options.Settings, set
 
 
 def _foresee_tensorrt(
-    graph: ModelGraph, network: onnx_options.Settings, settings: tensorrt_build.BuildSettings | None
+    graph: ModelGraph, network: onnx_options.Settings, settings: tensorrt_build.BuildSettings
 ) -> Foreseen:
-    engine = _foresee_from_network(graph, network)
-    raise_all(list(tensorrt_build.setting_problems(settings or tensorrt_build.BuildSettings(), engine)))
+    engine = _foresee_from_network(graph, network, settings)
+    raise_all(list(tensorrt_build.setting_problems(settings, engine)))
     return engine
 
 

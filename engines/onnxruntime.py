@@ -312,8 +312,7 @@ def _engine_manifest(
 
     itemsize = BY_NAME[variant.dtype].itemsize
     weight_bytes = sum(folder.files[name].bytes for name in variant.weight_files)
-    plugins = tuple(variant.options.get("plugins", ()))
-    emulated = is_emulated(variant.number_format, linears, plugins)
+    emulated = is_emulated(variant.number_format, linears, variant.plugins)
     return EngineManifest(
         backend=NAME,
         runtime={"onnxruntime": onnxruntime.__version__},
@@ -323,7 +322,7 @@ def _engine_manifest(
         network_sha256=folder.fingerprint,
         dtype=variant.dtype,
         number_format=executed_format(variant.number_format, emulated=emulated),
-        plugins=plugins,
+        plugins=variant.plugins,
         vocab_size=contract.vocab_size,
         max_positions=variant.max_positions,
         batch=variant.batch,

@@ -42,7 +42,8 @@ def results_table(results: Results) -> Any:
         return Text(f"{found.ratio} {found.interval}".strip(), style=STYLES.get(found.verdict, ""))
 
     shapes = list(dict.fromkeys(cell.shape for cell in results.cells))
-    has_gains = any(gain(label, shape) for label in engines for shape in shapes)
+    gains = {(label, shape): gain(label, shape) for label in engines for shape in shapes}
+    has_gains = any(gains.values())
     if has_gains:
         table.add_column("Faster per token\n95 % interval", justify="right")
     for shape in shapes:
@@ -52,6 +53,6 @@ def results_table(results: Results) -> Any:
             for metric in metrics
         ]
         for label, *texts in zip(labels, *columns, strict=True):
-            gains = [gain(label, shape)] if has_gains else []
-            table.add_row(named(engines[label]), *(f"{length:,}" for length in shape), *texts, *gains)
+            last = [gains[label, shape]] if has_gains else []
+            table.add_row(named(engines[label]), *(f"{length:,}" for length in shape), *texts, *last)
     return table

@@ -131,7 +131,7 @@ def _check_import(plan: BuildPlan, version: str | None) -> str:
     from exporter.writers.onnx_tensorrt_rules import refuse_violations, rules_for, version_text
 
     known = rules_for(None if version is None else version_numbers(version))
-    plugins = plugin_ops(plan.variant.options.get("plugins", ()))
+    plugins = plugin_ops(plan.variant.plugins)
     warnings = refuse_violations({plan.variant.file: plan.network_file}, known, plugins=plugins)
     kept = f"those of TensorRT {version_text(known)} are kept"
     return f"{kept}; {len(warnings)} warnings, see `check`" if warnings else kept
@@ -204,7 +204,7 @@ def _engine_manifest(plan: BuildPlan, options: EngineOptions, label: str) -> Eng
         network_sha256=plan.fingerprint,
         dtype=variant.dtype,
         number_format=variant.number_format,
-        plugins=tuple(variant.options.get("plugins", ())),
+        plugins=variant.plugins,
         vocab_size=contract.vocab_size,
         max_positions=variant.max_positions,
         batch=variant.batch,

@@ -167,7 +167,7 @@ def plan_build(network: Path, settings: BuildSettings) -> BuildPlan:
         dtype=variant.dtype,
         max_positions=variant.max_positions,
         batch=variant.batch,
-        plugins=tuple(variant.options.get("plugins", ())),
+        plugins=variant.plugins,
     )
     raise_all(list(setting_problems(settings, engine)))
     profiles = _profiles(settings, engine)
@@ -289,7 +289,7 @@ def build_engine(
     timings = None if plan.settings.timing_cache is None else _TimingCache(config, plan.settings.timing_cache, logger)
     # From 11.0 on every network is strongly typed; before, it has to be asked for.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    if plan.variant.options.get("plugins"):
+    if plan.variant.plugins:
         from plugins.wide_ffn.tensorrt_plugin import register_plugins
 
         register_plugins()  # the parser looks for them by name

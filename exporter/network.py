@@ -75,6 +75,11 @@ class NetworkVariant(Sealed):
     number_format: str | None = None  # of quantized linears, e.g. "int8 (W8A8 static)"; None: there are none
     options: dict[str, Any]  # of the writer, for people and for comparison
 
+    @property
+    def plugins(self) -> tuple[str, ...]:
+        """Custom ops in place of standard ones, of `exporter.writers.onnx_options.PLUGINS`."""
+        return tuple(self.options.get("plugins", ()))
+
 
 class NetworkManifest(Sealed):
     """What a network folder says about itself in `network.json`; files' hashes are in the folder's manifest."""

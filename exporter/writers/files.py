@@ -350,9 +350,18 @@ def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
 
 
 def sha256_of(path: Path) -> str:
+    return _sha256(FileCopy(path), None, None)
+
+
+def _sha256(content: FileCopy, progress: Progress | None, stop: threading.Event | None) -> str:
+    """Of a file; a `stop` that is set ends it early (the hash is then never used)."""
     digest = hashlib.sha256()
-    for piece in FileCopy(path).chunks():
+    for piece in content.chunks():
+        if stop is not None and stop.is_set():
+            break
         digest.update(piece)
+        if progress is not None:
+            progress(len(piece))
     return digest.hexdigest()
 
 
@@ -512,16 +521,10 @@ def _write_file(
 
 def _linked_entry(content: FileLink, progress: Progress | None, stop: threading.Event | None) -> FileEntry:
     """Hash a file that has a second name now, and flush it: it may be younger than the disk's last word."""
-    digest = hashlib.sha256()
-    for piece in content.chunks():
-        if stop is not None and stop.is_set():
-            break
-        digest.update(piece)
-        if progress is not None:
-            progress(len(piece))
+    sha256 = _sha256(content, progress, stop)
     with content.path.open("rb") as file:
         os.fsync(file.fileno())
-    return FileEntry(bytes=content.nbytes, sha256=digest.hexdigest())
+    return FileEntry(bytes=content.nbytes, sha256=sha256)
 
 
 class _Hashing:

@@ -196,7 +196,7 @@ def networks_to_check(network: Path) -> tuple[dict[str, Path], list[str]]:
         raise CheckpointError("no network to check", file=network, expected="an .onnx file, or a folder that has them")
     manifest = network_manifest_from_json(read_json(network / NETWORK_FILE), network / NETWORK_FILE)
     files = {file: network / file for file in files_for_tensorrt(manifest.networks)}
-    plugins = {name for one in manifest.networks if one.file in files for name in one.options.get("plugins", ())}
+    plugins = {name for one in manifest.networks if one.file in files for name in one.plugins}
     return files, sorted(plugins)
 
 
