@@ -108,6 +108,14 @@ def backend_options(manifest: EngineManifest, model: type[Model], file: object) 
     return validated(manifest.options, model, "options in the engine manifest", file=file, error=EngineError)
 
 
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What an engine depends on beside its network and settings; both as in `EngineManifest`."""
+
+    runtime: dict[str, str]
+    machine: dict[str, str]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Foreseen:
     """What is known of an engine before there is anything that it could be built from."""
@@ -148,6 +156,9 @@ class Backend(Protocol):
 
     def missing(self) -> list[str]:
         """Say what this machine lacks to build and run, one actionable sentence each; empty if nothing."""
+
+    def environment(self) -> Environment:
+        """What an engine that is built here and now would depend on. Nothing may be `missing`."""
 
     def build(
         self,

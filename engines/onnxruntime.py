@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import psutil
 
-from engines.base import ENGINE_KIND, EngineManifest, backend_options, read_engine_manifest, save_engine
+from engines.base import ENGINE_KIND, EngineManifest, Environment, backend_options, read_engine_manifest, save_engine
 from engines.machine import cpu_name, version_numbers
 from engines.onnxruntime_kernels import (
     QuantizedLinear,
@@ -79,6 +79,15 @@ class OnnxRuntime:
             return [f"onnxruntime {version} lacks operators of opset 24: {INSTALL}"]
         return []
 
+    def environment(self) -> Environment:
+        import onnxruntime
+
+        cores = str(psutil.cpu_count(logical=False) or 1)
+        return Environment(
+            runtime={NAME: onnxruntime.__version__},
+            machine={"cpu": cpu_name(), "arch": platform.machine(), "cores": cores},
+        )
+
     def build(
         self,
         network: Path,
@@ -102,7 +111,7 @@ class OnnxRuntime:
         contract = network_manifest_from_json(read_json(network / NETWORK_FILE), network / NETWORK_FILE)
         variant = _runnable(contract, folder, network)
         linears = quantized_linears(network / variant.file)
-        manifest = _engine_manifest(contract, variant, folder, label or output.name, linears)
+        manifest = _engine_manifest(contract, variant, folder, label or output.name, linears, self.environment())
         _prove(manifest, network, linears)
         files = [(name, FileLink(network / name)) for name in (variant.file, *variant.weight_files)]
         return save_engine(output, manifest, files, details=details, force=force)
@@ -307,16 +316,15 @@ def _engine_manifest(
     folder: Manifest,
     label: str,
     linears: Sequence[QuantizedLinear],
+    here: Environment,
 ) -> EngineManifest:
-    import onnxruntime
-
     itemsize = BY_NAME[variant.dtype].itemsize
     weight_bytes = sum(folder.files[name].bytes for name in variant.weight_files)
     emulated = is_emulated(variant.number_format, linears, variant.plugins)
     return EngineManifest(
         backend=NAME,
-        runtime={"onnxruntime": onnxruntime.__version__},
-        machine=_machine(),
+        runtime=here.runtime,
+        machine=here.machine,
         label=label,
         network_file=variant.file,
         network_sha256=folder.fingerprint,
@@ -458,7 +466,3 @@ def _runtime_errors(problem: str, path: Path) -> Iterator[None]:
         raise
     except kinds as error:
         raise EngineError(f"{problem} ({str(error)[:300]})", file=path) from error
-
-
-def _machine() -> dict[str, str]:
-    return {"cpu": cpu_name(), "arch": platform.machine(), "cores": str(psutil.cpu_count(logical=False) or 1)}

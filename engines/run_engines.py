@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,8 @@ def engine_step(backend: Backend, variant: Variant, network: Done | None) -> Ste
         backend.build(source, folder, label=variant.name, details=details, force=True)
 
     inputs = {
+        # An engine of another version or machine may not even open here.
+        "environment": None if backend.missing() else dataclasses.asdict(backend.environment()),
         "network": variant.key if network is None else network.fingerprint,
         "label": variant.name,
         "backend": backend.name,

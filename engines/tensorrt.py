@@ -15,7 +15,15 @@ import numpy as np
 import psutil
 
 from engines import tensorrt_library as library
-from engines.base import ENGINE_FILE, ENGINE_KIND, BuildProgress, EngineManifest, read_engine_manifest, save_engine
+from engines.base import (
+    ENGINE_FILE,
+    ENGINE_KIND,
+    BuildProgress,
+    EngineManifest,
+    Environment,
+    read_engine_manifest,
+    save_engine,
+)
 from engines.machine import version_numbers
 from engines.tensorrt_build import BuildPlan, BuildSettings, build_engine, describe, fit_problems, plan_build
 from engines.tensorrt_engine import EngineOptions, engine_options
@@ -40,6 +48,12 @@ class TensorRt:
 
     def missing(self) -> list[str]:
         return library.missing()
+
+    def environment(self) -> Environment:
+        return Environment(
+            runtime={NAME: library.load().__version__},
+            machine={"gpu": _gpu().name, "arch": platform.machine()},
+        )
 
     def build(
         self,
@@ -74,7 +88,7 @@ class TensorRt:
             built = Path(folder, PLAN_FILE)
             timing_cache, lost_timings = build_engine(trt, plan, built, self._progress)
             options = _options(plan, here, trt.__version__, timing_cache)
-            manifest = _engine_manifest(plan, options, label or output.name)
+            manifest = _engine_manifest(plan, options, label or output.name, self.environment())
             _prove(trt, manifest, options, built)
             save_engine(output, manifest, [(PLAN_FILE, FileLink(built))], details=details, force=force)
         if lost_timings is not None:
@@ -193,12 +207,12 @@ def _options(plan: BuildPlan, here: Gpu, version: str, timing_cache: Any) -> Eng
     )
 
 
-def _engine_manifest(plan: BuildPlan, options: EngineOptions, label: str) -> EngineManifest:
+def _engine_manifest(plan: BuildPlan, options: EngineOptions, label: str, here: Environment) -> EngineManifest:
     contract, variant = plan.contract, plan.variant
     return EngineManifest(
         backend=NAME,
-        runtime={"tensorrt": options.tensorrt},
-        machine={"gpu": options.gpu, "arch": platform.machine()},
+        runtime=here.runtime,
+        machine=here.machine,
         label=label,
         network_file=PLAN_FILE,
         network_sha256=plan.fingerprint,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from engines.base import EngineManifest, Foreseen, Runner, save_engine
+from engines.base import EngineManifest, Environment, Foreseen, Runner, save_engine
 from engines.machine import version_numbers
 from engines.programs import run_program
 from exporter.errors import EngineError, OutputError, raise_all
@@ -101,6 +101,12 @@ class TensorRtLlm:
             return ["no NVIDIA GPU is visible, and engines are built on the kind of GPU that runs them"]
         return []
 
+    def environment(self) -> Environment:
+        return Environment(
+            runtime={"tensorrt_llm": importlib.metadata.version("tensorrt_llm")},
+            machine={"gpu": _gpus()[0]},
+        )
+
     def build(
         self,
         network: Path,
@@ -130,7 +136,9 @@ class TensorRtLlm:
                 settings = replace(self.settings, workers=workers)
                 command = build_command(network, Path(built), checkpoint, settings)
                 _run(command, build_environment(network, checkpoint))
-                manifest = _engine_manifest(checkpoint, folder.fingerprint, label or output.name, settings, command)
+                manifest = _engine_manifest(
+                    checkpoint, folder.fingerprint, label or output.name, settings, command, self.environment()
+                )
                 files = [(path.name, FileLink(path)) for path in sorted(Path(built).iterdir()) if path.is_file()]
                 if checkpoint.model_class is not None:
                     files.append((MODEL_FILE, FileLink(network / MODEL_FILE)))
@@ -294,13 +302,17 @@ def _run(command: Sequence[str], environment: Mapping[str, str]) -> None:
 
 
 def _engine_manifest(
-    checkpoint: CheckpointManifest, fingerprint: str, label: str, settings: BuildSettings, command: Sequence[str]
+    checkpoint: CheckpointManifest,
+    fingerprint: str,
+    label: str,
+    settings: BuildSettings,
+    command: Sequence[str],
+    here: Environment,
 ) -> EngineManifest:
-    gpu = _gpus()[0]
     return EngineManifest(
         backend=NAME,
-        runtime={"tensorrt_llm": importlib.metadata.version("tensorrt_llm")},
-        machine={"gpu": gpu},
+        runtime=here.runtime,
+        machine=here.machine,
         label=label,
         network_file=CONFIG,
         network_sha256=fingerprint,
@@ -314,7 +326,7 @@ def _engine_manifest(
         weight_bytes=sum(rank.weight_bytes for rank in checkpoint.ranks),
         structure=checkpoint.structure,
         options={
-            "device": gpu,
+            "device": here.machine["gpu"],
             "world_size": len(checkpoint.ranks),
             "max_batch_size": settings.max_batch_size,
             "kv_cache": checkpoint.kv_cache_quant_algo or checkpoint.dtype,

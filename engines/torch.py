@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import numpy as np
 import psutil
 
-from engines.base import ENGINE_KIND, EngineManifest, Foreseen, backend_options, read_engine_manifest, save_engine
+from engines.base import (
+    ENGINE_KIND,
+    EngineManifest,
+    Environment,
+    Foreseen,
+    backend_options,
+    read_engine_manifest,
+    save_engine,
+)
 from engines.machine import cpu_name
 from engines.sequences import Sequences
 from exporter.dtypes import BFLOAT16, BY_NAME, FLOAT8_E4M3FN, FLOAT16, FLOAT32, DType
@@ -80,6 +88,14 @@ class Torch:
             return ["PyTorch sees no GPU to run the engine on: choose the device cpu, or another machine"]
         return []
 
+    def environment(self) -> Environment:
+        import torch
+
+        machine = {"cpu": cpu_name(), "arch": platform.machine()}
+        if self.settings.device == "cuda" and torch.cuda.is_available():  # no GPU is needed for the build
+            machine["gpu"] = torch.cuda.get_device_name()
+        return Environment(runtime={NAME: torch.__version__}, machine=machine)
+
     def build(
         self,
         network: Path,
@@ -107,7 +123,7 @@ class Torch:
                 hint="give the Hugging Face folder that it was exported from",
             )
         checkpoint = open_model(network, need_weights=True)
-        manifest = _engine_manifest(checkpoint, self.settings, label or output.name)
+        manifest = _engine_manifest(checkpoint, self.settings, label or output.name, self.environment())
         written = read_manifest(network)
         # Beside weights lie texts that people do edit in their model.
         ours = {network / name for name in written.files if name.endswith(".safetensors")} if written else set()
@@ -284,9 +300,7 @@ def _refuse_beyond(device: Any, nbytes: int, what: str, file: Path | None = None
         )
 
 
-def _engine_manifest(checkpoint: Checkpoint, settings: BuildSettings, label: str) -> EngineManifest:
-    import torch
-
+def _engine_manifest(checkpoint: Checkpoint, settings: BuildSettings, label: str, here: Environment) -> EngineManifest:
     from exporter.writers.onnx_quantization import number_format
 
     graph = checkpoint.graph
@@ -295,8 +309,8 @@ def _engine_manifest(checkpoint: Checkpoint, settings: BuildSettings, label: str
     source = json.dumps(source_fingerprint(checkpoint.path), sort_keys=True)
     return EngineManifest(
         backend=NAME,
-        runtime={"torch": torch.__version__},
-        machine={"cpu": cpu_name(), "arch": platform.machine()},
+        runtime=here.runtime,
+        machine=here.machine,
         label=label,
         network_file=CONFIG,
         network_sha256=hashlib.sha256(source.encode()).hexdigest(),

@@ -562,6 +562,20 @@ def test_a_file_that_people_removed_is_made_again(recipe: Path) -> None:
     assert steps_made(recipe) == ["a: engine"]
 
 
+@pytest.mark.parametrize(
+    ("what", "other"), [("onnxruntime.__version__", "99.0"), ("engines.onnxruntime.cpu_name", lambda: "other CPU")]
+)
+def test_an_engine_of_another_version_or_machine_is_made_again(
+    what: str, other: Any, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe.write_text("model: model\nvariants: [{name: a}]\nbench: null\n")
+    steps_made(recipe)
+    monkeypatch.setattr(what, other)
+    assert steps_foreseen(recipe) == ["a: engine"]
+    assert steps_made(recipe) == ["a: engine"]
+    assert steps_made(recipe) == []
+
+
 ENGINES = """
 model: model
 engine: {backend: torch, device: cpu, dtype: float32}
