@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import graphlib
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx.inliner
-from onnx import TensorProto, helper, numpy_helper
+from google.protobuf.message import Message
+from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from exporter.errors import CheckpointError
 
 Version = tuple[int, int]
 Size = int | str | None  # of one dimension: a number, a symbol, or unknown
+DTYPE_ATTRIBUTES = ("to", "output_dtype")
 
 
 class TypedNetwork:
@@ -31,8 +34,11 @@ class TypedNetwork:
             file: what errors call the network.
 
         Raises:
-            CheckpointError: not valid ONNX, so that types cannot be inferred.
+            CheckpointError: not valid ONNX: types cannot be inferred, or rules could not make sense of it.
         """
+        self._file = file
+        if not _is_text(model):
+            raise _invalid_network("a name that is not UTF-8", file)
         self.source = model
         self.version = version
         self.plugins = frozenset(plugins)
@@ -46,6 +52,10 @@ class TypedNetwork:
         self._collect(self.model.graph, self.nodes)
         self.all_nodes = self.nodes + self.conditional
         self._producers = {output: node for node in self.all_nodes for output in node.output if output}
+        try:
+            self._refuse_invalid()
+        except ValueError as error:
+            raise _invalid_network(str(error), file) from error
         self.inputs = {value.name for value in self.model.graph.input} - set(self.initializers)
         self.outputs = {value.name for value in self.model.graph.output}
         self.constants = set(self.initializers) | {
@@ -75,7 +85,11 @@ class TypedNetwork:
         return None if shape is None or not -len(shape) <= axis < len(shape) else shape[axis]
 
     def constant(self, name: str | None) -> np.ndarray | None:
-        """The value of a constant that is in the .onnx file itself; None if it is not one, or lies elsewhere."""
+        """The value of a constant that is in the .onnx file itself; None if it is not one, or lies elsewhere.
+
+        Raises:
+            CheckpointError: its bytes are not those of its dtype and shape.
+        """
         if not name or name not in self.constants:
             return None
         tensor = self.initializers.get(name)
@@ -83,7 +97,25 @@ class TypedNetwork:
             tensor = attributes(self._producers[name]).get("value")
         if not isinstance(tensor, TensorProto) or tensor.data_location == TensorProto.EXTERNAL:
             return None
-        return numpy_helper.to_array(tensor)
+        try:
+            return numpy_helper.to_array(tensor)
+        except (TypeError, ValueError) as error:
+            raise _invalid_network(str(error), self._file) from error
+
+    def _refuse_invalid(self) -> None:
+        """Raise ValueError for what ONNX's inference lets pass and rules must not meet."""
+        graphlib.TopologicalSorter({name: node.input for name, node in self._producers.items()}).prepare()  # no cycle
+        dtypes = set(self.dtypes.values())
+        for node in self.all_nodes:
+            values = attributes(node)  # not of a function that there is none of
+            dtypes |= {values[name] for name in DTYPE_ATTRIBUTES if isinstance(values.get(name), int)}
+            known = onnx.defs.get_schema(node.op_type).attributes if onnx.defs.has(node.op_type) else {}
+            for attribute in node.attribute:
+                found = getattr(onnx.defs.OpSchema.AttrType, AttributeProto.AttributeType.Name(attribute.type), None)
+                if attribute.name in known and known[attribute.name].type != found:
+                    raise ValueError(f"{node.op_type}: attribute {attribute.name} of another type")
+        for dtype in dtypes:
+            TensorProto.DataType.Name(dtype)
 
     def _collect(self, graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
         for tensor in graph.initializer:
@@ -110,8 +142,22 @@ def _inferred(model: onnx.ModelProto, plugins: Collection[str], file: str) -> on
             model = onnx.inliner.inline_selected_functions(model, kept, exclude=True)
         return onnx.shape_inference.infer_shapes(model, data_prop=True)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:  # whatever C++ threw
-        problem = " ".join(str(error).split())[:200]
-        raise CheckpointError("types of this ONNX network cannot be inferred", file=file, found=problem) from error
+        raise _invalid_network(str(error), file) from error
+
+
+def _invalid_network(problem: str, file: str) -> CheckpointError:
+    return CheckpointError("not a valid ONNX network", file=file, found=" ".join(problem.split())[:200])
+
+
+def _is_text(message: Message) -> bool:
+    """Whether every string in a message is UTF-8: protobuf gives those that are not as bytes, and raises nothing."""
+    for field, value in message.ListFields():
+        values = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
+        if field.type == field.TYPE_STRING and any(isinstance(text, bytes) for text in values):
+            return False
+        if field.type == field.TYPE_MESSAGE and not all(map(_is_text, values)):
+            return False
+    return True
 
 
 def _size(dimension: onnx.TensorShapeProto.Dimension) -> Size:

@@ -758,7 +758,30 @@ def a_dtype_that_is_none(model: ModelProto) -> None:
     model.graph.initializer.append(TensorProto(name="odd", data_type=101, dims=[1], raw_data=b"\0"))
 
 
-@pytest.mark.parametrize("spoil", [a_constant_cut_short, an_attribute_of_no_function, a_dtype_that_is_none])
+def a_cycle(model: ModelProto) -> None:
+    first = the(model, "DequantizeLinear")
+    first.input[0] = first.output[0]
+
+
+def an_attribute_of_another_type(model: ModelProto) -> None:
+    the(model, "DequantizeLinear").attribute.append(helper.make_attribute("axis", "one"))
+
+
+def a_wish_for_a_dtype_that_is_none(model: ModelProto) -> None:
+    the(model, "DequantizeLinear").attribute.append(helper.make_attribute("output_dtype", 101))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        a_constant_cut_short,
+        an_attribute_of_no_function,
+        an_attribute_of_another_type,
+        a_dtype_that_is_none,
+        a_wish_for_a_dtype_that_is_none,
+        a_cycle,
+    ],
+)
 def test_what_is_not_onnx(spoil: Callable[[ModelProto], None]) -> None:
     model = onnx.load_model_from_string(valid("int8"))
     spoil(model)
