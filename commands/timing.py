@@ -44,7 +44,7 @@ from commands.terminal import note_printer, say_written, step_progress, wide_con
     show_default=True,
     help="Program that takes the samples; the C++ one is built on first use.",
 )
-@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Kept requests per combination.")
+@click.option("--rounds", default=8, show_default=True, type=click.IntRange(1), help="Kept requests per combination.")
 @click.option("--warmup", default=1, show_default=True, type=click.IntRange(0), help="Requests before those.")
 @click.option(
     "--threads",

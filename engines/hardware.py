@@ -157,5 +157,6 @@ def gpu_named(name: str, gpus: Mapping[str, Gpu]) -> Gpu:
         EngineError: there is none of that name.
     """
     if name not in gpus:
-        raise EngineError("unknown GPU", expected=", ".join(gpus), found=name, hint="add others with --gpus FILE")
+        others = "`predict` and `report` take others with --gpus FILE"
+        raise EngineError("unknown GPU", expected=", ".join(gpus), found=name, hint=others)
     return gpus[name]

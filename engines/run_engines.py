@@ -108,8 +108,12 @@ def _request_problems(bench: BenchRecipe, engine: Foreseen) -> list[EngineError]
 def prediction_of(wanted: PredictRecipe, graph: ModelGraph) -> Wanted:
     """What the report is to predict; refuses hardware that nobody knows, and sizes that the model cannot have."""
     known = read_gpus()
-    for size in wanted.tp:
-        stages_of(structure_from_graph(graph), size)
+    try:
+        for size in wanted.tp:
+            stages_of(structure_from_graph(graph), size)
+    except EngineError as error:
+        error.problem = f"{error.problem} (predict.tp)"
+        raise
     return Wanted(
         gpus=[gpu_named(name, known) for name in wanted.gpu],
         tp_sizes=wanted.tp,

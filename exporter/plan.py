@@ -189,7 +189,8 @@ def validation_error(
     problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
     key = ".".join(map(str, problem["loc"] if where is None else (where, *problem["loc"])))
     what = {"extra_forbidden": "unknown key", "missing": "key is missing"}.get(problem["type"], problem["msg"])
-    found = None if problem["type"] == "missing" else shown(problem["input"], 60)
+    is_told = problem["type"] in ("missing", "too_long", "too_short")  # by the message
+    found = None if is_told else shown(problem["input"], 60)
     table = _table_at(model, problem["loc"][:-1]) if problem["type"] == "extra_forbidden" else None
     expected = f"one of {', '.join(table.model_fields)}" if table is not None and table.model_fields else None
     return PlanError(f"{key}: {what}", file=file, expected=expected, found=found)

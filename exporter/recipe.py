@@ -90,7 +90,7 @@ class BenchRecipe(_Table):
     batch: Annotated[list[Count], Field(min_length=1)] = [1]
     input_len: Annotated[list[Count], Field(min_length=1)] = [64]
     output_len: Annotated[list[Count], Field(min_length=1)] = [32]
-    rounds: Count = 5
+    rounds: Count = 8  # one change among 300 figures is told from noise, see engines/regression.py
     warmup: Annotated[int, Field(ge=0, le=1000)] = 1
     threads: Count | None = None  # None: one per core
     seed: Annotated[int, Field(ge=0)] = 0

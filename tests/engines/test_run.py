@@ -145,6 +145,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "out",
         "no matrix products in float8_e4m3fn",
     ),
+    "sizes_that_divide_no_heads": (
+        {"predict": {"gpu": ["h100-sxm"], "tp": [1, 3]}},
+        "out",
+        r"block 0: .* divides the attention heads \(predict.tp\): expected a divisor of 4, found 3",
+    ),
     "distillation_text_missing": (distilling(text="nowhere.txt"), "out", "nowhere.txt: no such text"),
     "distillation_context": (distilling(context=5000), "out", "longer than the model was made for"),
     "distillation_pieces": (distilling(batch=4, accumulate=3), "out", "expected a multiple of 3, found 4"),

@@ -207,6 +207,10 @@ REFUSED = {
         r"variants.1.plan.fuse.0: expected a range of two layers, like \[3, 8\]: found 1",
     ),
     "no_plan": ("model: m\nvariants: [{name: a, plan: 3}]\n", "yaml: variants.0.plan: not a plan: expected keys drop_"),
+    "too_many_variants": (
+        f"model: m\nvariants: [{', '.join(f'{{name: v{i}}}' for i in range(65))}]\n",
+        "variants: List should have at most 64 items after validation, not 65$",
+    ),
     "format": (
         "model: m\nvariants: [{name: a, quantize: fp9}]\n",
         "recipe.yaml: unknown quantization format.*found fp9",
