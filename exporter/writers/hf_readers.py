@@ -214,6 +214,10 @@ def _yarn_mscale_alone(folder: Folder) -> str | None:
     return None if scaling.mscale == 1 else f"mscale {scaling.mscale:g} alone"
 
 
+def _own_head_dim_of_qwen2(folder: Folder) -> str | None:
+    return _own_head_dim(folder) if folder.family == "qwen2" else None
+
+
 def _own_head_dim(folder: Folder) -> str | None:
     if not folder.attentions:
         return None
@@ -509,6 +513,12 @@ PLAIN_RULES: tuple[Rule, ...] = (
         "attention biases beside norms on queries and keys",
         _qk_norm_and_bias,
         {"mlx-lm": (REJECTS, "it does not know the tensors")},
+        "use another reader",
+    ),
+    Rule(
+        "head_dim of a Qwen2 is not hidden_size / num_attention_heads",
+        _own_head_dim_of_qwen2,
+        {"mlx-lm": (REJECTS, "it ignores head_dim, and shapes do not fit")},  # others were not tried
         "use another reader",
     ),
 )

@@ -117,6 +117,12 @@ PLAIN_FIRES: dict[str, tuple[ModelGraph, str, str, dict[str, Severity]]] = {
     "attention biases beside norms on queries and keys": (
         tiny_graph("AF", qk_norm=True, qkv_bias=True, o_bias=True), "qwen3", "block 0", {"mlx-lm": R},
     ),
+    "head_dim of a Qwen2 is not hidden_size / num_attention_heads": (
+        tiny_graph("AF", qkv_bias=True, head_dim=48),
+        "qwen2",
+        "head_dim 48, hidden_size 64, 4 heads",
+        {"mlx-lm": R},
+    ),
     "YaRN without truncation": (
         tiny_graph("AF", rope=Rope(theta=1e4, scaling=replace(YARN, truncate=False))),
         "llama",
