@@ -39,14 +39,14 @@ from engines.results import (
     check_same_model,
     validation_problems,
 )
-from engines.worker import Close, Closed, Failure, Ready, Reply, Run, Sample
+from engines.worker import Close, Closed, Failure, Ready, Reply, Run, Sample, cpu_options
 from exporter.errors import EngineError, FuselageError, raise_all
 from exporter.structure import MAX_TEXT, Structure
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 MAX_REPLY_BYTES = 64 * 2**20
 STDERR_TAIL_BYTES = 2000
-# Runtimes that answer whole requests have workers of their own; threads and CPUs are then not ours to choose.
+# Runtimes that answer whole requests have workers of their own.
 REQUEST_WORKERS = {"tensorrt-llm": "engines.tensorrt_llm_worker"}
 KNOWN_WHEN_READY = {"device", "runtime", "program", "load_time_s"}  # fields of a result that `Ready` has
 GOODBYE_S = 10.0  # a worker that said it is done gets this long to exit
@@ -68,20 +68,17 @@ def python_worker(
 ) -> Sequence[str]:
     """Return the command of the worker that drives a backend of ours from Python."""
     if manifest.backend in REQUEST_WORKERS:
-        return [sys.executable, "-m", REQUEST_WORKERS[manifest.backend], str(engine)]
-    command = [sys.executable, "-m", "engines.worker", str(engine), "--backend", manifest.backend]
-    if threads is not None:
-        command += ["--threads", str(threads)]
-    if cpus is not None:
-        command += ["--cpus", ",".join(str(cpu) for cpu in cpus)]
-    return command
+        command = [sys.executable, "-m", REQUEST_WORKERS[manifest.backend], str(engine)]
+    else:
+        command = [sys.executable, "-m", "engines.worker", str(engine), "--backend", manifest.backend]
+    return [*command, *cpu_options(threads, cpus)]
 
 
 def bench_engines(
     engines: Sequence[Path],
     grid: Sequence[RequestShape],
     *,
-    rounds: int = 5,
+    rounds: int = 8,
     warmup: int = 1,
     threads: int | None = None,
     cpus: Sequence[int] | None = None,

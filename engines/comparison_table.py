@@ -250,7 +250,7 @@ def _lines(comparison: Comparison, figures: Figures, intervals: Intervals) -> It
                 *(shape if metric.is_timed else ("", "", "")),
                 metric.name,
                 unit_names.get(metric.unit, metric.unit),
-                f"{value:.9g}",
+                f"{value:.15g}",
                 "" if quotient is None else _inert(comparison.baseline.label),
                 "" if quotient is None else f"{quotient:.6g}",
                 *(("", "") if interval is None else (f"{interval.low:.6g}", f"{interval.high:.6g}")),

@@ -26,6 +26,7 @@ from typing import Literal
 from engines.base import ENGINE_KIND, EngineManifest
 from engines.bench import WorkerCommand, python_worker
 from engines.programs import run_program
+from engines.worker import cpu_options
 from exporter.errors import EngineError, raise_all
 from exporter.writers.files import NO_LOCKS, check_folder
 
@@ -72,7 +73,7 @@ def worker_for(runtime: Runtime, tell: Tell) -> WorkerCommand:
         if program is None:
             return python_worker(engine, manifest, threads, cpus)
         check_folder(engine, ENGINE_KIND, hashes=True)  # the program itself only looks at sizes
-        return [str(program), "serve", str(engine), *library_options(manifest), *_settings(threads, cpus)]
+        return [str(program), "serve", str(engine), *library_options(manifest), *cpu_options(threads, cpus)]
 
     return command
 
@@ -183,15 +184,6 @@ def _library_option(option: str, package: str, pattern: str) -> list[str]:
     found = [path for folder in folders or () for path in Path(folder).glob(pattern)]
     # Of several the latest: "libnvinfer.so.11" before "libnvinfer.so.10".
     return [option, str(max(found, key=lambda path: path.name))] if found else []
-
-
-def _settings(threads: int | None, cpus: Sequence[int] | None) -> list[str]:
-    options = []
-    if threads is not None:
-        options += ["--threads", str(threads)]
-    if cpus is not None:
-        options += ["--cpus", ",".join(str(cpu) for cpu in cpus)]
-    return options
 
 
 def _compiler() -> str | None:

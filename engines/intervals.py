@@ -40,12 +40,7 @@ class RatioInterval:
 
 
 def ratio_interval(
-    samples: Sequence[float],
-    baseline: Sequence[float],
-    *,
-    paired: bool = False,
-    confidence: float = CONFIDENCE,
-    seed: int = 0,
+    samples: Sequence[float], baseline: Sequence[float], *, paired: bool = False, seed: int = 0
 ) -> RatioInterval:
     """Estimate median(samples) / median(baseline), by the percentile bootstrap.
 
@@ -53,17 +48,12 @@ def ratio_interval(
         samples, baseline: at least two each, positive.
         paired: the n-th sample of both was taken in the same round.
     """
-    (found,) = ratio_intervals([samples], baseline, paired=paired, confidence=confidence, seed=seed)
+    (found,) = ratio_intervals([samples], baseline, paired=paired, seed=seed)
     return found
 
 
 def ratio_intervals(
-    samples: Sequence[Sequence[float]],
-    baseline: Sequence[float],
-    *,
-    paired: bool,
-    confidence: float = CONFIDENCE,
-    seed: int = 0,
+    samples: Sequence[Sequence[float]], baseline: Sequence[float], *, paired: bool, seed: int = 0
 ) -> list[RatioInterval]:
     """Estimate the ratios of many engines to one baseline at once.
 
@@ -84,7 +74,7 @@ def ratio_intervals(
         resampled = medians / of_baseline
     order = np.argsort(resampled, axis=1)
     ranks = np.cumsum(counts[order], axis=1)  # of each resample's last occurrence, from 1
-    tail = round((1 - confidence) / 2 * (RESAMPLES - 1))
+    tail = round((1 - CONFIDENCE) / 2 * (RESAMPLES - 1))
     lows, highs = (
         np.take_along_axis(resampled, np.take_along_axis(order, (ranks <= rank).sum(axis=1)[:, None], 1), 1)[:, 0]
         for rank in (tail, RESAMPLES - 1 - tail)

@@ -25,7 +25,7 @@ from engines.profile import Phase, Profile, attention_blocks
 from engines.results import RequestShape
 from engines.tensorrt import TensorRt
 from engines.tensorrt_profile import profile_requests
-from engines.worker import Failure, Send, cpu_list, pin, reporting, timed_request, token_ids
+from engines.worker import Failure, Send, add_cpu_options, pin, reporting, timed_request, token_ids
 from exporter.structure import Sealed
 
 REQUESTS = 9  # that count, after one of warm-up; each has one prefill
@@ -96,8 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", required=True, choices=PROFILERS, help="the backend that built it")
     parser.add_argument("--shape", required=True, type=int, nargs=3, metavar=("BATCH", "INPUT", "OUTPUT"))
     parser.add_argument("--seed", type=int, default=0, help="of the input tokens")
-    parser.add_argument("--threads", type=int, help="threads of the runtime (default: its own choice)")
-    parser.add_argument("--cpus", type=cpu_list, help="pin the process to these CPUs, e.g. 0,1")
+    add_cpu_options(parser)
     options = parser.parse_args(arguments)
 
     def work(send: Send) -> None:

@@ -15,7 +15,7 @@ from engines.base import EngineManifest
 from engines.profile import Profile
 from engines.profile_worker import PROFILERS, Reply
 from engines.results import RequestShape
-from engines.worker import Failure
+from engines.worker import Failure, cpu_options
 from exporter.errors import EngineError
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
@@ -51,11 +51,7 @@ def profile_engine(
         EngineError: the process failed or died.
     """
     command = [sys.executable, "-m", "engines.profile_worker", str(engine.resolve()), "--backend", manifest.backend]
-    command += ["--shape", *map(str, shape), "--seed", str(seed)]
-    if threads is not None:
-        command += ["--threads", str(threads)]
-    if cpus is not None:
-        command += ["--cpus", ",".join(map(str, cpus))]
+    command += ["--shape", *map(str, shape), "--seed", str(seed), *cpu_options(threads, cpus)]
     with tempfile.TemporaryDirectory() as temporary:  # for what the process would leave if it is killed
         environment = {**os.environ, "TMPDIR": temporary}
         done = subprocess.run(command, capture_output=True, cwd=PACKAGE_ROOT, env=environment, check=False)

@@ -16,14 +16,13 @@ from typing import Any, Final, Literal
 import numpy as np
 from rich.table import Table
 
-from engines.intervals import RatioInterval, ratio_interval
+from engines.intervals import LEAST_ROUNDS, RatioInterval, ratio_interval
 from engines.markdown import markdown_escaped
 from engines.results import Cell, EngineResult, RequestShape, Results, check_same_model
 from exporter.errors import EngineError
 
 COMPARISON_SCHEMA: Final = 1
 SIGNIFICANCE = 0.05
-LEAST_ROUNDS = 4  # of each run: with three of each, no order of the samples is significant
 METRICS = {"ttft_ms": "TTFT", "inter_token_ms": "inter-token", "request_ms": "request"}
 
 Verdict = Literal["slower", "faster", "no difference"]
@@ -193,7 +192,7 @@ def _notes(
     engines: dict[str, tuple[EngineResult, EngineResult]],
     pairs: Sequence[tuple[Cell, Cell]],
 ) -> Iterator[str]:
-    for what in ("cpu", "cores", "os", "threads", "pinned_cpus", "clock", "interleaved"):
+    for what in ("cpu", "cores", "os", "threads", "pinned_cpus", "clock", "warmup_rounds", "interleaved"):
         old, new = getattr(before.environment, what), getattr(after.environment, what)
         if old != new:
             yield f"The runs differ in {what}: {old} before, {new} after."

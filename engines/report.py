@@ -383,7 +383,7 @@ def _notes(comparison: Comparison, intervals: Intervals) -> list[str]:
     shown = {engine.label for engine in comparison.engines}
     timed = {label for label, _ in comparison.cells}  # the device of an engine that never opened is what it was told
     environments = [
-        results.environment.model_dump(exclude={"utc", "command", "seed", "clock"})
+        results.environment.model_dump(exclude={"utc", "command", "seed"})
         for _, results in comparison.sources
         if shown & {engine.label for engine in results.engines}
     ]

@@ -27,7 +27,9 @@ from engines.worker import (
     Ready,
     Sample,
     Send,
+    add_cpu_options,
     peak_memory_bytes,
+    pin,
     reporting,
     token_ids,
 )
@@ -113,9 +115,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve one engine on stdin and stdout; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m engines.tensorrt_llm_worker", description="Time one engine.")
     parser.add_argument("engine", type=Path, help="engine folder")
-    engine = parser.parse_args(arguments).engine
+    add_cpu_options(parser)  # of which the executor knows no threads
+    options = parser.parse_args(arguments)
+    engine: Path = options.engine
 
     def work(send: Send) -> None:
+        pin(options.cpus)  # before the executor starts threads and processes: they inherit it
         check_folder(engine, ENGINE_KIND, hashes=True)
         manifest = read_engine_manifest(engine)
         began_ns = time.perf_counter_ns()

@@ -157,6 +157,7 @@ class TensorRtRunner:
             else:
                 for cache in self._caches.values():
                     cache.zero_()  # a NaN that an earlier sequence left there would spread through the mask
+            self._device.synchronize()  # else the time of the request that follows has the clearing in it
         self._sequences = sequences
 
     def prefill(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:

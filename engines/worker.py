@@ -188,8 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m engines.worker", description="Time requests of one engine.")
     parser.add_argument("engine", type=Path, help="engine folder")
     parser.add_argument("--backend", required=True, help="name of the backend that opens it")
-    parser.add_argument("--threads", type=int, help="threads of the runtime (default: its own choice)")
-    parser.add_argument("--cpus", type=cpu_list, help="pin the process to these CPUs, e.g. 0,1")
+    add_cpu_options(parser)
     options = parser.parse_args(arguments)
 
     def work(send: Send) -> None:
@@ -263,6 +262,18 @@ def pin(cpus: Sequence[int] | None) -> None:
     if not hasattr(os, "sched_setaffinity"):
         raise EngineError("this system cannot pin a process to CPUs", hint="run without --cpus")
     os.sched_setaffinity(0, cpus)
+
+
+def cpu_options(threads: int | None, cpus: Sequence[int] | None) -> list[str]:
+    """Write threads and CPUs as options of a program that opens an engine; None: none."""
+    options = [] if threads is None else ["--threads", str(threads)]
+    return options if cpus is None else [*options, "--cpus", ",".join(map(str, cpus))]
+
+
+def add_cpu_options(parser: argparse.ArgumentParser) -> None:
+    """Let a program take what `cpu_options` writes."""
+    parser.add_argument("--threads", type=int, help="threads of the runtime (default: its own choice)")
+    parser.add_argument("--cpus", type=cpu_list, help="pin the process to these CPUs, e.g. 0,1")
 
 
 def cpu_list(text: str) -> tuple[int, ...]:

@@ -214,8 +214,10 @@ def test_the_csv_has_every_figure_once_and_unrounded() -> None:
         [interval.ratio, interval.low, interval.high], rel=1e-5
     )
     assert (line["unit"], line["rounds"], line["baseline"]) == ("ms", "5", "baseline")
-    (weights,) = [x for x in lines if (x["engine"], x["metric"]) == ("baseline", "Weights")]
+    large = table(with_changes(engines=[{**ENGINES[0], "weight_bytes": 812_106_113_025}, *ENGINES[1:]]))
+    (weights,) = [x for x in large if (x["engine"], x["metric"]) == ("baseline", "Weights")]
     assert (weights["batch"], weights["unit"], weights["ratio"], weights["rounds"]) == ("", "bytes", "", "")
+    assert weights["value"] == "812106113025"
 
 
 @pytest.mark.parametrize("label", ["=1+1", "+x", "-x", "@SUM(A1)", 'a,"b"\u2028'])

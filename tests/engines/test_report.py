@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from engines.report_words import formatted
 from engines.results import EngineResult, Spread
 from engines.structure_strip import FFN_HEIGHT, layers_text, strips_from_structures
 from exporter.errors import EngineError
-from exporter.structure import FFNShape, Structure
+from exporter.structure import Structure
 
 HIDDEN, HEADS, KV_HEADS, WIDTH, LAYERS, VOCAB = 256, 8, 4, 704, 16, 4096
 
@@ -166,10 +167,7 @@ def report_files(folder: Path, *documents: dict, count: int | None = 3, **option
     return dict(itertools.islice(report_from_results(paths, **{"baseline": None, **options}), count))
 
 
-def rendered(
-    folder: Path, *documents: dict, baseline: str | None = None, analysis: Path | None = None, count: int | None = 2
-) -> dict[str, bytes]:
-    return report_files(folder, *documents, baseline=baseline, analysis=analysis, count=count)
+rendered = partial(report_files, count=2)
 
 
 class Page(HTMLParser):
@@ -311,7 +309,7 @@ def test_summary_sentence(tmp_path, step_ms, output_len, baseline, sentence):
     engines = [engine for engine in ENGINES if engine["label"] in step_ms]
     files = rendered(tmp_path, with_changes(cells=cells, engines=engines), baseline=baseline)
     assert sentence in Page(files["report.html"]).text
-    assert sentence.replace("-", "-") in files["report.md"].decode()
+    assert sentence in files["report.md"].decode()
 
 
 def test_an_engine_that_was_not_timed_everywhere(tmp_path):
@@ -433,8 +431,9 @@ def test_several_files_are_said_to_be_several(tmp_path):
     assert "not timed in turns" in page.text
     assert "differ in machine or settings" not in page.text
     assert [json.loads(data) for data in page.data[:-1]] == [first, second]
-    second["environment"]["cpu"] = "Another CPU"
-    assert "differ in machine or settings" in Page(rendered(tmp_path, first, second)["report.html"]).text
+    for key, value in (("cpu", "Another CPU"), ("clock", "std::chrono::steady_clock")):  # the latter: another program
+        other = {**second, "environment": {**second["environment"], key: value}}
+        assert "differ in machine or settings" in Page(rendered(tmp_path, first, other)["report.html"]).text
 
 
 HOSTILE = [
@@ -484,11 +483,11 @@ def test_nobody_is_mentioned_and_nothing_is_linked_in_markdown(text, escaped):
     assert markdown_escaped(text) == escaped
 
 
-@pytest.mark.parametrize("label", ["$\\frac{$", "_underscore first"])
-def test_labels_that_matplotlib_would_interpret(tmp_path, label):
-    files, usual = (rendered(tmp_path, relabelled(name), count=6) for name in (label, "fused"))
+def test_labels_that_matplotlib_would_interpret(tmp_path):
+    labels = ("$\\frac{$", "_underscore first", "fused")
+    files = [rendered(tmp_path, relabelled(label), count=6) for label in labels]
     for name in ("structure.png", "inter_token_latency.png"):
-        assert files[name] != usual[name]
+        assert len({one[name] for one in files}) == len(labels)
 
 
 def test_hostile_text_elsewhere_stays_text(tmp_path):
@@ -671,7 +670,6 @@ def test_strip_of_the_fused_model():
     single = next(mark for mark in baseline.marks if mark.role == "ffn")
     assert single.height == pytest.approx(FFN_HEIGHT * WIDTH / ffn["intermediate_size"])
     assert wide[1].tooltip == "block 5 (layers 5–9): FFN 3,584 wide, 704 of them from layer 6"
-    assert isinstance(Structure(**FUSED).blocks[5].ffn, FFNShape)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 
-import build
 from engines import tensorrt_llm
 from engines.backends import BACKENDS
 from engines.base import EngineManifest, read_engine_manifest
@@ -28,7 +26,7 @@ from engines.report import report_from_results
 from engines.results import RequestShape, Results, json_from_results, results_from_json, statistics
 from engines.run import run_recipe
 from engines.tensorrt_llm import BuildSettings, TensorRtLlm, build_command, describe_build, memory_per_gpu
-from engines.tensorrt_llm_worker import open_executor, serve, timed_request
+from engines.tensorrt_llm_worker import main, open_executor, serve, timed_request
 from engines.trtllm_bench import results_from_trtllm_bench
 from engines.worker import Close, Closed, Run, Sample, token_ids
 from exporter.calibration import calibrate, ranges_of
@@ -40,6 +38,7 @@ from exporter.recipe import read_recipe
 from exporter.writers import hf, trtllm
 from exporter.writers.files import save_folder
 from exporter.writers.trtllm_config import CHECKPOINT_KIND, CheckpointManifest, RankFile, read_checkpoint_manifest
+from tests.command_line import call
 from tests.tiny import quantized_graph, tiny_graph
 
 # What trtllm-build of 1.1 and 1.2 takes (tensorrt_llm/commands/build.py, plugin/plugin.py), as far as it is used.
@@ -174,10 +173,6 @@ def test_missing(
         assert word in problems[0]
 
 
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(build.main, [str(argument) for argument in arguments])
-
-
 def test_command_line(tmp_path: Path) -> None:
     model = tmp_path / "model"
     save_folder(model, hf.emit(PLAIN, hf.Options()), kind="checkpoint", details={})
@@ -251,7 +246,8 @@ def test_build(tmp_path: Path) -> None:
     assert command[command.index("--workers") + 1] == "1"
     with pytest.raises(EngineError, match="bench"):
         TensorRtLlm().open(engine, threads=None)
-    assert python_worker(engine, manifest, 4, [0])[1:] == ["-m", "engines.tensorrt_llm_worker", str(engine)]
+    module, *options = python_worker(engine, manifest, 4, [0])[2:]
+    assert (module, options) == ("engines.tensorrt_llm_worker", [str(engine), "--threads", "4", "--cpus", "0"])
 
 
 RECIPE = """
@@ -320,6 +316,15 @@ def test_a_manifest_that_is_not_ours(content: Any, tmp_path: Path) -> None:
 
 
 # --- running, with a stand-in for tensorrt_llm.bindings.executor
+
+
+def test_the_worker_is_pinned_before_it_opens_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[Any] = []
+    monkeypatch.setattr("engines.tensorrt_llm_worker.pin", pinned.append)
+    monkeypatch.setattr("engines.tensorrt_llm_worker.reporting", lambda work: work(print))
+    with pytest.raises(CheckpointError, match="no such"):
+        main([str(tmp_path / "engine"), "--threads", "4", "--cpus", "0,1"])
+    assert pinned == [(0, 1)]
 
 
 class Clock:

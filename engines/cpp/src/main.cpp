@@ -26,7 +26,7 @@ constexpr char kUsage[] =
     "  --batch LIST          sequences side by side, e.g. 1,4 (default 1)\n"
     "  --input-len LIST      prompt tokens (default 64)\n"
     "  --output-len LIST     generated tokens (default 32)\n"
-    "  --rounds N            kept requests per combination (default 5)\n"
+    "  --rounds N            kept requests per combination (default 8)\n"
     "  --warmup N            requests before those (default 1)\n"
     "  --seed N              of the input tokens (default 0)\n"
     "\n"

@@ -13,7 +13,7 @@ namespace fuselage {
 // What `bench` measures: every combination of the three lists.
 struct BenchSettings {
   std::vector<std::int64_t> batch{1}, input_len{64}, output_len{32};
-  std::int64_t rounds = 5;  // kept requests per combination
+  std::int64_t rounds = 8;  // kept requests per combination
   std::int64_t warmup = 1;  // requests before those
   std::uint64_t seed = 0;   // of the input tokens
 };
