@@ -14,7 +14,7 @@ The model is a Llama with random weights: hidden_size 1024, intermediate_size 28
 They take short turns in random order: one decode step that does not count, then a few that do; or one prefill. A turn
 counts if other processes left the machine alone while it lasted (`--foreign-load`), else it is taken again, until
 `--patience` runs out. Steps include the choice of the most likely token. Decode reads all weights once per step, so
-where in memory a contestant's weights happen to lie moves it by +-10 % for as long as it is loaded: everything is
+where in memory a contestant's weights happen to lie moves it by about 5 % for as long as it is loaded: everything is
 loaded anew, in another order and a fresh process, `--loads` times. Reported: the median over all turns of each turn's
 median, how many times as long as ours that is, and the same of each load alone (smallest to largest).
 

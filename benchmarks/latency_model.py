@@ -9,6 +9,7 @@ measured here, and the same files give the same bytes.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 from dataclasses import asdict, replace
@@ -47,6 +48,7 @@ CONTEXT = 1024
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     gpus = read_gpus()
     published = read_observations(BENCHMARKS / "published_rates.yaml", gpus)
     cpu = read_gpus(BENCHMARKS / "cpu.yaml")["epyc"]

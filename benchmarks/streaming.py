@@ -3,7 +3,7 @@
     python benchmarks/streaming.py [--runs 5] [--rounds 3] [--only transform export] [-o FILE.json]
 
 The checkpoint is bfloat16 with hidden_size 4096 and intermediate_size 14336: one full layer, then `runs` times four
-layers without attention, each four of which the plan fuses into one FFN of 57,344; 5 runs are 8.2 GB, 1 run is 2.5 GB.
+layers without attention, each four of which the plan fuses into one FFN of 57,344; 5 runs are 8.5 GB, 1 run is 2.9 GB.
 Measured as whole processes from outside, in turn, with the source in the page cache: wall time, and the largest
 resident set (`VmHWM`, read every 10 ms). What we write is flushed to the disk (fsync) and hashed, what `cp`
 writes is neither; `cp -r` followed by `sync` is given too. `export_trtllm` writes for eight GPUs, the embedding split

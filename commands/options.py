@@ -65,12 +65,9 @@ def _sizes(text: str) -> list[int]:
 
 
 def _bytes(text: str) -> int:
-    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    number = text.rstrip("BKMGTbkmgt")
-    unit = text[len(number) :].upper()
-    if not number.isdecimal() or int(number) < 1 or unit not in units:
-        raise ValueError(f"{text!r} is not a size like 500MB or 5GB")
-    return int(number) * units[unit]
+    from exporter.settings import bytes_from_text
+
+    return bytes_from_text(text)
 
 
 def _shard_bytes(text: str) -> int:
@@ -117,7 +114,7 @@ shard_size_option = click.option(
     help="Largest weight file, e.g. 500MB or 5GB; at least 1MB.",
 )
 readers_option = click.option(
-    "--check-for", "readers", default=(), type=NAMES, help="Refuse what these readers cannot load: vllm,llama.cpp,..."
+    "--check-for", "readers", default=(), type=NAMES, help="Refuse what these would reject or get wrong: vllm,..."
 )
 
 

@@ -49,7 +49,7 @@ from commands.terminal import note_printer, resumable, say_written, step_progres
 @text_option
 @context_option
 @click.option("--layers", help="Source layers to measure, e.g. 66-115; all if not given.")
-@click.option("--kl", is_flag=True, help="Also rank parts by the KL divergence of the logits.")
+@click.option("--kl", is_flag=True, help="Also measure the KL divergence of the logits; drops then go by it.")
 @click.option(
     "--drop", default=0, show_default=True, type=click.IntRange(0), help="Suggest so many attentions to drop."
 )
@@ -117,8 +117,8 @@ def analyze(
 ) -> None:
     """Measure which blocks depend on which, and suggest a plan.
 
-    Writes dependency.json, plan.yaml and pictures. Every block is applied once for each block before it: on a CPU take
-    little text.
+    Writes dependency.json, plan.yaml and pictures. Every block is applied up to three times for each block before it:
+    on a CPU take little text.
     """
     from engines.hardware import gpu_named, read_gpus
     from engines.latency_model import Deployment, Tokens, format_of_graph
@@ -143,7 +143,8 @@ def analyze(
     )
     wishes = Wishes(drop=drop, greedy=greedy, parallel=parallel, window=window, constraints=constraints)
     checkpoint = open_model(model, need_weights=True)
-    check_wishes(checkpoint.graph, wishes)
+    blocks = None if layers is None else block_range_from_text(checkpoint.graph, layers)
+    check_wishes(checkpoint.graph, wishes, blocks=blocks)
     gain = None
     if gpu is not None:
         number = format_of_graph(checkpoint.graph)
@@ -154,13 +155,13 @@ def analyze(
         dependency = measure_dependency(
             checkpoint.graph,
             tokens,
-            blocks=None if layers is None else block_range_from_text(checkpoint.graph, layers),
+            blocks=blocks,
             kl=kl,
             device=device,
             budget_bytes=budget_bytes,
             work=resume,
             identity=source_fingerprint(model),
-            progress=progress and (lambda done, total: progress(done, total, "blocks")),
+            progress=progress and (lambda done, total: progress(done, total, f"blocks on {tokens.size:,} tokens")),
         )
         suggestion = suggest(
             checkpoint.graph,
@@ -268,13 +269,13 @@ def _evaluate_text(
     other = None if reference is None else open_model(reference, need_weights=True)
     models = [checkpoint] if other is None else [checkpoint, other]
     tokens = model_windows(text, *models, context=context, max_windows=max_windows)
-    with step_progress(quiet) as progress:
+    with step_progress(quiet, lines=True) as progress:
         found = evaluate_graph(
             graph,
             tokens,
             reference=None if other is None else other.graph,
             device=device,
-            progress=progress and (lambda done, total: progress(done, total, "blocks")),
+            progress=progress and (lambda done, total: progress(done, total, f"blocks on {tokens.size:,} tokens")),
         )
     click.echo(f"perplexity {found.perplexity:.4f} over {found.tokens:,} tokens in windows of {context}")
     if found.reference_perplexity is not None:

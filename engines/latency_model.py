@@ -5,9 +5,9 @@ A forward pass is a row of stages: one per sequential sublayer, then lm_head. A 
     max(bytes / (memory_efficiency * memory rate), operations / (compute_efficiency * rate of matrix products))
         + sublayer_us + all-reduce                                                   (neither of them for lm_head)
 
-where bytes are a GPU's share of the weights and of the KV cache that attention reads, and operations are 2 per weight
-and token and 4 per head dimension, query and visible position. Left out: activations in and out of memory (small beside
-the weights in decode, and under the products in prefill), norms, the choice of the next token, the host.
+where bytes are a GPU's share of the weights and of the KV cache that attention reads and writes, and operations are 2
+per weight and token and 4 per head dimension, query and visible position. Left out: activations in and out of memory
+(small beside the weights in decode, and under the products in prefill), norms, the choice of the next token, the host.
 
 Under tensor parallelism heads and FFN channels are shared out, key-value heads are copied where there are fewer of
 them than GPUs, and every stage ends in an all-reduce of its output. The GPU with the largest share sets the pace.

@@ -64,7 +64,7 @@ class TensorRt:
         force: bool,
         details: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Build an engine, and prove it by a prefill and a decode step that give finite logits.
+        """Build an engine, and prove it by a prefill and two decode steps that give finite logits.
 
         Raises:
             CheckpointError: the network folder is incomplete, altered or malformed.

@@ -54,7 +54,8 @@ class BuildSettings:
 
     # Of a network that leaves it open.
     max_batch_size: Annotated[
-        int | None, Setting("sequences side by side; 8 if not given.", option="max-batch", least=1)
+        int | None,
+        Setting("sequences side by side, where a network leaves it open; 8 if not given.", option="max-batch", least=1),
     ] = None
     # Longer prompts take several calls.
     max_input_len: Annotated[int | None, Setting("tokens of a prefill call; 2048 if not given.", least=1)] = None
@@ -64,11 +65,14 @@ class BuildSettings:
     builder_optimization_level: Annotated[
         int, Setting("0 builds fast, 5 compares most kernels; 3 if not given.", least=0, most=5)
     ] = 3
-    timing_cache: Annotated[Path | None, Setting("file of measured tactics, extended.", is_of_machine=True)] = None
+    timing_cache: Annotated[
+        Path | None, Setting("file of measured tactics, read and extended.", is_of_machine=True)
+    ] = None
     lean: Annotated[bool, Setting("an engine for later versions and the lean runtime.")] = False
     weight_streaming: Annotated[bool, Setting("weights may stay in host memory.")] = False
     weight_streaming_budget: Annotated[
-        int | None, Setting("of those on the GPU, e.g. 20GB; TensorRT's if not given.", least=1, in_bytes=True)
+        int | None,
+        Setting("how much of them the GPU holds, e.g. 20GB; TensorRT's choice if not given.", least=1, in_bytes=True),
     ] = None
     decomposable_attention: Annotated[bool, Setting("attention need not be one fused kernel.")] = False
     detailed: Annotated[bool, Setting("keep what an engine inspector shows of layers.")] = False

@@ -54,7 +54,10 @@ NEWER = "from 1.3 on it loads Hugging Face folders and builds no engine: use `ex
 class BuildSettings:
     """What an engine is built for."""
 
-    max_batch_size: Annotated[int, Setting("sequences side by side; 8 if not given.", option="max-batch", least=1)] = 8
+    max_batch_size: Annotated[
+        int,
+        Setting("sequences side by side, where a network leaves it open; 8 if not given.", option="max-batch", least=1),
+    ] = 8
     # Prompt and output; at most what the model knows.
     max_seq_len: Annotated[int, Setting("tokens of a sequence; 8192 if not given.", least=1)] = 8192
     # Over all sequences: sizes the activations.

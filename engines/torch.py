@@ -60,7 +60,9 @@ class BuildSettings:
     dtype: Annotated[
         DType | None, Setting("of activations and KV cache; the model's if not given.", choices=DTYPES)
     ] = None
-    plugins: Annotated[tuple[str, ...], Setting(f"custom ops in place of standard ones; of {', '.join(PLUGINS)}.")] = ()
+    plugins: Annotated[
+        tuple[str, ...], Setting(f"custom ops in place of standard ones; {WIDE_FFN} is the only one.")
+    ] = ()
     capacity: Annotated[int | None, Setting("tokens of a fixed KV cache; by request if not given.", least=1)] = None
 
 

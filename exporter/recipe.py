@@ -92,7 +92,7 @@ class BenchRecipe(_Table):
     output_len: Annotated[list[Count], Field(min_length=1)] = [32]
     rounds: Count = 8  # one change among 300 figures is told from noise, see engines/regression.py
     warmup: Annotated[int, Field(ge=0, le=1000)] = 1
-    threads: Count | None = None  # None: one per core
+    threads: Count | None = None  # None: one per CPU that the process may use
     seed: Annotated[int, Field(ge=0)] = 0
     runtime: Literal["cpp", "python", "auto"] = "auto"  # who takes the samples; auto: C++ where it can be built
     one_at_a_time: bool = False  # load an engine only when the one before is closed; rounds are not interleaved then

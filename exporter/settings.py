@@ -79,7 +79,7 @@ def settings_from_data(declared: type, data: Mapping[str, Any], folder: Path) ->
 
     Args:
         data: by option, with "_" for "-". Texts stand for paths, relative to `folder`, and for choices; a text alone
-            for a list of one; null for what is not chosen. Sizes are numbers of bytes.
+            for a list of one; null for what is not chosen. Sizes are numbers of bytes, or texts like 20GB.
 
     Raises:
         pydantic.ValidationError: a key is unknown, or a value of the wrong kind or out of range.
@@ -108,6 +108,10 @@ def _annotation(setting: Setting, folder: Path) -> Any:
         return Annotated[Path, BeforeValidator(lambda v: found_from(folder, v) if isinstance(v, str) else v)]
     if setting.type is tuple:
         return Annotated[tuple[str, ...], BeforeValidator(_several)]
+    if setting.in_bytes:
+        return Annotated[
+            int, BeforeValidator(lambda v: bytes_from_text(v) if isinstance(v, str) else v), Field(ge=setting.least)
+        ]
     return Annotated[setting.type, Field(ge=setting.least, le=setting.most)]
 
 
@@ -115,6 +119,16 @@ def _several(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
     return (value,) if isinstance(value, str) else value
+
+
+def bytes_from_text(text: str) -> int:
+    """Read a size like 20GB, 10**9 bytes each; ValueError if it is none."""
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number = text.rstrip("BKMGTbkmgt")
+    unit = text[len(number) :].upper()
+    if not number.isdecimal() or int(number) < 1 or unit not in units:
+        raise ValueError(f"{text!r} is not a size like 500MB or 5GB")
+    return int(number) * units[unit]
 
 
 def found_from(folder: Path, name: str) -> Path:

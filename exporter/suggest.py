@@ -76,14 +76,15 @@ def suggest(
         PlanError: more drops than attentions (that were measured), or limits that no model could meet.
     """
     check_wishes(graph, wishes)
+    drops = suggest_drops(graph, dependency, count=wishes.drop) if wishes.drop else []
+    if len(drops) < wishes.drop:
+        raise PlanError("fewer attentions were measured", expected=f"at most {len(drops)} drops", found=wishes.drop)
     if wishes.greedy:
         if tokens is None:
             raise AssertionError("Bug: greedy drops are measured, and there is nothing to measure them on")
-        drops = greedy_drops(graph, tokens, wishes.drop, device=device, budget_bytes=budget_bytes, progress=progress)
-    else:
-        drops = suggest_drops(graph, dependency, count=wishes.drop) if wishes.drop else []
-    if len(drops) < wishes.drop:
-        raise PlanError("fewer attentions were measured", expected=f"at most {len(drops)} drops", found=wishes.drop)
+        drops = greedy_drops(
+            graph, dependency, tokens, wishes.drop, device=device, budget_bytes=budget_bytes, progress=progress
+        )
     dropped = drop_attention(graph, [drop.layer for drop in drops]) if drops else graph
     parallel = (
         suggest_parallel(dropped, dependency, window=wishes.window, count=wishes.parallel) if wishes.parallel else []
@@ -91,15 +92,22 @@ def suggest(
     return Suggestion(drops=drops, fuse=suggest_fusion(dropped, dependency, wishes.constraints), parallel=parallel)
 
 
-def check_wishes(graph: ModelGraph, wishes: Wishes) -> None:
-    """Raise PlanError if the graph has fewer attentions than are to be dropped; cheap, for use before long work."""
-    count = sum(map(has_droppable_attention, graph.blocks))
+def check_wishes(graph: ModelGraph, wishes: Wishes, *, blocks: tuple[int, int] | None = None) -> None:
+    """Raise PlanError if there are fewer attentions than are to be dropped; cheap, for use before long work.
+
+    Args:
+        blocks: first and last of those that will be measured; None: all.
+    """
+    first, last = blocks or (0, len(graph.blocks) - 1)
+    count = sum(map(has_droppable_attention, graph.blocks[first : last + 1]))
     if count < wishes.drop:
-        raise PlanError("the model has fewer attentions to drop", expected=f"at most {count}", found=wishes.drop)
+        whose = "the model has" if blocks is None else "the layers to measure have"
+        raise PlanError(f"{whose} fewer attentions to drop", expected=f"at most {count}", found=wishes.drop)
 
 
 def greedy_drops(
     graph: ModelGraph,
+    dependency: Dependency,
     tokens: np.ndarray,
     count: int,
     *,
@@ -110,14 +118,23 @@ def greedy_drops(
     """Take the least important attention, measure what is left again, and so on: one pass over the weights each.
 
     Args:
-        count: no more than the graph has; see `check_wishes`.
+        dependency: of the graph; the same blocks are measured again, and the logits where it has their divergence.
+        count: no more attentions than these blocks have.
         device, budget_bytes: as for `measure_dependency`.
     """
     drops: list[Drop] = []
     for step in range(count):
         if progress is not None:
             progress(step, count, "greedy drops")
-        measured = measure_dependency(graph, tokens, kinds=("attention",), device=device, budget_bytes=budget_bytes)
+        measured = measure_dependency(
+            graph,
+            tokens,
+            blocks=(dependency.first, dependency.last),
+            kinds=("attention",),
+            kl=bool(dependency.kl),
+            device=device,
+            budget_bytes=budget_bytes,
+        )
         (best,) = suggest_drops(graph, measured, count=1)
         drops.append(best)
         graph = drop_attention(graph, [best.layer])

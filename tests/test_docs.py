@@ -1,7 +1,8 @@
-"""The documentation against the repository: links lead to files; commands and keys are described, examples valid."""
+"""The documentation against the repository: links lead somewhere; commands and keys are described, examples valid."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -40,9 +41,40 @@ def test_links_lead_to_files(page: Path) -> None:
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_lead_to_headings(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text("utf-8"))
+    assert [link for link in links if link[1] not in anchors(page.parent / link[0] if link[0] else page)] == []
+
+
+def anchors(page: Path) -> list[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)", page.read_text("utf-8"), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings]
+
+
 @pytest.mark.parametrize("table", TABLES)
 def test_every_key_of_a_recipe_is_described(table: type[Plan]) -> None:
     assert [key for key in table.model_fields if not re.search(rf"(`|^){key}(`|:)", RECIPES, re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize(
+    ("section", "table", "count"),
+    [
+        ("analysis", recipe.AnalysisRecipe, 4),
+        ("bench", recipe.BenchRecipe, 6),
+        ("distill", recipe.DistillRecipe, 3),
+        ("predict", recipe.PredictRecipe, 1),
+    ],
+)
+def test_defaults_of_a_recipe_are_those_described(section: str, table: type[Plan], count: int) -> None:
+    (text,) = re.findall(rf"^\*\*`{section}`(.*?)\n\n", RECIPES, re.MULTILINE | re.DOTALL)
+    described = re.findall(r"`(\w+)`\s\(`?(?:[^`();]*; )?([\w.\[\]-]+)`?[;:)]", text)  # `key` (what it is; default)
+    assert len(described) == count
+    for key, value in described:
+        default = table.model_fields[key].default
+        written = "all" if default is None else json.dumps(default).strip('"')
+        assert value == written or float(value) == default, key
 
 
 def test_the_examples_are_valid(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from exporter.passes.find_blocks import drop_sublayers
 def drop_ffn(graph: ModelGraph, layers: Collection[int]) -> ModelGraph:
     """Remove the FFN (or the linear in its place) of the given source layers: f(x) = x + Attention(n1(x)).
 
-    Fusing is held against this, which saves one sublayer more per run and the FFNs' work with it.
+    What fusing is compared with: removing a run saves one sublayer more, and the FFNs' work.
 
     Args:
         layers: source layers, each with an FFN of its own.

@@ -117,7 +117,8 @@ class Settings:
         int | None, Setting("tokens a sequence may reach; as many as the model knows if not given.", least=1)
     ] = None
     batch: Annotated[
-        int | None, Setting("a fixed number of sequences; the target's, any or 1, if not given.", least=1)
+        int | None,
+        Setting("a fixed number of sequences; if not given, any for onnxruntime, 1 for tensorrt.", least=1),
     ] = None
     plugins: Annotated[
         tuple[str, ...], Setting(f"custom ops in place of standard ones; {WIDE_FFN} is the only one.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,22 +23,39 @@ from tests.tiny import tiny_graph
 TOKENS = np.random.default_rng(3).integers(0, 320, (2, 10))
 
 
-def test_greedy_drops_are_those_of_a_search_by_hand() -> None:
-    whole = graph = tiny_graph("AF AF F AF AF")
-    ids, left, expected = torch.from_numpy(TOKENS), [0, 1, 3, 4], []
+def cosine_distance(one: ModelGraph, other: ModelGraph) -> float:
+    ends = [Reference(graph).hidden_states(torch.from_numpy(TOKENS), None) for graph in (one, other)]
+    return (1 - F.cosine_similarity(*ends, dim=-1)).mean().item()
 
-    def loss(before: ModelGraph, layer: int) -> float:
-        ends = [Reference(one).hidden_states(ids, None) for one in (before, drop_attention(before, [layer]))]
-        return (1 - F.cosine_similarity(*ends, dim=-1)).mean().item()
+
+def kl_divergence(one: ModelGraph, other: ModelGraph) -> float:
+    p, q = (F.log_softmax(Reference(graph).logits(torch.from_numpy(TOKENS)), dim=-1) for graph in (one, other))
+    return F.kl_div(q, p, log_target=True, reduction="sum").item()
+
+
+@pytest.mark.parametrize(
+    ("loss", "kl", "blocks", "left"),
+    [
+        pytest.param(cosine_distance, False, None, [0, 1, 3, 4, 5, 6, 7], id="last hidden state"),
+        pytest.param(kl_divergence, True, None, [0, 1, 3, 4, 5, 6, 7], id="logits"),
+        pytest.param(cosine_distance, False, (1, 5), [1, 3, 4, 5], id="of a range"),
+    ],
+)
+def test_greedy_drops_are_those_of_a_search_by_hand(
+    loss: Callable[[ModelGraph, ModelGraph], float], kl: bool, blocks: tuple[int, int] | None, left: list[int]
+) -> None:
+    whole = graph = tiny_graph("AF AF F AF AF AF AF AF")
+    left, expected = [*left], []
 
     while len(expected) < 3:
-        best = min(left, key=lambda layer: loss(graph, layer))
+        best = min(left, key=lambda layer: loss(graph, drop_attention(graph, [layer])))
         left.remove(best)
         expected.append(best)
         graph = drop_attention(graph, [best])
     wishes = Wishes(drop=3, greedy=True)
-    found = suggest(whole, measure_dependency(whole, TOKENS), wishes, tokens=TOKENS)
+    found = suggest(whole, measure_dependency(whole, TOKENS, kl=kl, blocks=blocks), wishes, tokens=TOKENS)
     assert [drop.layer for drop in found.drops] == expected
+    assert {drop.measure for drop in found.drops} == {"kl" if kl else "cosine"}
 
 
 def test_greedy_drops_are_measured_where_and_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +87,11 @@ def test_no_more_drops_than_attentions(graph: ModelGraph, count: int, greedy: bo
         suggest(graph, measure_dependency(graph, TOKENS), wishes, tokens=TOKENS)
 
 
-def test_no_more_drops_than_attentions_that_were_measured() -> None:
+@pytest.mark.parametrize("greedy", [False, True])
+def test_no_more_drops_than_attentions_that_were_measured(greedy: bool) -> None:
     graph = tiny_graph("AF AF AF AF")
+    check_wishes(graph, Wishes(drop=2), blocks=(1, 2))
+    with pytest.raises(PlanError, match="the layers to measure have fewer attentions to drop: expected at most 2"):
+        check_wishes(graph, Wishes(drop=3), blocks=(1, 2))
     with pytest.raises(PlanError, match="fewer attentions were measured: expected at most 2 drops, found 3"):
-        suggest(graph, measure_dependency(graph, TOKENS, blocks=(1, 2)), Wishes(drop=3))
+        suggest(graph, measure_dependency(graph, TOKENS, blocks=(1, 2)), Wishes(drop=3, greedy=greedy), tokens=TOKENS)

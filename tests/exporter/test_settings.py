@@ -22,6 +22,7 @@ class Settings:
     level: Annotated[int, Setting("how hard.", option="effort", least=0, most=5)] = 3
     file_name: Annotated[Path | None, Setting("where.")] = None
     names: Annotated[tuple[str, ...], Setting("who.")] = ()
+    size: Annotated[int | None, Setting("how large.", least=2, in_bytes=True)] = None
     secret: int = 0  # no user's choice
 
 
@@ -31,6 +32,7 @@ def test_what_is_declared() -> None:
         Setting("how hard.", "effort", 0, 5, name="level", type=int),
         Setting("where.", "file-name", name="file_name", type=Path),
         Setting("who.", "names", name="names", type=tuple),
+        Setting("how large.", "size", 2, in_bytes=True, name="size", type=int),
     ]
 
 
@@ -46,13 +48,14 @@ def test_a_setting_belongs_to_all_that_declare_it() -> None:
         ("how hard.", ["first"]),
         ("where.", ["first"]),
         ("who.", ["first", "second"]),
+        ("how large.", ["first"]),
         ("how many of them.", ["second"]),
     ]
 
 
 def test_a_record_is_plain_data() -> None:
     record = record_of(Settings(count=2, file_name=Path("a/b"), names=("c", "d")))
-    assert record == {"count": 2, "effort": 3, "file_name": "a/b", "names": ["c", "d"]}
+    assert record == {"count": 2, "effort": 3, "file_name": "a/b", "names": ["c", "d"], "size": None}
     assert json.loads(json.dumps(record)) == record
 
 
@@ -86,6 +89,8 @@ def test_defaults_are_in_range(backend: str) -> None:
         ({"count": None, "effort": 0, "names": "c"}, Settings(level=0, names=("c",))),
         ({"count": 7, "file_name": "a/b", "names": ["c", "d"]}, Settings(7, 3, Path("/home/a/b"), ("c", "d"))),
         ({"file_name": "/a"}, Settings(file_name=Path("/a"))),
+        ({"size": "20GB"}, Settings(size=20 * 10**9)),
+        ({"size": 5}, Settings(size=5)),
     ],
 )
 def test_settings_of_a_file(data: dict[str, Any], chosen: Settings) -> None:
@@ -105,6 +110,8 @@ def test_settings_of_a_file(data: dict[str, Any], chosen: Settings) -> None:
         {"file_name": 3},
         {"names": [3]},
         {"names": {"a": "b"}},
+        {"size": "1"},
+        {"size": "20 apples"},
         {"secret": 1},
     ],
 )
