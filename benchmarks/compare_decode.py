@@ -162,11 +162,11 @@ class Fuselage(Contestant):
     def prefill(self, input_ids: np.ndarray) -> np.ndarray:
         batch, tokens = input_ids.shape
         self._runner.start(batch, CAPACITY)
-        self._next = self._runner.prefill(input_ids, np.full(batch, tokens)).argmax(axis=-1)
+        self._next = self._runner.prefill_greedy(input_ids, np.full(batch, tokens))
         return self._next
 
     def decode(self) -> np.ndarray:
-        self._next = self._runner.decode(self._next).argmax(axis=-1)
+        self._next = self._runner.decode_greedy(self._next)
         return self._next
 
 
@@ -330,7 +330,7 @@ def prepare(work: Path, names: list[str], threads: int) -> None:
         genai_model(work / "checkpoint", work, threads)
 
 
-Field = dict[str, tuple[type[Contestant], str | None]]  # name -> (class, the package it needs)
+Field = dict[str, tuple[Callable[[Path, Path, int], Contestant], str | None]]  # name -> (class, package it needs)
 CONTESTANTS: Field = {
     "fuselage": (Fuselage, None),
     "transformers": (Transformers, "transformers"),

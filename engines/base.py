@@ -145,6 +145,16 @@ class Runner(Protocol):
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """Append one token per sequence, int64 [B]; returns logits float32 [B, V], valid until the next call."""
 
+    # What benchmarks time. A runner whose logits are elsewhere than in host memory does better than this.
+
+    def prefill_greedy(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """As `prefill`; returns each row's most likely token, int64 [B], of several the first."""
+        return self.prefill(input_ids, lengths).argmax(axis=-1)
+
+    def decode_greedy(self, tokens: np.ndarray) -> np.ndarray:
+        """As `decode`; returns each row's most likely token, int64 [B], of several the first."""
+        return self.decode(tokens).argmax(axis=-1)
+
     def close(self) -> None:
         """Give everything back."""
 

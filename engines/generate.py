@@ -45,12 +45,11 @@ def greedy_generate(
     generated: list[list[int]] = [[] for _ in prompts]
     running = np.ones(len(prompts), dtype=bool)
     runner.start(len(prompts), longest + max_new_tokens)
-    logits = runner.prefill(input_ids, lengths)
+    tokens = runner.prefill_greedy(input_ids, lengths)
     while True:
-        tokens = logits.argmax(axis=-1)
         for index in np.flatnonzero(running):
             generated[index].append(int(tokens[index]))
             running[index] = tokens[index] not in stop_ids and len(generated[index]) < max_new_tokens
         if not running.any():
             return generated
-        logits = runner.decode(tokens)  # a finished row goes on unseen: it costs nothing extra in the batch
+        tokens = runner.decode_greedy(tokens)  # a finished row goes on unseen: it costs nothing extra in the batch

@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import psutil
 
-from engines.base import ENGINE_KIND, EngineManifest, Environment, backend_options, read_engine_manifest, save_engine
+from engines.base import (
+    ENGINE_KIND,
+    EngineManifest,
+    Environment,
+    Runner,
+    backend_options,
+    read_engine_manifest,
+    save_engine,
+)
 from engines.machine import cpu_name, version_numbers
 from engines.onnxruntime_kernels import (
     QuantizedLinear,
@@ -153,7 +161,7 @@ class EngineOptions(Sealed):
     network: dict[str, Any]  # options of the network's writer
 
 
-class OnnxRuntimeRunner:
+class OnnxRuntimeRunner(Runner):
     """An opened engine; see `engines.base.Runner`. Every buffer is bound once and changed in place."""
 
     def __init__(self, manifest: EngineManifest, session: onnxruntime.InferenceSession) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from engines.base import EngineManifest
+from engines.base import EngineManifest, Runner
 from engines.sequences import Sequences, StepInputs
 from engines.tensorrt_engine import (
     DECODE,
@@ -106,7 +106,7 @@ class CudaDevice:
         return self._torch.cuda.mem_get_info()[0]
 
 
-class TensorRtRunner:
+class TensorRtRunner(Runner):
     """An opened engine; see `engines.base.Runner`."""
 
     def __init__(self, trt: Any, manifest: EngineManifest, options: EngineOptions, file: Path, device: Device) -> None:

@@ -24,6 +24,7 @@ from engines.base import (
     EngineManifest,
     Environment,
     Foreseen,
+    Runner,
     backend_options,
     read_engine_manifest,
     save_engine,
@@ -43,6 +44,8 @@ from exporter.wide_ffn import wide_ffn_problems
 from exporter.writers.files import FileCopy, FileLink, check_folder, read_manifest, refuse_existing
 
 if TYPE_CHECKING:
+    import torch
+
     from engines.torch_model import StaticCache, TorchModel
 
 NAME = "torch"
@@ -163,7 +166,7 @@ class Torch:
         return TorchRunner(manifest, _model(graph, device, manifest.dtype, WIDE_FFN in manifest.plugins))
 
 
-class TorchRunner:
+class TorchRunner(Runner):
     """An opened engine; see `engines.base.Runner`. Cache and recorded decode are kept while starts ask for the same."""
 
     def __init__(self, manifest: EngineManifest, model: TorchModel) -> None:
@@ -187,6 +190,22 @@ class TorchRunner:
         self._sequences = sequences
 
     def prefill(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        return self._on_host(self._prefill(input_ids, lengths))
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        return self._on_host(self._decode(tokens))
+
+    def prefill_greedy(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        return _most_likely(self._prefill(input_ids, lengths))
+
+    def decode_greedy(self, tokens: np.ndarray) -> np.ndarray:
+        return _most_likely(self._decode(tokens))
+
+    def close(self) -> None:
+        self._room = self._model = self._sequences = None
+
+    def _prefill(self, input_ids: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
+        """Logits on the device, float32 [B, V]."""
         import torch
 
         sequences, room = self._started()
@@ -205,9 +224,10 @@ class TorchRunner:
             fresh=not filled.any(),
         )
         sequences.count(lengths)
-        return room.on_host(logits)
+        return logits
 
-    def decode(self, tokens: np.ndarray) -> np.ndarray:
+    def _decode(self, tokens: np.ndarray) -> torch.Tensor:
+        """Logits on the device, float32 [B, V], valid until the next call."""
         import torch
 
         sequences, room = self._started()
@@ -217,10 +237,12 @@ class TorchRunner:
         room.decode.positions.copy_(torch.from_numpy(sequences.filled))
         logits = room.decode()
         sequences.count_decode()
-        return room.on_host(logits)
+        return logits
 
-    def close(self) -> None:
-        self._room = self._model = self._sequences = None
+    def _on_host(self, logits: torch.Tensor) -> np.ndarray:
+        """Wait for logits; valid until the next call."""
+        _, room = self._started()
+        return room.logits.copy_(logits).numpy()
 
     def _started(self) -> tuple[Sequences, _Room]:
         if self._sequences is None or self._room is None:
@@ -252,11 +274,12 @@ class _Room:
         self.batch = batch
         self.cache: StaticCache = model.new_cache(batch, capacity)
         self.decode = DecodeStep(model, self.cache, batch)
-        self._logits = torch.empty((batch, manifest.vocab_size), pin_memory=model.device.type == "cuda")
+        self.logits = torch.empty((batch, manifest.vocab_size), pin_memory=model.device.type == "cuda")
 
-    def on_host(self, logits: Any) -> np.ndarray:
-        """Wait for logits, float32 [B, V] on the device; valid until the next call."""
-        return self._logits.copy_(logits).numpy()
+
+def _most_likely(logits: torch.Tensor) -> np.ndarray:
+    """Wait for the most likely tokens, int64 [B], chosen where the logits are: V floats a row stay there."""
+    return logits.argmax(dim=-1).cpu().numpy()
 
 
 def foresee(graph: ModelGraph, network: None, settings: BuildSettings) -> Foreseen:

@@ -135,11 +135,11 @@ def timed_request(
     lengths = np.full(batch, input_len, dtype=np.int64)
     runner.start(batch, input_len + output_len)
     stamps_ns = [clock_ns()]
-    tokens = runner.prefill(input_ids, lengths).argmax(axis=-1)
+    tokens = runner.prefill_greedy(input_ids, lengths)
     stamps_ns.append(clock_ns())
     generated = [tokens]
     for _ in range(output_len - 1):
-        tokens = runner.decode(tokens).argmax(axis=-1)
+        tokens = runner.decode_greedy(tokens)
         stamps_ns.append(clock_ns())
         generated.append(tokens)
     ttft_ms, *step_ms = ((after - before) / 1e6 for before, after in itertools.pairwise(stamps_ns))

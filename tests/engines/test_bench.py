@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,12 +15,13 @@ import numpy as np
 import psutil
 import pytest
 
-from engines.base import EngineManifest
+from engines.base import EngineManifest, Runner
 from engines.bench import bench_engines, python_worker, request_grid
 from engines.results import Results, json_from_results, refuse_incomplete, results_from_json
 from engines.worker import Close, Closed, Run, Sample, peak_memory_bytes, serve, timed_request, token_ids
 from exporter.errors import CheckpointError, EngineError, FuselageError, IncompleteError
 from exporter.structure import MAX_TEXT
+from tests.processes import assert_ends
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 50
@@ -68,7 +68,7 @@ def engine_folder(parent: Path, label: str, **fields: object) -> Path:
     return folder
 
 
-class FakeRunner:
+class FakeRunner(Runner):
     """Says token (last token + 1) mod V and remembers what it was asked."""
 
     def __init__(self) -> None:
@@ -531,16 +531,7 @@ def test_what_a_worker_started_ends_with_it(tmp_path):
     opening = "import subprocess; raise EngineError(str(subprocess.Popen(['sleep', '600']).pid))"
     with pytest.raises(EngineError, match=r"failed: \d+$") as caught:
         bench_engines([engine_folder(tmp_path, "fused")], GRID, worker=scripted(tmp_path, opening=opening))
-    started = int(str(caught.value).split()[-1])
-
-    def is_gone() -> bool:
-        # A zombie is: its parent is dead, and who inherits it takes notice when it will.
-        return not psutil.pid_exists(started) or psutil.Process(started).status() == psutil.STATUS_ZOMBIE
-
-    deadline = time.monotonic() + 10  # a signal takes its time
-    while not is_gone() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert is_gone()
+    assert_ends(int(str(caught.value).split()[-1]))
 
 
 # Steps are two loads, then AB, BA, AB, BA, AB for each shape; one at a time, a load and ten requests of each engine.
