@@ -421,10 +421,11 @@ def _stopped_notes(comparison: Comparison) -> Iterator[str]:
 
 
 def _wide_ffn_takes_memory(comparison: Comparison) -> bool:
-    """Whether an engine with a wider FFN than the baseline's has a higher peak."""
+    """Whether an engine with a wider FFN than the baseline's has a higher peak; a GPU's memory is not measured."""
     base = comparison.baseline
     return any(
-        _widest_ffn(engine) > _widest_ffn(base)
+        engine.device == "cpu"
+        and _widest_ffn(engine) > _widest_ffn(base)
         and (ratio(engine.peak_memory_gib, base.peak_memory_gib) or 0) > 1 + MEMORY_NOISE
         for engine in comparison.engines[1:]
     )
