@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,11 @@ TARGETS = {"int8-static": 2.4, "int8-weight-only": 3.0}  # decode at batch 1: ti
 
 
 class Quantized(Fuselage):
-    """Our engine in the format of `FORMATS` that a subclass is named after."""
+    """Our engine in one of `FORMATS`."""
 
-    def __init__(self, checkpoint: Path, work: Path, threads: int) -> None:
-        self._runner = OnnxRuntime().open(quantized_engine(checkpoint, work, self.name), threads=threads)
+    def __init__(self, checkpoint: Path, work: Path, threads: int, *, name: str) -> None:
+        self.name = name
+        self._runner = OnnxRuntime().open(quantized_engine(checkpoint, work, name), threads=threads)
 
 
 class GenaiInt8(Genai):
@@ -91,7 +93,7 @@ class GenaiGraphInt8(GenaiGraph):
 
 CONTESTANTS: Field = {
     "fuselage": (Fuselage, None),
-    **{name: (type(name, (Quantized,), {"name": name}), None) for name in FORMATS},
+    **{name: (partial(Quantized, name=name), None) for name in FORMATS},
     "genai-int8": (GenaiInt8, "onnxruntime_genai"),
     "genai-graph-int8": (GenaiGraphInt8, "onnxruntime_genai"),
 }

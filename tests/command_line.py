@@ -15,3 +15,8 @@ def done(*arguments: object) -> Result:
     result = call(*arguments)
     assert result.exit_code == 0, result.output
     return result
+
+
+def interrupt(*arguments: object, **options: object) -> None:
+    """Stand in for work that the user stops."""
+    raise KeyboardInterrupt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,7 @@ HEAVY = {
 HEAVY |= {name: [] for name in ("onnxruntime", "tensorrt", "tensorrt_llm", "transformers", "matplotlib", "scipy")}
 
 
+@cache
 def modules() -> dict[str, Path]:
     files = [
         *ROOT.glob("exporter/**/*.py"),

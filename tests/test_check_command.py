@@ -73,7 +73,6 @@ def test_an_op_is_known_where_a_plugin_has_it(network: Path, tmp_path: Path) -> 
         (("check", "{network}/network.json"), "not a readable ONNX network"),
         (("check", "{network}/nothing"), "no network to check: expected an .onnx file"),
         ((*EXPORT, "--check", "vllm", "-o", "{network}-2"), "expected tensorrt"),
-        (("export", MODEL, "--to", "hf", "--check", "tensorrt", "-o", "{network}-2"), "--check belongs to --to onnx"),
     ],
 )
 def test_refuses(arguments: tuple[object, ...], message: str, network: Path) -> None:

@@ -17,12 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 
 from exporter.errors import FuselageError
 from exporter.read import open_model
 from exporter.writers.files import MANIFEST, check_folder, read_manifest, save_folder
+from tests.checkpoints import saved_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -87,12 +86,7 @@ for fatal in range(1, 1000):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source") / "llama"
-    config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=97, max_position_embeddings=64,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    saved_model(folder, "Llama", {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 97})
     (folder.parent / "plan.yaml").write_text("drop_attention: [1, 2]\nfuse: [[1, 2]]\n")
     return folder
 
@@ -151,7 +145,7 @@ def test_killed_before_every_single_call(force: bool, model: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_killed_at_any_time(seed: int, model: Path, tmp_path: Path) -> None:
+def test_killed_at_any_time(seed: int, tmp_path: Path) -> None:
     """By the clock instead of by the call, so that also writing itself is cut short."""
     rng = random.Random(seed)
     script = (
@@ -220,12 +214,11 @@ def chain(model: Path) -> dict[str, tuple[tuple[object, ...], Path, int]]:
 @pytest.mark.parametrize("name", ["transform", "export", "engine"])
 def test_commands_killed(name: str, chain: dict[str, tuple[tuple[object, ...], Path, int]], tmp_path: Path) -> None:
     arguments, whole, calls = chain[name]
-    rng = random.Random(name)
     expected = read_manifest(whole)
     assert expected is not None
     assert calls > 20
-    # at random moments, and right before the end, where the folder is complete but has another name
-    for fatal in [*rng.sample(range(1, calls - 3), 3), calls - 3]:
+    # halfway, and right before the end, where the folder is complete but has another name
+    for fatal in (calls // 2, calls - 3):
         result = command(fatal, *arguments, "-o", tmp_path / "out")
         assert result.returncode == -signal.SIGKILL, (fatal, result.stderr)
         for folder in accepted(tmp_path):
@@ -274,15 +267,13 @@ def finished_steps(output: Path) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_run_killed_again_and_again(seed: int, recipe: tuple[Path, int], tmp_path: Path) -> None:
+def test_run_killed_again_and_again(recipe: tuple[Path, int], tmp_path: Path) -> None:
     path, calls = recipe
-    rng = random.Random(seed)
     output = tmp_path / "out"
     before: dict[str, int] = {}
     kills = 0
     while True:
-        fatal = rng.randrange(1, calls) // (kills + 1) if kills < 6 else -1
+        fatal = calls * (kills + 1) // 8  # the steps that a killed run has finished are not made again by the next
         result = command(fatal, "run", path, "-o", output, "-q")
         for folder in accepted(tmp_path):
             check_folder(folder, read_manifest(folder).kind, hashes=True)  # type: ignore[union-attr]
@@ -293,6 +284,6 @@ def test_run_killed_again_and_again(seed: int, recipe: tuple[Path, int], tmp_pat
             break
         assert result.returncode == -signal.SIGKILL, result.stderr
         kills += 1
-    assert kills
+    assert kills >= 3
     assert list(after) == [step for step, _ in RUN_STEPS]
     assert not [path for path in output.rglob(".*") if path.is_dir()]

@@ -1,4 +1,4 @@
-"""The scripts around the report: screenshots without a browser, and results files as many as wanted."""
+"""The scripts around the report: screenshots without a browser, and what a report of several files costs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from engines.report import report_from_results
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,19 +29,14 @@ def test_screenshots_say_what_is_missing(tmp_path: Path, page: str | None, messa
 
 
 def test_the_cost_of_a_report_is_measured(tmp_path: Path) -> None:
-    result = script("benchmarks/report_cost.py", "--files", 4, "--runs", 1, "-o", tmp_path / "cost.json")
+    kept = tmp_path / "report"
+    result = script(
+        "benchmarks/report_cost.py", "--files", 2, "--runs", 1, "--keep", kept, "-o", tmp_path / "cost.json"
+    )
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "cost.json").read_text())
-    assert found["files"] == 4
+    assert found["files"] == 2
     assert len(found["seconds"]) == 1
-    assert found["page_bytes"] > found["results_bytes"] > 100_000
-
-
-def test_files_that_are_rendered_are_as_bench_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from report_cost import write_files
-
-    paths = write_files(tmp_path, 2)
-    name, page = next(iter(report_from_results(paths, baseline=None)))
-    assert name == "report.html"
+    page = (kept / "report.html").read_bytes()
+    assert found["page_bytes"] == len(page) > found["results_bytes"] > 50_000
     assert b"fused-001" in page

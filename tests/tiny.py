@@ -153,6 +153,14 @@ def with_dtypes(graph: ModelGraph, *names: str) -> ModelGraph:
     )
 
 
+def with_windows(graph: ModelGraph, *windows: int | None) -> ModelGraph:
+    """The graph with these sliding windows, in the order of its attentions."""
+    blocks = list(graph.flat_blocks)
+    for (index, attention), window in zip(graph.attentions, windows, strict=True):
+        blocks[index] = replace(blocks[index], attention=replace(attention, sliding_window=window))
+    return replace(graph, blocks=tuple(blocks))
+
+
 def quantized_graph(graph: ModelGraph, format_name: str, *, seed: int = 0) -> ModelGraph:
     """The graph in one of the formats of recipes/quantization, calibrated on random tokens and not smoothed."""
     from exporter.calibration import calibrate, ranges_of

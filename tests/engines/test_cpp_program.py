@@ -222,7 +222,7 @@ def test_no_thread_leaves_the_cpus_it_is_pinned_to(cpu, program, engine):
     assert all(cpus == [str(cpu)] for cpus in allowed)
 
 
-def test_a_benchmark_alone_writes_results_and_the_statistics_of_trtexec(program, engine, tmp_path):
+def test_a_benchmark_alone_writes_results_and_the_statistics_of_trtexec(program, engine):
     library = library_options(read_engine_manifest(engine))
     arguments = ("--batch", "1,2", "--input-len", 7, "--output-len", "5,1", "--rounds", 10, "--warmup", 1, "--seed", 3)
     cpu = min(os.sched_getaffinity(0))
@@ -305,27 +305,14 @@ def file_changed(name: str, content: bytes | None, *, manifest: bool = True) -> 
     return make
 
 
-def huge(engine: Path, folder: Path) -> Path:
-    copy = altered(engine, folder, {})
-    os.truncate(copy / "engine.json", safetensors_io.MAX_JSON_BYTES + 1)  # sparse: takes no disk
-    update_sizes(copy)
-    return copy
+def resized(name: str, size: int) -> Callable[[Path, Path], Path]:
+    def make(engine: Path, folder: Path) -> Path:
+        copy = altered(engine, folder, {})
+        os.truncate(copy / name, size)  # what is added is sparse, and takes no disk
+        update_sizes(copy)
+        return copy
 
-
-def truncated_network(engine: Path, folder: Path) -> Path:
-    copy = altered(engine, folder, {})
-    path = copy / read_engine_manifest(copy).network_file
-    path.write_bytes(path.read_bytes()[:200])
-    update_sizes(copy)
-    return copy
-
-
-def truncated_weights(engine: Path, folder: Path) -> Path:
-    copy = altered(engine, folder, {})
-    (weights,) = (path for path in copy.iterdir() if path.suffix not in (".json", ".onnx"))
-    weights.write_bytes(weights.read_bytes()[:1000])
-    update_sizes(copy)
-    return copy
+    return make
 
 
 def escaping(engine: Path, folder: Path) -> Path:
@@ -363,7 +350,10 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
         lambda engine, folder: altered(engine, folder, {"label": "longer than before"}, manifest=False),
         r"engine.json: file was altered: expected \d+ bytes, found \d+",
     ),
-    "engine.json is huge": (huge, "engine.json: file is too large"),
+    "engine.json is huge": (
+        resized("engine.json", safetensors_io.MAX_JSON_BYTES + 1),
+        "engine.json: file is too large",
+    ),
     "engine.json is empty": (file_changed("engine.json", b""), "engine.json: not JSON"),
     "engine.json is binary": (file_changed("engine.json", bytes(range(256))), "engine.json: not JSON"),
     "engine.json is a list": (file_changed("engine.json", b"[]"), "engine_schema is missing"),
@@ -403,8 +393,8 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     ),
     "network elsewhere": (change(network_file="../engine/network.onnx"), "is not in the manifest"),
     "network is something else": (change(network_file="engine.json"), "ONNX Runtime: .*Protobuf parsing failed"),
-    "truncated network": (truncated_network, "ONNX Runtime: .*Protobuf parsing failed"),
-    "truncated weights": (truncated_weights, "ONNX Runtime: .*External initializer"),
+    "truncated network": (resized("onnxruntime.onnx", 200), "ONNX Runtime: .*Protobuf parsing failed"),
+    "truncated weights": (resized("weights.safetensors", 1000), "ONNX Runtime: .*External initializer"),
     "built with a later ONNX Runtime": (change(runtime={"onnxruntime": "99.1"}), "too old: expected 99.1 or later"),
 }
 

@@ -171,7 +171,7 @@ def test_without_time_between_tokens_there_is_no_decode_step() -> None:
         assert "time to first token" in found.name
 
 
-def test_what_cannot_be_fitted_to(published: list[Observation], tmp_path: Path) -> None:
+def test_what_cannot_be_fitted_to(published: list[Observation]) -> None:
     with pytest.raises(
         EngineError, match=r"too few measured latencies .* at least 2, for memory_efficiency, sublayer_us"
     ):

@@ -28,8 +28,8 @@ from exporter.recipe import Recipe, read_recipe
 from exporter.recipe_engines import Choice
 from exporter.writers import hf
 from exporter.writers.files import read_manifest, save_folder
+from tests.checkpoints import word_tokenizer
 from tests.command_line import done
-from tests.exporter.analysis.test_evaluate import word_tokenizer
 from tests.exporter.test_distill import everything
 from tests.tiny import tiny_graph
 

@@ -13,7 +13,7 @@ from engines.profile_worker import REQUESTS, profile_tensorrt
 from engines.results import RequestShape
 from tests.engines.tensorrt_signatures import Api, check_module_uses
 from tests.engines.tensorrt_stand_in import HostDevice, StandIn
-from tests.engines.test_tensorrt import api, built, machine, needs_bindings, stand_in
+from tests.engines.test_tensorrt import api, built, machine, stand_in
 
 __all__ = ["api", "machine", "stand_in"]  # fixtures
 
@@ -44,13 +44,11 @@ ALIASES: dict[str, dict[str, str]] = {  # how these sources call TensorRT's obje
 LAYERS = {"Layers": [{"Name": "gemm_0", "TacticName": "xmma", "Metadata": "[ONNX Layer: blocks.0.ffn.up_proj]"}]}
 
 
-@needs_bindings
 @pytest.mark.parametrize(("file", "aliases"), ALIASES.items(), ids=ALIASES.keys())
 def test_every_name_is_tensorrts(file: str, aliases: dict[str, str], api: Api) -> None:
     assert {"IProfiler", "EngineInspector.get_engine_information"} & check_module_uses(api, ROOT / file, aliases)
 
 
-@needs_bindings
 def test_layers_are_reported_of_every_call(
     machine: list[HostDevice],
     api: Api,

@@ -462,13 +462,12 @@ def test_every_architecture_and_model_type_has_one_family() -> None:
         assert all(family_of(None, name) is family for name in family.model_types)
 
 
-@pytest.mark.parametrize("hidden_size", [2048, 3072, 4096, 5120, 8192, 16384])
-def test_ffn_mult_survives_rounding_to_six_decimals(hidden_size: int) -> None:
-    widths = np.arange(256, 524_288 + 1, 256)
-    for width in widths.tolist():
+@pytest.mark.parametrize("hidden_size", [2048, 3072, 4096, 5120, 5568, 6144, 7104, 8192, 12288, 14528, 16384])
+def test_ffn_mult_survives_json_and_rounding_to_six_decimals(hidden_size: int) -> None:
+    for width in range(256, 524_288 + 1, 256):
         ffn_mult = ffn_mult_from_width(width, hidden_size)
-        assert width_from_ffn_mult(ffn_mult, hidden_size) == width
-        assert width_from_ffn_mult(round(ffn_mult, 6), hidden_size) == width
+        for value in (json.loads(json.dumps(ffn_mult)), round(ffn_mult, 6)):
+            assert width_from_ffn_mult(value, hidden_size) == width
 
 
 # --- public models, structure only
@@ -541,6 +540,6 @@ def test_structure_files_that_are_refused(case: str, tmp_path: Path) -> None:
         open_model(path, need_weights=False)
 
 
-def test_weights_are_asked_of_a_structure(tmp_path: Path) -> None:
+def test_weights_are_asked_of_a_structure() -> None:
     with pytest.raises(CheckpointError, match=r"no safetensors weights: expected model\.safetensors"):
         open_model(DATA / "nemotron-super-49b.structure.json", need_weights=True)

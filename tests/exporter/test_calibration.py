@@ -36,6 +36,7 @@ from exporter.ranges import input_range
 from exporter.read import open_model
 from exporter.safetensors_io import FileTensor
 from exporter.writers.files import save_folder
+from tests.checkpoints import saved_model
 from tests.tiny import quantized_graph, tiny_graph
 
 ROOT = Path(__file__).parent.parent.parent
@@ -44,17 +45,8 @@ TOKENS = np.random.default_rng(1).integers(0, 97, (5, 16))
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, transformers.LlamaForCausalLM]:
-    config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=97, max_position_embeddings=64,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
-    for layer in model.model.layers:
-        layer.post_attention_layernorm.weight.data.normal_(1, 0.2)
     folder = tmp_path_factory.mktemp("calibration") / "llama"
-    model.save_pretrained(folder)
-    return folder, model
+    return folder, saved_model(folder, "Llama", {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 97})
 
 
 def inputs_of_linears(model: transformers.LlamaForCausalLM) -> dict[str, np.ndarray]:
@@ -277,15 +269,6 @@ def interrupted(work: Path) -> None:
         calibrate(tiny_graph("AF F"), TOKENS, text="random", work=work, progress=progress)
 
 
-NOT_OURS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "windows of another length": (lambda work: None, "another measurement"),
-    "a folder of the user": (lambda work: (work / "thesis.tex").write_text("x"), "something else: found thesis.tex"),
-    "a folder in it": (lambda work: (work / "deeper").mkdir(), "something else: found deeper"),
-    "somebody else's progress": (lambda work: (work / "progress.json").write_text("[]"), "another measurement"),
-    "rubbish": (lambda work: (work / "progress.json").write_text("{"), "progress.json: malformed"),
-}
-
-
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     refused: list[str] = []
 
@@ -342,6 +325,15 @@ def test_progress_that_cannot_be_gone_on_from(case: str, tmp_path: Path) -> None
     change(tmp_path)
     with pytest.raises(OutputError, match=message):
         calibrate(tiny_graph("AF F"), TOKENS, text="random", work=tmp_path)
+
+
+NOT_OURS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "windows of another length": (lambda work: None, "another measurement"),
+    "a folder of the user": (lambda work: (work / "thesis.tex").write_text("x"), "something else: found thesis.tex"),
+    "a folder in it": (lambda work: (work / "deeper").mkdir(), "something else: found deeper"),
+    "somebody else's progress": (lambda work: (work / "progress.json").write_text("[]"), "another measurement"),
+    "rubbish": (lambda work: (work / "progress.json").write_text("{"), "progress.json: malformed"),
+}
 
 
 @pytest.mark.parametrize("case", NOT_OURS)
@@ -426,7 +418,7 @@ def test_another_model_is_refused() -> None:
         check_belongs(measured, other)
 
 
-def test_nan_weights_are_named(tmp_path: Path) -> None:
+def test_nan_weights_are_named() -> None:
     graph: ModelGraph = tiny_graph("AF F")
     ffn = graph.flat_blocks[1].ffn
     assert isinstance(ffn, FFN)

@@ -35,7 +35,7 @@ from exporter.passes.quantize_linears import quantize_linears
 from exporter.quantization import QuantizationRecipe
 from exporter.read import open_model
 from exporter.reference import Reference, apply_linear
-from tests.exporter.test_reference import saved_model
+from tests.checkpoints import saved_model
 from tests.tiny import quantized_graph, tiny_graph
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from exporter.dtypes import FLOAT8_E4M3FN, INT8, DType
 from exporter.errors import GraphError, TargetError
@@ -19,6 +18,7 @@ from exporter.passes.quantize_linears import quantize_linears
 from exporter.quantization import QuantizationRecipe
 from exporter.read import open_model
 from exporter.reference import Reference, fake_quantized, torch_from_lazy
+from tests.checkpoints import saved_model
 from tests.tiny import tiny_graph
 
 LLAMA3 = {
@@ -63,30 +63,6 @@ CASES = {
 }
 
 
-def saved_model(folder: Path, family: str, changes: dict) -> transformers.PreTrainedModel:
-    """A tiny random transformers model, saved into `folder`."""
-    config = getattr(transformers, f"{family}Config")(
-        hidden_size=64,
-        intermediate_size=160,
-        num_attention_heads=4,
-        **{
-            "num_hidden_layers": 3,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
-            "vocab_size": 307,
-            **changes,
-        },
-    )
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():  # the usual start is so small that most mistakes would drown in the tolerance
-        for name, parameter in model.named_parameters():
-            shift = 1.0 if "norm" in name else 0.0
-            parameter.copy_(shift + torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.12))
-    model.save_pretrained(folder)
-    return model
-
-
 @pytest.mark.parametrize("case", CASES)
 @torch.inference_mode()
 def test_prefill_and_decode_agree_with_transformers(case: str, tmp_path: Path) -> None:
@@ -119,8 +95,9 @@ def test_resident_and_streamed_weights_give_the_same_logits() -> None:
     assert torch.equal(once.logits(tokens), again.logits(tokens))
 
 
-def test_an_embedding_that_is_not_kept_is_read_by_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    graph = tiny_graph("AF")
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_that_is_not_kept_is_read_by_the_token(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = tiny_graph("AF", tied=tied)
     read: list[tuple[int, int]] = []
     rows = type(graph.embedding).rows
 

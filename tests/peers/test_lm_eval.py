@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner
 
-import build
 from exporter.analysis.tasks import check_tasks, run_tasks
 from exporter.errors import FuselageError
+from tests.command_line import done
 
 pytestmark = pytest.mark.peers
 
@@ -35,9 +34,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fused")
     (folder / "plan.yaml").write_text(PLAN)
-    arguments = ["transform", DEMO / "model", "--plan", folder / "plan.yaml", "-o", folder / "model"]
-    result = CliRunner().invoke(build.main, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
+    done("transform", DEMO / "model", "--plan", folder / "plan.yaml", "-o", folder / "model")
     return folder / "model"
 
 
@@ -70,11 +67,10 @@ def test_accuracy_is_that_of_transformers_alone(fused: Path) -> None:
 def test_the_command_prints_and_writes_the_scores(tmp_path: Path) -> None:
     output = tmp_path / "scores.json"
     arguments = ["evaluate", DEMO / "model", "--tasks", "fuselage_demo", "--include-path", TASKS, "--limit", 8]
-    result = CliRunner().invoke(build.main, [str(argument) for argument in (*arguments, "-o", output)])
-    assert result.exit_code == 0, result.output
+    printed = done(*arguments, "-o", output).output
     first = json.loads(output.read_text())["tasks"][0]
     assert (first["task"], first["metric"], first["samples"]) == ("fuselage_demo", "acc", 8)
-    assert f"{first['value']:.4f}" in result.output
+    assert f"{first['value']:.4f}" in printed
 
 
 def test_code_of_a_model_is_run_on_request_only(fused: Path) -> None:

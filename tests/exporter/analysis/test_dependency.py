@@ -24,7 +24,7 @@ from exporter.lazy import LazyTensor, array, full
 from exporter.passes.parallelize_blocks import parallelize_blocks
 from exporter.read import open_model
 from exporter.reference import Reference
-from tests.exporter.test_reference import saved_model
+from tests.checkpoints import saved_model
 from tests.tiny import tiny_graph
 
 LAYERS = 5
@@ -264,12 +264,9 @@ def test_json_round_trip() -> None:
     measured = measure_dependency(tiny_graph("AF F A"), TOKENS, kl=True)
     back = dependency_from_json(measured.to_json())
     same(measured, back)
-    assert back.first == 0
-    assert back.last == 2
-    np.testing.assert_array_equal(back.distance_of_output, measured.distance_of_output)
+    assert (back.first, back.last) == (0, 2)
     for kind in dependency.KINDS:
-        np.testing.assert_array_equal(back.matrices[kind], measured.matrices[kind])
-        np.testing.assert_array_equal(back.kl[kind], measured.kl[kind])
+        np.testing.assert_array_equal(back.matrices[kind], measured.matrices[kind])  # with NaN where JSON has null
 
 
 def test_a_range_that_is_not_in_the_model_is_refused() -> None:

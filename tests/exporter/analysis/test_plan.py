@@ -30,7 +30,7 @@ from exporter.analysis.plan import (
 )
 from exporter.analysis.plan_text import plan_text, suggested_plan
 from exporter.errors import PlanError
-from exporter.graph import FFN, Activation, Block, ModelGraph, RMSNorm
+from exporter.graph import FFN, Activation, Block, ModelGraph
 from exporter.passes.drop_attention import drop_attention
 from exporter.pipeline import apply_plan
 from exporter.plan import Plan, read_plan
@@ -736,16 +736,3 @@ def test_a_real_measurement_fits() -> None:
     drops = suggest_drops(graph, numbers)
     assert sorted(drop.layer for drop in drops) == [0, 4, 5]
     assert [drop.importance for drop in drops] == sorted(numbers.importance["attention"][[0, 4, 5]])
-
-
-def test_norms_of_different_eps_are_not_fused_by_the_pass_either() -> None:
-    """What ends a run here is what `fuse_ffn` would refuse."""
-    graph = small("F F F")
-    block = graph.blocks[1]
-    assert isinstance(block, Block)
-    assert isinstance(block.ffn, FFN)
-    other = replace(block, ffn=replace(block.ffn, norm=RMSNorm(weight=block.ffn.norm.weight, eps=1e-3)))
-    mixed = replace(graph, blocks=(graph.blocks[0], other, graph.blocks[2]))
-    assert suggest_fusion(mixed, None, Constraints(keep_last=False)) == []
-    with pytest.raises(PlanError, match="rms_norm_eps"):
-        apply_plan(mixed, Plan(fuse=[(0, 2)]))

@@ -54,7 +54,7 @@ def test_scores_from_what_the_harness_returns() -> None:
 
 def test_the_missing_harness_is_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(FuselageError, match=r"not installed. Install it: pip install --editable '.\[tasks\]'"):
+    with pytest.raises(FuselageError, match=r"not installed. Install it: pip install 'lm_eval\[hf\]>="):
         check_tasks(DEMO / "model", ["fuselage_demo"])
 
 

@@ -10,10 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from exporter.architectures.base import ffn_mult_from_width, width_from_ffn_mult
 from exporter.dtypes import INT8
 from exporter.errors import CheckpointError, TargetError
 from exporter.graph import Activation, Block, Linear, LinearSublayer, ModelGraph, structure
@@ -24,19 +21,12 @@ from exporter.read import open_model
 from exporter.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from exporter.writers.files import save_folder, sizes_of
 from exporter.writers.hf import NEMOTRON_NAS, Options, as_written, check, config_of, emit, layout_of
-from tests.tiny import tiny_graph
+from tests.tiny import tiny_graph, with_windows
 
 YARN = YarnScaling(
     factor=4.0, original_max_position_embeddings=64, attention_factor=1.3, beta_fast=24.0, truncate=False
 )
 LLAMA3 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
-
-
-def windowed(graph: ModelGraph, *windows: int | None) -> ModelGraph:
-    blocks = list(graph.flat_blocks)
-    for (index, attention), window in zip(graph.attentions, windows, strict=True):
-        blocks[index] = replace(blocks[index], attention=replace(attention, sliding_window=window))
-    return replace(graph, blocks=tuple(blocks))
 
 
 def with_part(graph: ModelGraph, index: int, kind: str, **changes: Any) -> ModelGraph:
@@ -66,14 +56,14 @@ ROUND_TRIPS: dict[str, tuple[ModelGraph, str, str]] = {
     "mistral": (tiny_graph("AF AF", sliding_window=9), "mistral", "mistral"),
     "mistral without window": (tiny_graph("AF AF"), "mistral", "mistral"),
     "qwen2": (tiny_graph("AF AF", qkv_bias=True, tied=True), "qwen2", "qwen2"),
-    "qwen2, upper window": (windowed(tiny_graph("AF AF AF", qkv_bias=True), None, 9, 9), "qwen2", "qwen2"),
-    "qwen2, lower window": (windowed(tiny_graph("AF AF AF", qkv_bias=True), 9, None, 9), "qwen2", "qwen2"),
+    "qwen2, upper window": (with_windows(tiny_graph("AF AF AF", qkv_bias=True), None, 9, 9), "qwen2", "qwen2"),
+    "qwen2, lower window": (with_windows(tiny_graph("AF AF AF", qkv_bias=True), 9, None, 9), "qwen2", "qwen2"),
     "qwen3": (tiny_graph("AF AF", qk_norm=True, head_dim=32), "qwen3", "qwen3"),
     "qwen3 with biases": (tiny_graph("AF AF", qk_norm=True, qkv_bias=True, o_bias=True), "qwen3", "qwen3"),
     "seed-oss": (tiny_graph("AF AF", qkv_bias=True, ffn_bias=True, head_dim=32), "seed-oss", "seed-oss"),
     "seed-oss with windows": (tiny_graph("AF AF", qkv_bias=True, sliding_window=9), "seed-oss", "qwen2"),
     "phi-3 with windows": (tiny_graph("AF AF", sliding_window=9), "phi3", "mistral"),
-    "windows no plain family has": (windowed(tiny_graph("AF AF AF"), 9, None, 4), "mistral", NEMOTRON_NAS),
+    "windows no plain family has": (with_windows(tiny_graph("AF AF AF"), 9, None, 4), "mistral", NEMOTRON_NAS),
     "windows in llama": (tiny_graph("AF AF", sliding_window=9), "llama", "mistral"),
     "norms of heads in llama": (tiny_graph("AF AF", qk_norm=True), "llama", "qwen3"),
     "biases of the FFN and windows": (tiny_graph("AF", ffn_bias=True, sliding_window=9), "phi3", NEMOTRON_NAS),
@@ -251,27 +241,6 @@ def test_tensor_order_is_that_of_the_forward_pass() -> None:
         "model.norm.weight",
         "lm_head.weight",
     ]
-
-
-@settings(max_examples=500, deadline=None)
-@given(
-    hidden_size=st.integers(2048 // 64, 16384 // 64).map(lambda n: 64 * n),
-    width=st.integers(1, 524_288 // 256).map(lambda n: 256 * n),
-)
-def test_ffn_mult_survives_rounding(hidden_size: int, width: int) -> None:
-    _assert_survives(width, hidden_size)
-
-
-@pytest.mark.parametrize("hidden_size", [2048, 3072, 4096, 5120, 6144, 8192, 12288, 16384])
-def test_ffn_mult_survives_rounding_at_every_width(hidden_size: int) -> None:
-    for width in range(256, 524_288 + 1, 256):
-        _assert_survives(width, hidden_size)
-
-
-def _assert_survives(width: int, hidden_size: int) -> None:
-    ffn_mult = ffn_mult_from_width(width, hidden_size)
-    for value in (ffn_mult, round(ffn_mult, 6), json.loads(json.dumps(ffn_mult))):
-        assert width_from_ffn_mult(value, hidden_size) == width
 
 
 BIASED = Linear(weight=full((64, 64), 0.0, tiny_graph("F").dtype), bias=full((64,), 0.0, tiny_graph("F").dtype))

@@ -31,11 +31,11 @@ from exporter.passes.quantize_linears import quantize_linears
 from exporter.pipeline import checkpoint_writing
 from exporter.quantization import QuantizationRecipe
 from exporter.read import open_model
-from exporter.writers.files import save_folder, sizes_of
+from exporter.writers.files import sizes_of
 from exporter.writers.hf import NEMOTRON_NAS, Options, as_written, check, config_of, emit, layout_of
 from exporter.writers.hf_quantization import layout_to_keep, scheme_of
 from exporter.writers.hf_readers import QUANTIZATION_RULES, READERS, Severity, check_for
-from tests.exporter.writers.test_hf import differences
+from tests.exporter.writers.test_hf import differences, saved
 from tests.tiny import quantized_graph, tiny_graph
 
 STATIC_FP8 = {"dynamic": False, "num_bits": 8, "type": "float"}
@@ -99,11 +99,6 @@ FORMATS: dict[str, tuple[Scheme, str, str, str | None]] = {
 }  # fmt: skip
 COMPRESSED = [name for name, row in FORMATS.items() if row[3] is not None]
 QUANTIZED = {name: quantized_graph(PLAIN, name) for name in [*FORMATS, "int8-smoothquant-token"]}
-
-
-def saved(graph: ModelGraph, folder: Path, **options: Any) -> Path:
-    save_folder(folder, emit(graph, Options(**options)), kind="checkpoint", details={})
-    return folder
 
 
 def header(folder: Path) -> dict[str, tuple[str, list[int]]]:
@@ -220,7 +215,7 @@ def test_compressed_tensors_config(name: str) -> None:
     assert config_of(with_kv_cache(QUANTIZED[name]), options)["quantization_config"] == expected
 
 
-def test_a_plain_model_stays_plain_and_a_fused_one_keeps_its_code(tmp_path: Path) -> None:
+def test_a_plain_model_stays_plain_and_a_fused_one_keeps_its_code() -> None:
     assert layout_of(QUANTIZED["fp8"], Options()) == "llama"
     fused = quantized_graph(FUSED, "fp8-rowwise")
     assert layout_of(fused, Options()) == NEMOTRON_NAS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,12 @@ import transformers
 
 from exporter.graph import FFN, Activation, Attention, Block, ModelGraph
 from exporter.lazy import LazyTensor
-from exporter.passes.drop_attention import drop_attention
 from exporter.passes.fuse_ffn import fuse_ffn
 from exporter.reference import Reference
 from exporter.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from exporter.writers.files import save_folder
 from exporter.writers.hf import NEMOTRON_NAS, Options, emit, layout_of
-from tests.tiny import tiny_graph
+from tests.tiny import tiny_graph, with_windows
 
 TOLERANCE = 1e-4
 LLAMA3 = Rope(
@@ -36,18 +34,6 @@ YARN_EXTRAS = Rope(
 )
 
 
-def with_windows(graph: ModelGraph, windows: list[int | None]) -> ModelGraph:
-    """The graph with these windows, in the order of its attentions."""
-    blocks = list(graph.flat_blocks)
-    for (index, attention), window in zip(graph.attentions, windows, strict=True):
-        blocks[index] = replace(blocks[index], attention=replace(attention, sliding_window=window))
-    return replace(graph, blocks=tuple(blocks))
-
-
-def fused_llama() -> ModelGraph:
-    return fuse_ffn(drop_attention(tiny_graph("AF AF AF AF AF"), [1, 2, 3]), [(2, 3)])
-
-
 # id -> (graph, source family, layout)
 CASES: dict[str, tuple[ModelGraph, str, str]] = {
     "llama": (tiny_graph("AF AF AF"), "llama", "llama"),
@@ -57,7 +43,7 @@ CASES: dict[str, tuple[ModelGraph, str, str]] = {
     "llama, width no multiple of 256": (tiny_graph("AF AF", intermediate_size=100), "llama", "llama"),
     "mistral, window": (tiny_graph("AF AF", sliding_window=5), "mistral", "mistral"),
     "qwen2": (tiny_graph("AF AF", qkv_bias=True), "qwen2", "qwen2"),
-    "qwen2, upper window": (with_windows(tiny_graph("AF AF AF", qkv_bias=True), [None, None, 6]), "qwen2", "qwen2"),
+    "qwen2, upper window": (with_windows(tiny_graph("AF AF AF", qkv_bias=True), None, None, 6), "qwen2", "qwen2"),
     "qwen3": (tiny_graph("AF AF", qk_norm=True, head_dim=32), "qwen3", "qwen3"),
     "seed-oss": (tiny_graph("AF AF", qkv_bias=True, head_dim=32), "seed-oss", "seed-oss"),
     "seed-oss, all biases": (
@@ -65,7 +51,7 @@ CASES: dict[str, tuple[ModelGraph, str, str]] = {
     ),
     "attention dropped": (tiny_graph("AF F F AF"), "llama", NEMOTRON_NAS),
     "attention dropped, first block": (tiny_graph("F AF"), "llama", NEMOTRON_NAS),
-    "fused": (fused_llama(), "llama", NEMOTRON_NAS),
+    "fused": (fuse_ffn(tiny_graph("AF F F F AF"), [(2, 3)]), "llama", NEMOTRON_NAS),
     "empty blocks": (tiny_graph("- AF - F - AF -"), "llama", NEMOTRON_NAS),
     "FFN dropped": (tiny_graph("AF A AF A"), "llama", NEMOTRON_NAS),
     "no attention": (tiny_graph("F F"), "llama", NEMOTRON_NAS),
@@ -81,7 +67,7 @@ CASES: dict[str, tuple[ModelGraph, str, str]] = {
     "qwen3, dropped": (tiny_graph("AF F AF", qk_norm=True, head_dim=32), "qwen3", NEMOTRON_NAS),
     "seed-oss, dropped": (tiny_graph("AF F AF", qkv_bias=True, head_dim=32), "seed-oss", NEMOTRON_NAS),
     "mistral, window, dropped": (tiny_graph("AF F AF", sliding_window=5), "mistral", NEMOTRON_NAS),
-    "several windows": (with_windows(tiny_graph("AF AF AF"), [4, None, 7]), "llama", NEMOTRON_NAS),
+    "several windows": (with_windows(tiny_graph("AF AF AF"), 4, None, 7), "llama", NEMOTRON_NAS),
     "FFN bias, padded": (tiny_graph("AF F", ffn_bias=True, intermediate_size=300), "llama", NEMOTRON_NAS),
     "tied, dropped": (tiny_graph("AF F", tied=True), "llama", NEMOTRON_NAS),
     "linear rope, dropped": (tiny_graph("AF F AF", rope=LINEAR), "llama", NEMOTRON_NAS),

@@ -69,19 +69,19 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(params=GRAPHS.values(), ids=GRAPHS.keys())
+@pytest.fixture(scope="module", params=GRAPHS.values(), ids=GRAPHS.keys())
 def graph(request: pytest.FixtureRequest) -> ModelGraph:
     return request.param()
 
 
-@pytest.fixture(params=OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.fixture(scope="module", params=OPTIONS.values(), ids=OPTIONS.keys())
 def options(request: pytest.FixtureRequest) -> Options:
     return request.param
 
 
-@pytest.fixture
-def folder(graph: ModelGraph, options: Options, tmp_path: Path) -> Path:
-    return save(graph, options, tmp_path / "network")
+@pytest.fixture(scope="module")
+def folder(graph: ModelGraph, options: Options, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(graph, options, tmp_path_factory.mktemp("networks") / "network")
 
 
 def save(graph: ModelGraph, options: Options, folder: Path) -> Path:
@@ -218,7 +218,7 @@ def test_tensorrt_has_fixed_sizes_and_no_shape_arithmetic(tmp_path: Path) -> Non
     assert (variant.capacity, variant.batch, variant.max_positions) == (64, 1, 64)
 
 
-def test_one_network_per_batch_over_one_weight_file(tmp_path: Path) -> None:
+def test_one_network_per_batch_over_one_weight_file() -> None:
     graph = GRAPHS["llama"]()
     one = options_for({"tensorrt": BFLOAT16}, max_positions=64)
     networks = tuple(replace(one.networks[0], batch=batch, name=f"batch_{batch}") for batch in (1, 4))

@@ -99,7 +99,7 @@ def width_of(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> in
     return sizes.pop() if sizes else 256
 
 
-def test_float32_networks_cast_the_same_weights(tmp_path: Path) -> None:
+def test_float32_networks_cast_the_same_weights() -> None:
     """A plain network and one with plugins refer to the same bytes; only scales of shape [] are there twice."""
     for format_name in FORMATS:
         graph = graph_of(format_name)
