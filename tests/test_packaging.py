@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from fnmatch import fnmatchcase
@@ -40,6 +41,27 @@ def test_every_file_beside_the_code_is_installed() -> None:
         and path.suffix != ".pyc"
     ]
     assert left_out == []
+
+
+def test_every_licence_is_installed() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    ours = [path for folder in ("demo", *FOLDERS) for path in (ROOT / folder).rglob("LICENSE*")]
+    assert set(project["license-files"]) == {str(path.relative_to(ROOT)) for path in [ROOT / "LICENSE", *ours]}
+    assert len(project["license"].split(" AND ")) == len(project["license-files"])
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="not a checkout of git")
+def test_a_source_distribution_is_the_checkout(tmp_path: Path) -> None:
+    """Setuptools alone takes the tests without what they import."""
+    pytest.importorskip("setuptools", minversion="77")  # build-system.requires
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    setup = [sys.executable, "-c", "import setuptools; setuptools.setup()", "--quiet", "egg_info", "--egg-base"]
+    subprocess.run([*setup, str(tmp_path)], cwd=ROOT, capture_output=True, check=True)
+    packed = set((tmp_path / "fuselage.egg-info/SOURCES.txt").read_text("utf-8").splitlines())
+    present = {name for name in tracked.stdout.splitlines() if (ROOT / name).is_file()}
+    assert [name for name in present - packed if not re.search(r"(^|/)\.", name)] == []
+    assert [name for name in packed if re.search(r"(^|/)(out|__pycache__|\.venv[^/]*)/", name)] == []
 
 
 def test_the_installed_program_finds_its_own_modules(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def missing() -> list[TargetError]:
     try:
         importlib.import_module("lm_eval")
     except ImportError:
-        way_out = "install it: pip install --editable '.[tasks]'"
+        way_out = "install it: pip install 'lm_eval[hf]>=0.4.13'"
         return [TargetError("lm-evaluation-harness is not installed", hint=way_out)]
     return []
 

@@ -183,7 +183,7 @@ def compile_variant(variant: Variant, arch: str = "sm_90") -> CompiledKernel:
         from triton.backends.compiler import GPUTarget
         from triton.backends.nvidia.compiler import get_ptxas
     except ImportError as error:
-        raise TargetError("Triton is missing", hint="on Linux: pip install --editable '.[gpu]'") from error
+        raise TargetError("Triton is missing", hint="on Linux: pip install 'triton>=3.6,<3.9'") from error
     tiling = variant.tiling
     with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.compilation.scope():
         knobs.cache.dir = folder
@@ -301,6 +301,7 @@ def _gate_up(variant: Variant) -> tuple[dict[str, str], dict[str, Any]]:
         "GATE_SCALE_PER_ROW": per_row,
         "UP_SCALE_PER_ROW": per_row,
         "NORM_DEPTH": norm_depth(variant.tokens, variant.tiling.warps),
+        "ALIGNED": variant.fit != "any",
         **_constants(variant),
     }
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from exporter.errors import TargetError
 
 if not hasattr(triton, "constexpr_function"):
-    raise TargetError("this Triton is too old for the wide FFN", expected="3.6 or 3.7", found=triton.__version__)
+    raise TargetError("this Triton is too old for the wide FFN", expected="3.6 to 3.8", found=triton.__version__)
 
 HALF_EVEN = tl.constexpr(12582912.0)  # 1.5 * 2**23: a float32 added to it and subtracted is rounded to an integer
 SMALLEST_SCALE = tl.constexpr(1.1754943508222875e-38)
@@ -168,6 +168,7 @@ def gate_up(
     DEPTH: tl.constexpr,
     NORM_DEPTH: tl.constexpr,
     EVEN: tl.constexpr,  # hidden is a multiple of DEPTH
+    ALIGNED: tl.constexpr,  # gate and up begin at multiples of 16 bytes
 ):
     """Norm unless `norm` has run, gate, up and SwiGLU. A program goes over every `programs`-th tile of rows.
 
@@ -223,6 +224,8 @@ def gate_up(
     largest_seen = tl.zeros([TOKENS], tl.int32)
     both = tl.arange(0, 2 * ROWS)
     matrix = tl.where(both < ROWS, gate, up)
+    if ALIGNED:
+        matrix = tl.multiple_of(matrix, 16)  # Triton 3.8 and 3.9 lose it in `where`, and with it asynchronous copies
     for tile in range(program, tl.cdiv(width, ROWS), programs):
         # Past the end the last row is read again, and nothing of it kept. Stores use the plain row: that these are
         # neighbours is what lets them be wide.

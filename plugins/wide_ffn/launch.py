@@ -101,6 +101,7 @@ def wide_ffn_by_kernels(
         DEPTH=first.depth,
         NORM_DEPTH=norm_depth(config.tokens, first.warps),
         EVEN=hidden % first.depth == 0,
+        ALIGNED=gate.data_ptr() % 16 == 0 and up.data_ptr() % 16 == 0,
         num_warps=first.warps,
         num_stages=first.stages,
         maxnreg=first.registers,

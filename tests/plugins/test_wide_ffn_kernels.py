@@ -71,6 +71,22 @@ def test_kernels_agree_with_the_reference(interpret: Callable[..., Any], call: C
         assert (found != expected).float().mean() < 0.02
 
 
+@pytest.mark.parametrize("shifted", [None, "gate", "up"])
+def test_alignment_is_promised_where_it_holds(monkeypatch: pytest.MonkeyPatch, shifted: str | None) -> None:
+    from plugins.wide_ffn import launch
+
+    call = Call(1, 128, 256)
+    arguments = call.arguments()
+    if shifted is not None:
+        place = {"gate": 2, "up": 3}[shifted]
+        weight = arguments[place]
+        arguments[place] = torch.cat([weight.new_zeros(1), weight.flatten()])[1:].view_as(weight)
+    promised: dict[str, Any] = {}
+    monkeypatch.setattr(launch, "_entry", lambda *_: lambda *tensors, **constants: promised.update(constants))
+    run(arguments, rule(call, programs=1, splits=1))
+    assert promised["ALIGNED"] == (shifted is None)
+
+
 @pytest.mark.parametrize("splits", [1, 3, 4])
 @pytest.mark.parametrize("programs", [1, 3, 13])
 def test_any_number_of_programs(interpret: Callable[..., Any], programs: int, splits: int) -> None:
