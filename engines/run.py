@@ -18,7 +18,8 @@ Here is the order of the steps. A new one is a function in `engines.run_models` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,14 +55,14 @@ from engines.run_models import (
     quantization_step,
 )
 from exporter.analysis import tasks
-from exporter.errors import FuselageError, raise_all
+from exporter.errors import FuselageError, OutputError, raise_all
 from exporter.graph import ModelGraph, structure
 from exporter.manifests import PLAN_FILE
 from exporter.pipeline import Step, apply_plan, finished, refuse_edited, refuse_overlap, run_step, source_fingerprint
 from exporter.plan import Plan, read_plan
 from exporter.read import open_model
 from exporter.recipe import STEP_FOLDERS, Recipe, VariantRecipe
-from exporter.writers.files import refuse_foreign
+from exporter.writers.files import refuse_foreign, size_text
 from exporter.writers.onnx_quantization import number_format
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def run_recipe(
         return Done(folder=step.folder, fingerprint=manifest.fingerprint)
 
     backends = backends_of(recipe, progress)
-    raise_all(_missing(recipe, backends))
+    raise_all(dry_run_recipe(recipe, output).missing)
     _, result = _carry_out(recipe, output, backends, made, need_weights=True, progress=progress, note=note)
     return result
 
@@ -109,6 +110,7 @@ class ForeseenStep:
     """A step as a dry run sees it."""
 
     name: str
+    folder: Path
     is_there: bool  # complete; False: it would be made, unless the steps before it turn out as they were
     total_bytes: int | None  # of a model or network; None: it is neither
 
@@ -145,14 +147,36 @@ def dry_run_recipe(recipe: Recipe, output: Path) -> DryRun:
     def seen(step: Step) -> Done:
         manifest = finished(step)
         total_bytes = None if step.total_bytes is None else step.total_bytes()
-        steps.append(ForeseenStep(step.name, manifest is not None, total_bytes))
+        steps.append(ForeseenStep(step.name, step.folder, manifest is not None, total_bytes))
         fingerprint = f"that of step {step.key}" if manifest is None else manifest.fingerprint
         return Done(folder=step.folder, fingerprint=fingerprint, is_there=manifest is not None)
 
     backends = backends_of(recipe, progress=None)
     planned, _ = _carry_out(recipe, output, backends, seen, need_weights=False)
     variants = [_foreseen(wanted, planned.get(wanted.name)) for wanted in recipe.variants]
-    return DryRun(variants, steps, _missing(recipe, backends))
+    return DryRun(variants, steps, [*_missing(recipe, backends), *_space_problems(steps, output)])
+
+
+def _space_problems(steps: Sequence[ForeseenStep], output: Path) -> Iterator[FuselageError]:
+    """Whether the models and networks that are yet to be written have room, once they have replaced those before them.
+
+    Engines, which share the networks' files where they can, are not counted, nor is what follows from an analysis.
+    """
+    missing = [step for step in steps if step.total_bytes is not None and not step.is_there]
+    needed = sum(step.total_bytes or 0 for step in missing) - sum(_bytes_of_folder(step.folder) for step in missing)
+    disk = next(path for path in (output.absolute(), *output.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(disk).free
+    if needed > free:
+        yield OutputError(
+            "not enough disk space for the models and networks of the recipe",
+            file=disk,
+            expected=f"{size_text(needed)} free",
+            found=size_text(free),
+        )
+
+
+def _bytes_of_folder(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _foreseen(wanted: VariantRecipe, variant: Variant | None) -> ForeseenVariant:

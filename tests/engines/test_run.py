@@ -346,6 +346,30 @@ def test_a_dry_run_foresees_the_steps_and_their_sizes(
     assert steps_foreseen(recipe) == []
 
 
+def test_a_disk_without_room_is_known_beforehand(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models and networks, less what they replace; the engine of the torch backend would be links."""
+    recipe.write_text("model: model\nvariants: [{name: a, plan: plan.yaml}]\nbench: null\n")
+    steps = dry_run_recipe(read_recipe(recipe, BACKENDS), Path("out")).steps
+    needed = sum(step.total_bytes or 0 for step in steps)
+    room = SimpleNamespace(free=needed)
+    monkeypatch.setattr("engines.run.shutil", SimpleNamespace(disk_usage=lambda folder: room))
+    room.free -= 1
+    (problem,) = dry_run_recipe(read_recipe(recipe, BACKENDS), Path("out")).missing
+    assert problem.problem == "not enough disk space for the models and networks of the recipe"
+    with pytest.raises(OutputError, match="not enough disk space for"):
+        steps_made(recipe)
+    assert not Path("out").exists()
+    room.free += 1
+    assert steps_made(recipe) == ["a: checkpoint", "a: network", "a: engine"]
+    room.free = 0
+    assert steps_made(recipe) == []
+    Path("plan.yaml").write_text("drop_attention: [1, 2]\n")  # without fusing: as many bytes but for the norms
+    with pytest.raises(OutputError, match="not enough disk space for"):
+        steps_made(recipe)
+    room.free = 10_000
+    assert steps_made(recipe) == ["a: checkpoint", "a: network", "a: engine"]
+
+
 def test_a_dry_run_does_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     variants = [{"name": "source"}, {"name": "fused", "plan": {"fuse": [[42, 50], [53, 69]]}}]
