@@ -119,7 +119,7 @@ def transform(
     type=Real(50, 100),
     help="Clip activations at this percentile, e.g. 99.9; nowhere if not given.",
 )
-@click.option("--kv-cache", type=click.Choice(["fp8", "int8"]), help="Also quantize the KV cache.")
+@click.option("--kv-cache", type=click.Choice(["fp8"]), help="Also quantize the KV cache.")  # no folder says INT8
 @click.option("--exclude", multiple=True, help="Leave linears alone, e.g. 'blocks.0.*'. Repeat it for more.")
 @click.option(
     "--layout",
@@ -176,7 +176,7 @@ def quantize(
     from exporter.quantize import error_files, errors_summary, split_windows
     from exporter.quantize import quantize as quantize_graph
     from exporter.text import model_windows
-    from exporter.writers.files import refuse_existing, save_folder
+    from exporter.writers.files import refuse_existing, refuse_full_disk, save_folder
 
     recipe = recipe_with(read_quantization(format_name), kv_cache=kv_cache, exclude=exclude)
     calibrates = recipe.needs_ranges and calibration is None
@@ -213,6 +213,7 @@ def quantize(
     if dry_run:
         carry_out(prospect, dry_run, quiet)
         return
+    refuse_full_disk(output, prospect.files.values())
 
     def save_ranges() -> None:
         if save_calibration is not None and known is not None:
@@ -222,7 +223,7 @@ def quantize(
 
     with resumable(resume is not None):
         if calibrates and tokens is not None and text is not None:
-            with step_progress(quiet) as progress:
+            with step_progress(quiet, lines=True) as progress:
                 known = calibrate(
                     checkpoint.graph,
                     tokens,
@@ -230,11 +231,12 @@ def quantize(
                     percentile=percentile,
                     device=device,
                     work=resume,
-                    progress=progress and (lambda done, total: progress(done, total, "calibration")),
+                    progress=progress
+                    and (lambda done, total: progress(done, total, f"calibration on {tokens.size:,} tokens")),
                 )
         if resume is None:  # else it is safe there, and the same command would find the folder in its way
             save_ranges()
-        with step_progress(quiet) as progress:
+        with step_progress(quiet, lines=True) as progress:
             found = quantize_graph(
                 graph,
                 recipe,
@@ -249,7 +251,7 @@ def quantize(
         save_ranges()
     if report_path is not None and aside is not None and text is not None:
         source = f"{format_name}, {model.name}, {aside.size:,} tokens of {text.name}"
-        with step_progress(quiet) as progress:
+        with step_progress(quiet, lines=True) as progress:
             files = error_files(found, graph, aside, source=source, device=device, progress=progress)
         save_folder(report_path, files.items(), kind="quantization", details=details, force=force)
         if not quiet:
@@ -355,12 +357,14 @@ def distill(
     from exporter.pipeline import checkpoint_writing, distilled_writing, refuse_overlap, source_fingerprint
     from exporter.read import open_model
     from exporter.text import model_windows
+    from exporter.writers.files import refuse_full_disk
 
     checkpoint, graph = open_planned(model, plan_path, norm)
     original = open_model(teacher, need_weights=True)
     for folder in [teacher, *([resume] if resume else [])]:
         refuse_overlap(folder, output)
-    checkpoint_writing(checkpoint, graph, output, details={}, force=force)  # what cannot be written is not trained
+    prospect = checkpoint_writing(checkpoint, graph, output, details={}, force=force)
+    refuse_full_disk(output, prospect.files.values())  # what cannot be written is not trained
     tokens = model_windows(text, checkpoint, original, context=context, max_windows=max_windows)
     settings = Settings(steps=steps or steps_of(epochs, len(tokens), how["batch"]), **how)
     with (

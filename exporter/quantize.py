@@ -141,7 +141,11 @@ def error_files(
     errors = linear_errors(
         quantized.smoothed, quantized.graph, tokens, device=device, progress=_telling(progress, "errors")
     )
-    cells = [] if quantized.ranges is None else compare_smoothing(plain, quantized.ranges, tokens, device=device)
+    cells = []
+    if quantized.ranges is not None:
+        cells = compare_smoothing(
+            plain, quantized.ranges, tokens, device=device, progress=_telling(progress, "schemes of wide FFNs")
+        )
     described = {
         "source": source,
         "tokens": tokens.size,

@@ -237,7 +237,9 @@ def _download_hint(path: Path) -> str:
     """A way to a model that is not here, with the command if its path may be a name on the Hugging Face Hub."""
     hint = "models are read from this machine, none is downloaded"
     name = re.fullmatch(r"(?:https?:/+huggingface\.co/)?([\w.-]*\w/[\w.-]+)", str(path), re.ASCII)
-    return hint if name is None else f"{hint}: hf download {name[1]} --local-dir {Path(name[1]).name}"
+    if name is None or path.parent.is_dir():  # of our folders, not an organization
+        return hint
+    return f"{hint}: hf download {name[1]} --local-dir {Path(name[1]).name}"
 
 
 def _refuse_other_weights(folder: Path | None) -> None:

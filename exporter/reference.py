@@ -177,7 +177,7 @@ class Reference:
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The residual stream before the first block: int64 [B, S] -> [B, S, D]."""
         input_ids = input_ids.to(self.device)
-        if self._kept is not None or self.graph.lm_head is None:
+        if self._kept is not None or "embedding" in self._ends:  # a tied head may have brought it
             return F.embedding(input_ids, self._end("embedding", self.graph.embedding))
         ids, where = input_ids.unique(return_inverse=True)
         rows = [torch_from_numpy(self.graph.embedding.rows(i, i + 1), self.device, self.dtype) for i in ids.tolist()]

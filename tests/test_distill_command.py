@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,22 +22,17 @@ from exporter.passes.drop_attention import drop_attention
 from exporter.passes.fuse_ffn import fuse_ffn
 from exporter.read import open_model
 from exporter.writers.files import check_folder
+from tests.checkpoints import saved_model, word_tokenizer, write_words
 from tests.command_line import call, done
-from tests.exporter.analysis.test_evaluate import word_tokenizer
 from tests.exporter.test_distill import assert_same_updates, everything
 
 ROOT = Path(__file__).parent.parent
 
 
-def save_llama(folder: Path, *, vocab_size: int = 307, seed: int = 0) -> Path:
-    config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=vocab_size, max_position_embeddings=128, initializer_range=0.3,
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+def save_llama(folder: Path, *, vocab_size: int = 307) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 256, "num_hidden_layers": 6, "max_position_embeddings": 128}
+    saved_model(folder, "Llama", {**sizes, "vocab_size": vocab_size})
     word_tokenizer(folder, 300)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +40,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama of six layers, a plan and a text."""
     folder = tmp_path_factory.mktemp("distill")
     save_llama(folder / "llama")
-    words = np.random.default_rng(0).integers(0, 300, 800)
-    (folder / "text.txt").write_text(" ".join(f"w{word}" for word in words))
+    write_words(folder / "text.txt", 800, 300)
     (folder / "plan.yaml").write_text("drop_attention: [[2, 4]]\nfuse: [[2, 3]]\n")
     return folder
 
@@ -165,6 +160,14 @@ def test_what_is_refused_ends_with_code_2_one_message_and_nothing_new(case: str,
     assert message in result.output
     assert "Traceback" not in result.output
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_is_found_before_it_trains(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exporter.distill.distill", None)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    result = call(*arguments(work, output=tmp_path / "out"))
+    assert (result.exit_code, "not enough disk space" in result.output) == (2, True), result.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_gpu_that_is_not_there_is_refused(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

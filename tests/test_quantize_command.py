@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,22 +15,17 @@ from exporter.dtypes import FLOAT8_E4M3FN, INT8, DType
 from exporter.graph import linear_names
 from exporter.read import open_model
 from exporter.reference import Reference
-from tests.command_line import call, done
-from tests.exporter.analysis.test_evaluate import word_tokenizer
+from tests.checkpoints import saved_model, word_tokenizer, write_words
+from tests.command_line import call, done, interrupt
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source") / "llama"
-    config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=307, max_position_embeddings=128,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    sizes = {"intermediate_size": 256, "num_hidden_layers": 4, "max_position_embeddings": 128}
+    saved_model(folder, "Llama", sizes)
     word_tokenizer(folder, 307)
-    words = np.random.default_rng(0).integers(0, 307, 400)
-    (folder.parent / "text.txt").write_text(" ".join(f"w{word}" for word in words))
+    write_words(folder.parent / "text.txt", 400, 307)
     (folder.parent / "plan.yaml").write_text("drop_attention: [1, 2]\nfuse: [[1, 2]]\n")
     return folder
 
@@ -60,7 +55,7 @@ def test_a_quantized_folder_opens_again(name: str, dtype: DType, text: bool, mod
     found = Reference(graph).logits(tokens)
     done("transform", model, "--plan", model.parent / "plan.yaml", "-o", tmp_path / "plain")
     expected = Reference(open_model(tmp_path / "plain", need_weights=True).graph).logits(tokens)
-    assert 1e-4 < (found - expected).norm() / expected.norm() < 0.15
+    assert 1e-4 < (found - expected).norm() / expected.norm() < 0.3
 
 
 def test_a_calibration_is_kept_and_serves_what_a_plan_makes(model: Path, tmp_path: Path) -> None:
@@ -94,6 +89,14 @@ def test_options(model: Path, tmp_path: Path) -> None:
     assert described["linears"][0]["relative_error"] > 0
 
 
+def test_work_is_told_line_by_line_where_there_is_no_terminal(model: Path, tmp_path: Path) -> None:
+    plan = ["--plan", model.parent / "plan.yaml", "--report", tmp_path / "report"]
+    told = done("quantize", model, *plan, "--format", "fp8", *on_text(model), "-o", tmp_path / "out").stderr
+    assert re.search(r"^0/4  calibration on [1-9][0-9]* tokens$", told, re.MULTILINE)
+    for last in ("4/4  calibration", "3/3  errors", "16/16  schemes of wide FFNs"):
+        assert f"\n{last}" in told
+
+
 @pytest.mark.parametrize("name", ["fp8", "int8-smoothquant", "int8-weight-only"])
 def test_a_dry_run_knows_the_sizes_without_calibrating(
     name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -106,13 +109,6 @@ def test_a_dry_run_knows_the_sizes_without_calibrating(
     written = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
     assert sizes == {name: written[name] for name in sizes}
     assert written.keys() - sizes.keys() == {"fuselage.manifest.json"}
-
-
-def test_what_cannot_be_written_is_not_calibrated(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exporter.calibration.calibrate", None)
-    arguments = ["--format", "int8-smoothquant", *on_text(model), "--check-for", "mlx-lm"]
-    result = call("quantize", model, *arguments, "-o", tmp_path / "out")
-    assert (result.exit_code, "mlx" in result.output) == (2, True)
 
 
 def test_a_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
@@ -149,7 +145,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(case: str, model: Path, tmp_path: Path) -> None:
+def test_refused_before_it_calibrates(case: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exporter.calibration._measured_block", None)
     arguments, message = REFUSED[case]
     (tmp_path / "bad.yaml").write_text("weights: int8\n")
     (tmp_path / "empty.txt").write_text(" \n")
@@ -161,8 +158,14 @@ def test_refused(case: str, model: Path, tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def interrupt(*_: object, **__: object) -> None:
-    raise KeyboardInterrupt
+def test_a_full_disk_is_found_before_it_calibrates(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exporter.calibration._measured_block", None)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    result = call("quantize", model, "--format", "fp8", *on_text(model), "-o", tmp_path / "new/out")
+    assert (result.exit_code, "not enough disk space" in result.output) == (2, True), result.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_interrupted_after_the_calibration_it_does_not_calibrate_again(

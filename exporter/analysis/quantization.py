@@ -98,8 +98,8 @@ def search_strengths(
     """Choose for every site the alpha with the least output error of the linears that read it, or none at all.
 
     Args:
-        ranges: calibrated; the factors are made from them, so tokens may be a part of what was calibrated on.
-        tokens: int64 [N, S], a few windows.
+        ranges: calibrated; the factors are made from them.
+        tokens: int64 [N, S], a few windows. On what was calibrated on, static ranges look better than they are.
 
     Returns:
         Strengths for `smooth_channels`; sites that are better left alone, or are not quantized, are not in it.
@@ -278,6 +278,7 @@ def compare_smoothing(
     *,
     device: str = "cpu",
     alphas: Mapping[str, float] | None = None,
+    progress: Progress | None = None,
 ) -> list[SmoothingCell]:
     """Compare ways of smoothing on every fused FFN of a graph, on real activations.
 
@@ -287,12 +288,21 @@ def compare_smoothing(
 
     Args:
         alphas: "tensor" and "token" -> SmoothQuant's alpha with such activations; None: 0.65 and 0.5.
+        progress: called with (cells done, cells in all), each cell being three products of wide matrices.
     """
     strengths = alphas or {"tensor": 0.65, "token": 0.5}
-    found = []
+    fused = {
+        index: block.ffn
+        for index, block in enumerate(graph.flat_blocks)
+        if isinstance(block.ffn, FFN) and len(block.ffn.segments) > 1
+    }
+    if not fused:
+        return []
+    total = len(fused) * len(SCHEMES) * len(SMOOTHINGS)
+    found: list[SmoothingCell] = []
     for inputs in inputs_of_blocks(graph, tokens, device=device):
-        ffn = graph.flat_blocks[inputs.index].ffn
-        if not isinstance(ffn, FFN) or len(ffn.segments) < 2:
+        ffn = fused.get(inputs.index)
+        if ffn is None:
             continue
         loaded = inputs.block.ffn
         x, inner = inputs.sites["ffn", NORM], inputs.sites["ffn", DOWN_PROJ]
@@ -302,6 +312,8 @@ def compare_smoothing(
         exact = inner @ loaded.down_proj.weight.T
         for label, dtype, scale in SCHEMES:
             for smoothing in SMOOTHINGS:
+                if progress is not None:
+                    progress(len(found), total)
                 alpha = strengths[scale] if smoothing in ("per channel", "both inputs") else None
                 wide = _WideFFN(loaded, outer_range, inner_range, dtype, scale)
                 if smoothing == "per segment":
@@ -316,6 +328,10 @@ def compare_smoothing(
                         block=inputs.index, scheme=label, smoothing=smoothing, alpha=alpha, relative_error=error
                     )
                 )
+        if len(found) == total:
+            break
+    if progress is not None:
+        progress(total, total)
     return found
 
 
@@ -347,17 +363,17 @@ class _WideFFN:
         shared = None
         if self._dtype == FLOAT8_E4M3FN and self._static:
             shared = scale_from_amax(torch.maximum(self._gate.abs().max(), self._up.abs().max()), self._dtype)
-        gate, up = (fake_quantized(weight, self._dtype, shared) for weight in (self._gate, self._up))
         own = None if shared is None else scale_from_amax(self._down.abs().max(), self._dtype)
-        down = fake_quantized(self._down, self._dtype, own)
         outer, inner = (
             scale_from_amax(ranges.max(), self._dtype) if self._static else None
             for ranges in (self._outer, self._inner)
         )
         rounded = fake_quantized(x / self._outer_factors, self._dtype, outer)
-        gated = ACTIVATIONS[self._ffn.activation](F.linear(rounded, gate, self._ffn.gate_proj.bias))
-        hidden = gated * F.linear(rounded, up, self._up_bias)
-        return fake_quantized(hidden, self._dtype, inner) @ down.T
+        # Each matrix is rounded where it is used: one rounded copy at a time.
+        gated = F.linear(rounded, fake_quantized(self._gate, self._dtype, shared), self._ffn.gate_proj.bias)
+        gated = ACTIVATIONS[self._ffn.activation](gated)
+        hidden = gated * F.linear(rounded, fake_quantized(self._up, self._dtype, shared), self._up_bias)
+        return fake_quantized(hidden, self._dtype, inner) @ fake_quantized(self._down, self._dtype, own).T
 
     @staticmethod
     def _factors(inputs: torch.Tensor, columns: torch.Tensor, alpha: float) -> torch.Tensor:

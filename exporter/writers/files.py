@@ -211,6 +211,26 @@ def refuse_existing(output: Path, *, force: bool) -> None:
     _refuse_unwritable_parent(output)
 
 
+def refuse_full_disk(output: Path, contents: Iterable[Content | bytes]) -> None:
+    """Raise OutputError if the disk of `output` has no room for contents; cheap, for use before long work.
+
+    What dead runs left of the same output is removed: its room can be used.
+    """
+    parents = output.absolute().parents
+    parent = next(path for path in parents if path.is_dir())
+    try:
+        if parent == parents[0]:
+            _remove_stale(parent, _partial_prefix(output))
+        copied = (entry for entry in contents if not (isinstance(entry, FileLink) and entry.is_near(parent)))
+        needed, free = sum(map(bytes_of, copied)), shutil.disk_usage(parent).free
+    except OSError as error:
+        raise _output_error(error, output) from error
+    if needed > free:
+        raise OutputError(
+            "not enough disk space", file=parent, expected=f"{size_text(needed)} free", found=size_text(free)
+        )
+
+
 def refuse_foreign(output: Path, *, deeper: str) -> None:
     """Raise OutputError if folders of ours cannot be put into `output`, or would lie there among other people's files.
 
@@ -388,17 +408,10 @@ def parent_of(output: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _partial_folder(output: Path, contents: Iterable[Content | bytes]) -> Iterator[Path]:
     """Give a marked and locked temporary folder for `contents` beside `output`; remove it unless it was published."""
-    prefix = f".{output.name}.partial-"
     try:
         with parent_of(output) as parent:
-            _remove_stale(parent, prefix)
-            copied = (entry for entry in contents if not (isinstance(entry, FileLink) and entry.is_near(parent)))
-            needed, free = sum(map(bytes_of, copied)), shutil.disk_usage(parent).free
-            if needed > free:
-                raise OutputError(
-                    "not enough disk space", file=parent, expected=f"{size_text(needed)} free", found=size_text(free)
-                )
-            partial, lock = _make_locked(parent, prefix)
+            refuse_full_disk(output, contents)
+            partial, lock = _make_locked(parent, _partial_prefix(output))
             try:
                 (partial / MARKER).touch()
                 yield partial
@@ -408,6 +421,10 @@ def _partial_folder(output: Path, contents: Iterable[Content | bytes]) -> Iterat
                 os.close(lock)
     except OSError as error:
         raise _output_error(error, output) from error
+
+
+def _partial_prefix(output: Path) -> str:
+    return f".{output.name}.partial-"
 
 
 def _make_locked(parent: Path, prefix: str) -> tuple[Path, int]:

@@ -36,6 +36,7 @@ from exporter.writers.files import (
     read_manifest,
     refuse_existing,
     refuse_existing_file,
+    refuse_full_disk,
     save_file,
     save_folder,
 )
@@ -53,6 +54,44 @@ class Pieces:
         for index, piece in enumerate(self.pieces):
             self.before(index)
             yield piece
+
+
+class ShortWrites:
+    """A file that takes `most` bytes in one write, and `room` bytes that it is asked to take in all."""
+
+    def __init__(self, file: Any, most: int, room: int) -> None:
+        self.file, self.most, self.left = file, most, room
+
+    def __enter__(self) -> ShortWrites:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def write(self, view: memoryview) -> int:
+        self.left -= len(view)
+        if self.left < 0:
+            raise no_space()
+        return int(self.file.write(view[: self.most]))
+
+    def fileno(self) -> int:
+        return int(self.file.fileno())
+
+
+def write_shortly(monkeypatch: pytest.MonkeyPatch, *, most: int, room: int) -> None:
+    real_open = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *a, **k: ShortWrites(real_open(self, *a, **k), most, room))
+
+
+class Libc:
+    """A libc whose renameat2 fails."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def renameat2(self, *_: object) -> int:
+        ctypes.set_errno(self.code)
+        return -1
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -390,28 +429,7 @@ def test_a_system_call_that_fails(call: str, tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr(files, "FLUSH_BYTES", 1000)
         monkeypatch.setattr(files, "SYNC_DATA", refuse)
     elif call == "write":
-        real_open = Path.open
-
-        class Full:
-            def __init__(self, file: Any) -> None:
-                self.file, self.left = file, 20_000
-
-            def __enter__(self) -> Full:
-                return self
-
-            def __exit__(self, *_: object) -> None:
-                self.file.close()
-
-            def write(self, view: memoryview) -> int:
-                self.left -= len(view)
-                if self.left < 0:
-                    raise no_space()
-                return int(self.file.write(view[:300]))  # short writes are normal
-
-            def fileno(self) -> int:
-                return int(self.file.fileno())
-
-        monkeypatch.setattr(Path, "open", lambda self, *a, **k: Full(real_open(self, *a, **k)))
+        write_shortly(monkeypatch, most=300, room=20_000)
     else:
         target = files.Path if call == "rename" else files.os
         monkeypatch.setattr(target, call, refuse)
@@ -453,26 +471,8 @@ def test_everything_is_on_the_disk_before_the_folder_appears(tmp_path: Path, mon
 
 
 def test_short_writes_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real_open = Path.open
-
-    class Short:
-        def __init__(self, file: Any) -> None:
-            self.file = file
-
-        def __enter__(self) -> Short:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self.file.close()
-
-        def write(self, view: memoryview) -> int:
-            return int(self.file.write(view[:7]))
-
-        def fileno(self) -> int:
-            return int(self.file.fileno())
-
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", lambda self, *a, **k: Short(real_open(self, *a, **k)))
+        write_shortly(patch, most=7, room=10**6)
         save(tmp_path / "out")
     found = listing(tmp_path / "out")
     assert {name: found[name] for name in EXPECTED} == EXPECTED
@@ -490,38 +490,22 @@ def test_not_enough_space_is_known_before_writing(tmp_path: Path) -> None:
 # --- --force
 
 
-def test_force_replaces_the_whole_folder(tmp_path: Path) -> None:
-    save(tmp_path / "out")
-    save(tmp_path / "out", [("only", b"this")], force=True)
-    assert set(listing(tmp_path)) == {"out/only", f"out/{MANIFEST}"}
-    check_folder(tmp_path / "out", "checkpoint", hashes=True)
-
-
 @pytest.mark.parametrize("exchange", ["in one step", "not known here", "not on this file system"])
-def test_force_where_names_cannot_be_exchanged(exchange: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Libc:
-        def renameat2(self, *_: object) -> int:
-            ctypes.set_errno(errno.EINVAL)
-            return -1
-
+def test_force_replaces_the_whole_folder(exchange: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "out")
     if exchange != "in one step":
-        libc = Libc() if exchange == "not on this file system" else object()
+        libc = Libc(errno.EINVAL) if exchange == "not on this file system" else object()
         monkeypatch.setattr(files.ctypes, "CDLL", lambda *a, **k: libc)
     save(tmp_path / "out", [("only", b"this")], force=True)
     assert set(listing(tmp_path)) == {"out/only", f"out/{MANIFEST}"}
+    check_folder(tmp_path / "out", "checkpoint", hashes=True)
     assert os.listdir(tmp_path) == ["out"]
 
 
 def test_force_that_the_system_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Libc:
-        def renameat2(self, *_: object) -> int:
-            ctypes.set_errno(errno.EPERM)
-            return -1
-
     save(tmp_path / "out")
     before = listing(tmp_path)
-    monkeypatch.setattr(files.ctypes, "CDLL", lambda *a, **k: Libc())
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *a, **k: Libc(errno.EPERM))
     with pytest.raises(OutputError, match=r"out: cannot be written .*not permitted"):
         save(tmp_path / "out", [("only", b"this")], force=True)
     assert listing(tmp_path) == before
@@ -556,18 +540,13 @@ def test_two_runs_for_one_output_the_second_loses(tmp_path: Path) -> None:
     assert set(listing(tmp_path)) == {"out/first", f"out/{MANIFEST}"}
 
 
-def somebody_elses_folder(output: Path) -> None:
-    output.mkdir()
-    (output / "thesis.tex").write_text("years")
-
-
 def link_to_a_folder_of_ours(output: Path) -> None:
     save(output.parent / "elsewhere")
     output.symlink_to(output.parent / "elsewhere")
 
 
 MEANWHILE: dict[str, Callable[[Path], None]] = {
-    "somebody else's folder": somebody_elses_folder,
+    "somebody else's folder": existing_folder,
     "a link": link_to_a_folder_of_ours,
     "a file": lambda output: output.write_text("years") and None,
 }
@@ -608,6 +587,14 @@ def test_leftovers_of_dead_runs_are_removed(name: str, tmp_path: Path) -> None:
     (tmp_path / f".{name}.partial-4").mkdir()
     save(tmp_path / name)
     assert os.listdir(tmp_path) == [name]
+
+
+def test_room_that_dead_runs_take_is_free_before_long_work(tmp_path: Path) -> None:
+    leftover(tmp_path, ".out.partial-1")
+    refuse_full_disk(tmp_path / "new" / "out", [b"x"])
+    assert os.listdir(tmp_path) == [".out.partial-1"]
+    refuse_full_disk(tmp_path / "out", [b"x"])
+    assert not os.listdir(tmp_path)
 
 
 def test_folders_that_only_look_alike_stay(tmp_path: Path) -> None:
@@ -765,10 +752,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(OutputError, match=r"results\.json: output cannot be created: not a folder"):
             attempt()
 
-    def full(fd: int) -> None:
-        raise no_space()
-
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", refuse)
     with pytest.raises(OutputError, match="No space left"):
         save_file(path, b"four", force=True)
     assert path.read_bytes() == b"three"

@@ -489,9 +489,14 @@ def test_paths_that_are_no_model(path: str, tmp_path: Path) -> None:
         ("../org/model", ""),
         ("/org/model", ""),
         ("https://huggingface.co/org/model/tree/main", ""),
+        ("here/Llama-3.1-8B", ""),  # this folder is there
     ],
 )
-def test_a_name_on_the_hub_is_no_folder(path: str, command: str) -> None:
+def test_a_name_on_the_hub_is_no_folder(
+    path: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
     with pytest.raises(CheckpointError, match=r"no such model folder\. .* none is downloaded") as refusal:
         open_model(Path(path), need_weights=True)
     assert str(refusal.value).partition("none is downloaded")[2] == command

@@ -31,7 +31,7 @@ from exporter.passes.smooth_channels import Strengths, smooth_channels
 from exporter.quantization import QuantizationRecipe, Smoothing, read_quantization, recipe_with
 from exporter.quantize import error_files, quantize, split_windows
 from exporter.ranges import Ranges
-from exporter.reference import Reference, apply_linear
+from exporter.reference import LoadedBlock, Reference, apply_linear
 from tests.tiny import tiny_graph
 
 CALIBRATION = np.random.default_rng(1).integers(0, 320, (6, 24))
@@ -200,7 +200,10 @@ def test_the_search_leaves_excluded_linears_alone() -> None:
 def test_schemes_against_quantized_graphs(ffn_bias: bool) -> None:
     graph = fused_graph(ffn_bias=ffn_bias)
     ranges = measured(graph)
-    cells = {(c.scheme, c.smoothing): c for c in compare_smoothing(graph, ranges, OTHERS)}
+    told: list[tuple[int, int]] = []
+    found = compare_smoothing(graph, ranges, OTHERS, progress=lambda done, total: told.append((done, total)))
+    assert told == [(done, len(found)) for done in range(len(found) + 1)]
+    cells = {(c.scheme, c.smoothing): c for c in found}
     assert cells.keys() == {(label, smoothing) for label, _, _ in SCHEMES for smoothing in SMOOTHINGS}
     bias = graph.flat_blocks[1].ffn.down_proj.bias  # what it adds is not in the error's denominator
     added = 0 if bias is None else bias.numpy().astype(np.float64)
@@ -221,6 +224,23 @@ def test_schemes_against_quantized_graphs(ffn_bias: bool) -> None:
         error = relative(found, expected)
         assert cells[scheme, smoothing].relative_error == pytest.approx(error, rel=1e-5), (scheme, smoothing)
     assert cells["INT8, static", "per segment"].relative_error < cells["INT8, static", "none"].relative_error
+
+
+def test_blocks_are_run_up_to_the_last_wide_ffn(monkeypatch: pytest.MonkeyPatch) -> None:
+    run: list[int] = []
+    block = Reference.block
+
+    def spy(reference: Reference, index: int) -> LoadedBlock:
+        run.append(index)
+        return block(reference, index)
+
+    monkeypatch.setattr(Reference, "block", spy)
+    for pattern, runs, expected in (("AF F F AF", [(1, 2)], [0, 1]), ("AF F", [], [])):
+        graph = fuse_ffn(tiny_graph(pattern), runs)
+        ranges = measured(graph)
+        run.clear()
+        compare_smoothing(graph, ranges, OTHERS)
+        assert run == expected
 
 
 def test_quantize_and_its_report() -> None:
