@@ -124,7 +124,7 @@ def missing() -> list[TargetError]:
         importlib.import_module("lm_eval")
     except ImportError:
         way_out = "install it: pip install 'lm_eval[hf]>=0.4.13'"
-        return [TargetError("lm-evaluation-harness is not installed", hint=way_out)]
+        return [TargetError("cannot run tasks: lm-evaluation-harness is not installed", hint=way_out)]
     return []
 
 
