@@ -224,7 +224,8 @@ def test_a_bad_engine_is_one_error(changes, plan, environment, problem, program,
 
 def test_a_benchmark_alone_shows_the_times_of_the_gpu(program, stand_in, tmp_path):
     libraries = ["--library", stand_in, "--cuda-library", stand_in]
-    command = [program, "bench", engine_of(tmp_path, {}), *libraries, "--input-len", "20", "--output-len", "4"]
+    request = ["--input-len", "20", "--output-len", "4", "--rounds", "5"]
+    command = [program, "bench", engine_of(tmp_path, {}), *libraries, *request]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     (cell,) = json.loads(done.stdout)["cells"]
     assert [len(calls) for calls in cell["device_ms"]] == [4] * 5
