@@ -82,7 +82,9 @@ def _foresee(recipe_path: Path, output: Path, quiet: bool) -> None:
         needed = sum(step.total_bytes or 0 for step in found.steps if not step.is_there)
         place = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
         free = size_text(shutil.disk_usage(place).free)
-        sizes = f"; models and networks would take {size_text(needed)}, engines come on top, {free} are free"
+        unknown = [variant.name for variant in found.variants if variant.structure is None]
+        apart = f" without those of {', '.join(unknown)}" if unknown else ""
+        sizes = f"; models and networks{apart} would take {size_text(needed)}, engines come on top, {free} are free"
         click.echo(f"nothing was written{sizes if needed else ''}")
 
 

@@ -18,7 +18,6 @@ Here is the order of the steps. A new one is a function in `engines.run_models` 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,14 +54,14 @@ from engines.run_models import (
     quantization_step,
 )
 from exporter.analysis import tasks
-from exporter.errors import FuselageError, OutputError, raise_all
+from exporter.errors import FuselageError, raise_all
 from exporter.graph import ModelGraph, structure
 from exporter.manifests import PLAN_FILE
 from exporter.pipeline import Step, apply_plan, finished, refuse_edited, refuse_overlap, run_step, source_fingerprint
 from exporter.plan import Plan, read_plan
 from exporter.read import open_model
 from exporter.recipe import STEP_FOLDERS, Recipe, VariantRecipe
-from exporter.writers.files import refuse_foreign, size_text
+from exporter.writers.files import refuse_foreign, space_problems
 from exporter.writers.onnx_quantization import number_format
 
 if TYPE_CHECKING:
@@ -158,21 +157,17 @@ def dry_run_recipe(recipe: Recipe, output: Path) -> DryRun:
 
 
 def _space_problems(steps: Sequence[ForeseenStep], output: Path) -> Iterator[FuselageError]:
-    """Whether the models and networks that are yet to be written have room, once they have replaced those before them.
+    """Whether the models and networks that are yet to be written have room, each beside the one that it replaces.
 
     Engines, which share the networks' files where they can, are not counted, nor is what follows from an analysis.
     """
-    missing = [step for step in steps if step.total_bytes is not None and not step.is_there]
-    needed = sum(step.total_bytes or 0 for step in missing) - sum(_bytes_of_folder(step.folder) for step in missing)
+    needed = kept = 0
+    for step in steps:
+        if step.total_bytes is not None and not step.is_there:
+            needed = max(needed, kept + step.total_bytes)
+            kept += step.total_bytes - _bytes_of_folder(step.folder)
     disk = next(path for path in (output.absolute(), *output.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(disk).free
-    if needed > free:
-        yield OutputError(
-            "not enough disk space for the models and networks of the recipe",
-            file=disk,
-            expected=f"{size_text(needed)} free",
-            found=size_text(free),
-        )
+    yield from space_problems(disk, needed, of="the models and networks of the recipe")
 
 
 def _bytes_of_folder(folder: Path) -> int:

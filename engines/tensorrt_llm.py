@@ -20,7 +20,7 @@ from typing import Annotated, Any
 from engines.base import EngineManifest, Environment, Foreseen, Runner, save_engine
 from engines.machine import version_numbers
 from engines.programs import run_program
-from exporter.errors import EngineError, OutputError, raise_all
+from exporter.errors import EngineError, raise_all
 from exporter.graph import ModelGraph
 from exporter.safetensors_io import read_json
 from exporter.settings import Setting, range_problems
@@ -30,7 +30,7 @@ from exporter.writers.files import (
     check_folder,
     parent_of,
     refuse_existing,
-    size_text,
+    space_problems,
 )
 from exporter.writers.trtllm_config import (
     CHECKPOINT_KIND,
@@ -259,11 +259,7 @@ def _check_settings(settings: BuildSettings, quant_algo: str | None, dtype: str)
 
 def _check_space(manifest: CheckpointManifest, folder: Path) -> None:
     """Engines are about as large as their weights."""
-    needed, free = sum(rank.weight_bytes for rank in manifest.ranks), shutil.disk_usage(folder).free
-    if needed > free:
-        raise OutputError(
-            "not enough disk space", file=folder, expected=f"{size_text(needed)} free", found=size_text(free)
-        )
+    raise_all(list(space_problems(folder, sum(rank.weight_bytes for rank in manifest.ranks), of="the engines")))
 
 
 def _plugins(checkpoint: Path, manifest: CheckpointManifest, settings: BuildSettings) -> dict[str, object]:

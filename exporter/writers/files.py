@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from exporter.errors import CheckpointError, FuselageError, OutputError
+from exporter.errors import CheckpointError, FuselageError, OutputError, raise_all
 from exporter.safetensors_io import read_json
 from exporter.structure import Sealed
 
@@ -222,12 +222,21 @@ def refuse_full_disk(output: Path, contents: Iterable[Content | bytes]) -> None:
         if parent == parents[0]:
             _remove_stale(parent, _partial_prefix(output))
         copied = (entry for entry in contents if not (isinstance(entry, FileLink) and entry.is_near(parent)))
-        needed, free = sum(map(bytes_of, copied)), shutil.disk_usage(parent).free
+        problems = list(space_problems(parent, sum(map(bytes_of, copied))))
     except OSError as error:
         raise _output_error(error, output) from error
-    if needed > free:
-        raise OutputError(
-            "not enough disk space", file=parent, expected=f"{size_text(needed)} free", found=size_text(free)
+    raise_all(problems)
+
+
+def space_problems(folder: Path, needed_bytes: int, *, of: str = "") -> Iterator[OutputError]:
+    """Say that the disk of `folder`, which exists, has no room for something, if so."""
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > free:
+        yield OutputError(
+            "not enough disk space" + (f" for {of}" if of else ""),
+            file=folder,
+            expected=f"{size_text(needed_bytes)} free",
+            found=size_text(free),
         )
 
 
