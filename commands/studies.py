@@ -280,8 +280,8 @@ def _evaluate_text(
     click.echo(f"perplexity {found.perplexity:.4f} over {found.tokens:,} tokens in windows of {context}")
     if found.reference_perplexity is not None:
         click.echo(f"reference perplexity {found.reference_perplexity:.4f}")
-        click.echo(f"KL(reference || model) {found.kl_divergence:.5f} nats per token")
-        click.echo(f"top-1 agreement {100 * (found.top1_agreement or 0):.2f} %")
+        click.echo(f"KL(reference || model) {found.kl_divergence:.5f} nats per token, over {tokens.size:,} positions")
+        click.echo(f"top-1 agreement {100 * (found.top1_agreement or 0):.2f} %, over the same")
     return found.to_json()
 
 
@@ -312,7 +312,7 @@ def _evaluate_tasks(model: Path, names: Sequence[str], *, quiet: bool, **options
 @click.option(
     "--tp",
     "tp_sizes",
-    default="8",
+    default="1",
     show_default=True,
     type=SIZES,
     help="Tensor-parallel sizes: 1,8, or 1..16 for those of 1,2,4,8,16 that divide the attention heads.",

@@ -34,7 +34,7 @@ def done(*arguments: object) -> str:
 
 
 def test_predict_prints_what_it_rests_on() -> None:
-    output = done("predict", ULTRA, "--format", "fp8", "--price-per-gpu-hour", 2.5)
+    output = done("predict", ULTRA, "--format", "fp8", "--tp", 8, "--price-per-gpu-hour", 2.5)
     assert output.startswith("Predicted, not measured: fp8, KV cache in bfloat16, 1,024 tokens of context.\n")
     assert "23.5 us per sequential sublayer" in output
     row = next(line for line in output.splitlines() if line.startswith("nemotron-ultra-253b"))
@@ -79,7 +79,7 @@ def test_predict_writes_a_sweep(tmp_path: Path) -> None:
 
 
 def test_predict_compares_with_a_reference() -> None:
-    output = done("predict", ULTRA, "--reference", BEFORE, "--format", "fp8", "--kv-cache", "fp8")
+    output = done("predict", ULTRA, "--reference", BEFORE, "--tp", 8, "--format", "fp8", "--kv-cache", "fp8")
     rows = [line.split() for line in output.splitlines() if line.startswith("nemotron")][:2]
     assert [row[0] for row in rows] == ["nemotron-ultra-253b-before-fusion", "nemotron-ultra-253b"]
     assert float(rows[0][5]) / float(rows[1][5]) == pytest.approx(70.92 / 63.38, rel=0.03)
