@@ -187,6 +187,8 @@ class TorchRunner(Runner):
             self._room = None  # the old cache goes before the new one comes, and from PyTorch back to the GPU
             torch.cuda.empty_cache()
             self._room = _Room(self._model, *wanted, self.manifest)
+        else:
+            self._room.clear()
         self._sequences = sequences
 
     def prefill(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -275,6 +277,15 @@ class _Room:
         self.cache: StaticCache = model.new_cache(batch, capacity)
         self.decode = DecodeStep(model, self.cache, batch)
         self.logits = torch.empty((batch, manifest.vocab_size), pin_memory=model.device.type == "cuda")
+
+    def clear(self) -> None:
+        """Zero the cache: a NaN that earlier sequences left there would spread through the mask."""
+        import torch
+
+        for tensor in (*self.cache.keys, *self.cache.values):
+            tensor.zero_()
+        if self.model.device.type == "cuda":  # else the time of the request that follows has the clearing in it
+            torch.cuda.synchronize(self.model.device)
 
 
 def _most_likely(logits: torch.Tensor) -> np.ndarray:

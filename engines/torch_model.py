@@ -205,12 +205,13 @@ def recorded(run: Callable[[], torch.Tensor], warmup: int = 3) -> Callable[[], t
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = run()
+    return partial(_replayed, graph, output, run)
 
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return output
 
-    return replay
+def _replayed(graph: torch.cuda.CUDAGraph, output: torch.Tensor, run: object) -> torch.Tensor:
+    """Replay a graph. It knows its inputs by address alone: `run` is here because it keeps them in memory."""
+    graph.replay()
+    return output
 
 
 class Sublayer(Protocol):

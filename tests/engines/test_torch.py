@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,7 @@ from engines.torch_linear import (
     Rounding,
     linear_on_device,
 )
-from engines.torch_model import Call, TorchModel
+from engines.torch_model import Call, TorchModel, recorded
 from exporter.dtypes import BFLOAT16, FLOAT8_E4M3FN, FLOAT16, FLOAT32, FLOAT64, INT8, DType
 from exporter.errors import CheckpointError, EngineError, FuselageError, OutputError
 from exporter.graph import FFN, Activation, Block, KVQuantization, ModelGraph, map_blocks
@@ -242,6 +243,38 @@ def test_starts_keep_their_room_while_they_ask_for_the_same() -> None:
         rooms.append(runner._room)
     assert rooms[0] is rooms[1]
     assert rooms[1] is not rooms[2]
+
+
+def test_a_start_clears_what_earlier_sequences_left() -> None:
+    """Of a masked position the weight is 0, and 0 times NaN is NaN."""
+    graph = tiny_graph("AF AF")
+    runner = runner_of(graph)
+    run(Recorded(runner, 3))
+    assert runner._room is not None
+    cache = runner._room.cache
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(torch.nan)
+    again = run(Recorded(runner, 3))
+    assert runner._room.cache is cache
+    again.compare(graph)
+
+
+def test_what_a_recorded_graph_reads_stays_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph has addresses and no references: what is freed, the next tensor is written over."""
+    for name, stand_in in {
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "stream": nullcontext,
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "graph": nullcontext,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    x = torch.ones(3)
+    was_read = weakref.ref(x)
+    replay = recorded(partial(torch.add, x, 1))
+    del x
+    assert was_read() is not None
+    assert replay().tolist() == [2, 2, 2]
 
 
 def test_a_cache_goes_back_to_the_gpu_before_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
