@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 from exporter.errors import TargetError
 from plugins.wide_ffn.configs import (
     BUCKETS,
+    FP_FUSION,
     ITEMSIZE,
     MATRICES,
     Norm,
@@ -191,7 +192,12 @@ def compile_variant(variant: Variant, arch: str = "sm_90") -> CompiledKernel:
         compiled = compile_with_triton(
             source_of(variant),
             target=GPUTarget("cuda", ARCHITECTURES[arch], 32),
-            options={"num_warps": tiling.warps, "num_stages": tiling.stages, "maxnreg": tiling.registers},
+            options={
+                "num_warps": tiling.warps,
+                "num_stages": tiling.stages,
+                "maxnreg": tiling.registers,
+                "enable_fp_fusion": FP_FUSION,
+            },
         )
         metadata = compiled.metadata
         if metadata.global_scratch_size or metadata.profile_scratch_size:

@@ -48,6 +48,9 @@ MOST_REGISTERS = 255  # of a thread
 FLIGHT_BYTES = 128 << 10
 MOST_STAGES = 8
 MIN_STEPS = 8
+# Whether a product and a sum may become one fused multiply-add, said with every launch and every compilation: what is
+# tested has them, and Triton's own answer, yes up to 3.9, is to be no from 3.10 on.
+FP_FUSION = True
 LONGEST_INT8_SUM = 2**31 // 128**2 - 1  # products of codes that surely fit in 32 bits
 Norm = Literal["before", "inside"]
 

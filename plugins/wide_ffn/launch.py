@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from plugins.wide_ffn import kernels
-from plugins.wide_ffn.configs import Config, ceil_div, config_for, norm_by_rule, norm_depth
+from plugins.wide_ffn.configs import FP_FUSION, Config, ceil_div, config_for, norm_by_rule, norm_depth
 
 
 def wide_ffn_by_kernels(
@@ -135,7 +135,8 @@ def wide_ffn_by_kernels(
 
 def _entry(kernel: Any, grid: tuple[int, ...], device: torch.device) -> Callable[..., Any]:
     """What launches a kernel on a device, or only compiles it."""
-    return partial(kernel.warmup, grid=grid) if device.type == "meta" else kernel[grid]
+    launched = partial(kernel.warmup, grid=grid) if device.type == "meta" else kernel[grid]
+    return partial(launched, enable_fp_fusion=FP_FUSION)
 
 
 def _is_per_row(scale: torch.Tensor | None) -> bool:

@@ -113,14 +113,15 @@ def _outputs(trtp: Any, op: CustomOp, shapes: list[tuple[Any, ...]]) -> tuple[An
     return tuple(trtp.from_shape_expr(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
 
 
-def _implement_up(trtp: Any, number_format: _Format, tensors: dict[str, Any], epsilon: float) -> tuple[Any, ...]:
+def _implement_up(trtp: Any, number_format: _Format, tensors: dict[str, Any], epsilon: Any) -> tuple[Any, ...]:
     x, gate = tensors["x"], tensors["gate"]
     width, hidden = (_known(size) for size in gate.shape_expr)
     config = number_format.config(hidden, width, _most_tokens(x))
     scale, other = (_scale(tensors.get(name)) for name in ("gate_scale", "up_scale"))
     if scale != other:
         raise TargetError("the scales of gate and up are of one kind", expected=scale, found=other)
-    kernel = _compiled(number_format.variant("gate_up", config, hidden, width, scale=scale, epsilon=epsilon))
+    variant = number_format.variant("gate_up", config, hidden, width, scale=scale, epsilon=epsilon.item())
+    kernel = _compiled(variant)
     launch = trtp.KernelLaunchParams(config.programs, 1, 1, 32 * kernel.warps, 1, 1, kernel.shared_bytes)
     return kernel.entry, kernel.ptx, launch, _integers(trtp, x.shape_expr[0], hidden, width)
 
@@ -180,9 +181,14 @@ def _register(
     trtp: Any, op: CustomOp, number_format: _Format, describe: Callable[..., Any], implement: Callable[..., Any]
 ) -> None:
     """Give TensorRT functions with the parameters of `op`, by name: it looks at their signatures."""
+    import numpy as np
+    import numpy.typing as npt
+
     names = [one.name for one in op.inputs]
     tensors = dict.fromkeys(names, trtp.TensorDesc)
-    attributes = {attribute.name: attribute.type for attribute in op.attributes}
+    # As arrays of one number, which is how the parser hands them on: up to 11.0 at least, TensorRT would make a float
+    # of one by `float(array)`, which NumPy refuses from 2.4 on.
+    attributes = {attribute.name: npt.NDArray[np.float32] for attribute in op.attributes}
     outputs = types.GenericAlias(tuple, (trtp.TensorDesc,) * len(op.outputs))
     name = f"{op.namespace}::{op.name}"
 

@@ -73,7 +73,7 @@ class Registry:
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
-    """What a plugin says of a call: output dtypes and shapes, the formats it takes, its kernel and how to launch it.
+    """What a plugin says of a call: output dtypes and shapes, formats and attributes, its kernel and how to launch it.
 
     A case has the plugin's `name`, its `attributes`, its `inputs` as (dtype, shape, largest shape), and whether to
     `compile`.
@@ -103,6 +103,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         "outputs": [[dtype.name, shape] for dtype, shape in zip(output_types, shapes, strict=True)],
         "formats": [[one.type.name, one.format.name] for one in formats],
         "tactics": plugin.get_valid_tactics(),
+        "fields": [[field.name, field.type.name] for field in CREATORS[case["name"]].field_names],
     }
     return found | kernel(plugin, exprs, described) if case["compile"] else found
 

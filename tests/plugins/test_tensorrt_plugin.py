@@ -94,6 +94,9 @@ def test_every_plugin_describes_its_outputs(probe: Probe) -> None:
         dtypes = [item.dtypes[0] for item in half.inputs] + [item.dtype for item in half.outputs]
         assert one["formats"] == [[TYPES[dtype], "LINEAR"] for dtype in dtypes]
         assert one["tactics"] == []  # the default one alone
+        # As the parser makes them: arrays. A plain float would be FLOAT64, and in older versions an error with
+        # NumPy 2.4.
+        assert one["fields"] == [[attribute.name, "FLOAT32"] for attribute in half.attributes]
 
 
 @pytest.mark.parametrize("tokens", [16, WIDE_FFN_MOST_TOKENS])

@@ -115,6 +115,14 @@ def test_norm(compiled: dict[str, CompiledKernel], variant: Variant) -> None:
     assert "ld.global.v4" in kernel.ptx
 
 
+def test_fused_multiply_adds_are_not_left_to_triton(
+    compiled: dict[str, CompiledKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its default changes with Triton 3.10."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    assert compile_variant(NORMS[0]).ptx == compiled[NORMS[0].name].ptx
+
+
 @pytest.mark.parametrize("variant", FAST_PATH, ids=lambda variant: variant.name)
 def test_schedulers_have_time_to_spare(compiled: dict[str, CompiledKernel], variant: Variant) -> None:
     """While weights arrive at the full rate of an H200's memory; the bounds are what each kind of kernel must do."""

@@ -26,9 +26,12 @@ FORMATS = [("bfloat16", "none"), ("float8_e4m3fn", "static"), ("int8", "static")
 SIZES = [(64, 96), (4096, 14336), (8192, 28672), (16384, 53248), (16384, 425984), (16384, 524288), (4096, 131071)]
 
 
-# Prints how many kernels tensors without memory compile into Triton's cache, and how many more real ones then do.
+# Prints how many kernels tensors without memory compile into Triton's cache, how many more real ones then do, and what
+# all were compiled with.
 COMPILED_AHEAD = """
+import json
 import os
+from pathlib import Path
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -54,6 +57,8 @@ for kernel in (kernels.norm, kernels.gate_up, kernels.down):
     type(kernel).__getitem__ = lambda kernel, grid: lambda *args, **options: kernel.warmup(*args, grid=grid, **options)
 wide_ffn_by_kernels(*problem.arguments(torch.device("cpu")), config=config)
 print(entries() - ahead)
+files = Path(knobs.cache.dir).rglob("[ngd]*.json")
+print(*{json.loads(file.read_text()).get("enable_fp_fusion") for file in files} - {None})
 """
 
 
@@ -269,17 +274,17 @@ class TestTuner:
         assert tune.graph_us(calls, replays=3) == 500.0
 
     def test_compiled_ahead_is_what_a_launch_takes(self, tmp_path: Path) -> None:
-        """Tensors without memory compile into Triton's cache what real ones then find there."""
+        """Tensors without memory compile into Triton's cache what real ones then find there, whatever its defaults."""
         pytest.importorskip("triton")
         done = subprocess.run(
             [sys.executable, "-c", COMPILED_AHEAD],
             cwd=ROOT,
-            env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
+            env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "0"},
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.split() == ["3", "0"]
+        assert done.stdout.split() == ["3", "0", "True"]
 
     def test_a_new_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def tuned(problem: tune.Problem, norm: Norm, *, pool: object) -> dict:
