@@ -1,8 +1,8 @@
 """Timing engines against each other: one worker process per engine, rounds interleaved.
 
 Why processes: load time and peak memory are then one engine's own. Why interleaved: a machine that slows down, or a
-neighbour that comes and goes, hurts every engine alike; the order rotates so that no engine always runs after the same
-one. What a worker is does not matter here, only the lines it speaks (`engines.worker`).
+neighbour that comes and goes, hurts every engine alike; the order changes so that each engine runs about equally often
+after each (`balanced_orders`). What a worker is does not matter here, only the lines it speaks (`engines.worker`).
 
 An engine whose worker fails once there are samples is left out of further turns; what was measured is kept.
 """
@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
@@ -26,13 +27,14 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from engines.base import EngineManifest, read_engine_manifest
-from engines.machine import cpu_name
+from engines.machine import cpu_name, gpus_now
 from engines.profiling import profile_engine, profiler_problems
 from engines.results import (
     MAX_TOKENS,
     Cell,
     EngineResult,
     Environment,
+    GpuState,
     RequestShape,
     Results,
     Stopped,
@@ -160,6 +162,7 @@ def bench_engines(
                         sample = turn.time(run)
                         if round_index >= warmup:
                             record.keep(turn.label, shape, sample)
+                record.look_at_gpus()
                 for turn in workers:
                     if not turn.is_ended:
                         with record.stopping(turn.label):
@@ -179,6 +182,7 @@ def bench_engines(
             warmup_rounds=warmup,
             seed=seed,
             interleaved=not one_at_a_time,
+            gpus=record.gpus,
             utc=began,
         ),
         engines=record.engines,
@@ -186,18 +190,51 @@ def bench_engines(
     )
 
 
+def balanced_orders(count: int) -> Iterator[tuple[int, ...]]:
+    """Yield the order of 0 to `count` - 1 (at least one) in each round, without end; each follows each equally often.
+
+    The orders are rows of a Williams square, all of which come before one comes again. After that many rounds, which
+    are `count` or, where it is odd, twice as many, everyone had every place and came right after every other equally
+    often. Between rounds: of the rows that are left, the next begins with what has followed the last of the round
+    before least often, itself included. Of two that makes ABBA.
+
+    Source: Williams, "Experimental designs balanced for the estimation of residual effects of treatments", Australian
+    Journal of Scientific Research A 2 (1949), 149-168.
+    """
+    # 0, 1, -1, 2, -2, ...: the differences of neighbours are all different, modulo an even count.
+    zigzag = [(index + 1) // 2 if index % 2 else -(index // 2) for index in range(count)]
+    rows = [tuple((start + offset) % count for offset in zigzag) for start in range(count)]
+    rows += [row[::-1] for row in rows] if count % 2 else []
+    followed: Counter[tuple[int, int]] = Counter()  # (who, by whom) -> how often
+    before: tuple[int, ...] = ()
+    while True:
+        left = list(rows)
+        while left:
+            row = min(left, key=lambda row: followed[before[-1], row[0]] if before else 0)
+            left.remove(row)
+            followed.update(itertools.pairwise((*before[-1:], *row)))
+            before = row
+            yield row
+
+
 def _turns(
     grid: Sequence[RequestShape], rounds: int, workers: Sequence[_Worker]
 ) -> Iterator[tuple[RequestShape, int, _Worker]]:
-    """Yield whose turn it is at which request, round by round; each round begins with the next of the workers.
+    """Yield whose turn it is at which request, round by round, in balanced orders.
 
-    A worker that has ended meanwhile has no more turns.
+    A worker that has ended meanwhile has no more turns, and those of the others are balanced anew.
     """
-    for shape, round_index in itertools.product(grid, range(rounds)):
-        present = [turn for turn in workers if not turn.is_ended]
-        first = round_index % max(1, len(present))
-        for turn in (*present[first:], *present[:first]):
-            yield shape, round_index, turn
+    for shape in grid:
+        present: list[_Worker] = []
+        orders: Iterator[tuple[int, ...]] = iter(())
+        for round_index in range(rounds):
+            left = [turn for turn in workers if not turn.is_ended]
+            if not left:
+                return
+            if left != present:
+                present, orders = left, balanced_orders(len(left))
+            for index in next(orders):
+                yield shape, round_index, present[index]
 
 
 class _Record:
@@ -209,6 +246,7 @@ class _Record:
         self._rounds = rounds
         self._samples: dict[tuple[str, RequestShape], list[Sample]] = {}
         self.clocks: set[str] = set()
+        self.gpus: tuple[GpuState, ...] = ()
 
     @property
     def engines(self) -> tuple[EngineResult, ...]:
@@ -233,6 +271,11 @@ class _Record:
         """Take down what a worker says once its engine is open."""
         self.learn(label, **ready.model_dump(include=KNOWN_WHEN_READY))
         self.clocks.add(ready.clock)
+
+    def look_at_gpus(self) -> None:
+        """Take down the state of the machine's GPUs, if an engine is on one: how fast they are while they work."""
+        if any(engine.device != "cpu" for engine in self.engines):
+            self.gpus = tuple(GpuState.model_validate(gpu) for gpu in gpus_now())
 
     def keep(self, label: str, shape: RequestShape, sample: Sample) -> None:
         """Keep the sample of an engine's next round."""
@@ -529,9 +572,10 @@ def environment_here(
     threads: int | None,
     pinned_cpus: tuple[int, ...] | None,
     warmup_rounds: int,
-    seed: int,
+    seed: int | None,
     utc: datetime,
     interleaved: bool = True,
+    gpus: tuple[GpuState, ...] = (),
 ) -> Environment:
     """Return this machine, its software and the settings of one benchmark."""
     import psutil
@@ -548,6 +592,7 @@ def environment_here(
         warmup_rounds=warmup_rounds,
         seed=seed,
         interleaved=interleaved,
+        gpus=gpus,
         utc=utc,
         # Arguments are bytes to the system; what is not UTF-8 in them could not be written as JSON.
         command=tuple(os.fsencode(word).decode(errors="replace") for word in sys.orig_argv),

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 SYSTEM_CPUS = Path("/sys/devices/system/cpu")
+# What `gpus_now` calls it -> what nvidia-smi does (`nvidia-smi --help-query-gpu`).
+GPU_TEXTS = {"name": "name", "driver": "driver_version"}
+GPU_NUMBERS = {
+    "sm_clock_mhz": "clocks.current.sm",
+    "max_sm_clock_mhz": "clocks.max.sm",
+    "memory_clock_mhz": "clocks.current.memory",
+    "power_limit_w": "power.limit",
+}
+NVIDIA_SMI_S = 20.0  # without a persistent driver it loads the driver first
 
 
 def cpu_name() -> str:
@@ -38,6 +49,37 @@ def _core_of(cpu: int) -> str:
     """What all CPUs of one core have in common: the list of them; the number alone where the system does not tell."""
     siblings = SYSTEM_CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list"
     return siblings.read_text() if siblings.exists() else str(cpu)
+
+
+def gpus_now() -> list[dict[str, str | float | None]]:
+    """Return what nvidia-smi says of every NVIDIA GPU at this moment: its name, driver, clocks and power limit.
+
+    None is what it does not tell; empty where there is no such program, or it fails.
+    """
+    fields = ",".join((GPU_TEXTS | GPU_NUMBERS).values())
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=NVIDIA_SMI_S
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    lines = csv.reader(done.stdout.splitlines(), skipinitialspace=True) if done.returncode == 0 else ()
+    return [_gpu(line) for line in lines if len(line) == len(GPU_TEXTS | GPU_NUMBERS)]
+
+
+def _gpu(line: list[str]) -> dict[str, str | float | None]:
+    told = dict(zip(GPU_TEXTS | GPU_NUMBERS, line, strict=True))
+    return {name: _number(text) if name in GPU_NUMBERS else text for name, text in told.items()}
+
+
+def _number(text: str) -> float | None:
+    """Of "[N/A]" and the like, None."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if 0 <= number < 1e6 else None
 
 
 def version_numbers(text: str) -> tuple[int, ...]:

@@ -196,6 +196,12 @@ def _notes(
         old, new = getattr(before.environment, what), getattr(after.environment, what)
         if old != new:
             yield f"The runs differ in {what}: {old} before, {new} after."
+    gpus_before, gpus_after = (
+        "; ".join(sorted({f"{gpu.name}, driver {gpu.driver}" for gpu in results.environment.gpus}))
+        for results in (before, after)
+    )
+    if gpus_before and gpus_after and gpus_before != gpus_after:  # older files do not know theirs
+        yield f"The runs differ in gpus: {gpus_before} before, {gpus_after} after."
     for label, (first, second) in engines.items():
         if first.structure.blocks != second.structure.blocks:
             yield f"Engine {label} has another structure than before."

@@ -47,6 +47,7 @@ from engines.report_words import (
     joined,
     named,
     pace_of,
+    ratio_text,
     shortened,
     spread_text,
 )
@@ -55,6 +56,7 @@ from engines.results import (
     EngineResult,
     Environment,
     EvaluatedModel,
+    GpuState,
     RequestShape,
     Spread,
     Statistics,
@@ -331,7 +333,7 @@ def _speed_words(baseline_ms: float, pace_ms: float, interval: RatioInterval | N
     faster = baseline_ms / pace_ms
     if is_same(faster):
         return "as fast", ""
-    words = f"{faster:.2f}× faster" if faster > 1 else f"{1 / faster:.2f}× slower"
+    words = f"{ratio_text(faster)}× faster" if faster > 1 else f"{ratio_text(1 / faster)}× slower"
     return words, "within the noise" if is_same(faster, interval) else ""
 
 
@@ -370,7 +372,7 @@ def _tile(
     return {
         "engine": engine,
         "cost": cost,
-        "number": f"{max(faster, 1 / faster):.2f}×",
+        "number": f"{ratio_text(max(faster, 1 / faster))}×",
         "words": f"{words} {what}",
         "interval": interval_text(shown) + (doubt and f", {doubt}"),
         "detail": f"{digits(pace)} ms, {base.label} {digits(base_ms)} ms",
@@ -383,7 +385,8 @@ def _notes(comparison: Comparison, intervals: Intervals) -> list[str]:
     shown = {engine.label for engine in comparison.engines}
     timed = {label for label, _ in comparison.cells}  # the device of an engine that never opened is what it was told
     environments = [
-        results.environment.model_dump(exclude={"utc", "command", "seed"})
+        results.environment.model_dump(exclude={"utc", "command", "seed", "gpus"})
+        | {"gpus": [(gpu.name, gpu.driver, gpu.power_limit_w) for gpu in results.environment.gpus]}
         for _, results in comparison.sources
         if shown & {engine.label for engine in results.engines}
     ]
@@ -538,9 +541,23 @@ def _environment_items(environments: Sequence[Environment]) -> list[tuple[str, s
         ("Pinned to CPUs", "no" if pinned is None else ", ".join(str(cpu) for cpu in pinned)),
         ("Clock", environment.clock),
         ("Warm-up rounds", str(environment.warmup_rounds)),
-        ("Seed of the input tokens", str(environment.seed)),
+        *((f"GPU {index}", _gpu_text(gpu)) for index, gpu in enumerate(environment.gpus)),
+        ("Seed of the input tokens", "not known" if environment.seed is None else str(environment.seed)),
         ("Began (UTC)", began[0] if len(began) == 1 else f"{began[0]} to {began[-1]}"),
     ]
+
+
+def _gpu_text(gpu: GpuState) -> str:
+    clocks = (("SM clock", gpu.sm_clock_mhz, gpu.max_sm_clock_mhz), ("memory clock", gpu.memory_clock_mhz, None))
+    parts = [f"{gpu.name}, driver {gpu.driver}"]
+    for name, now, most in clocks:
+        if now is not None:
+            parts.append(f"{name} {now:,.0f} MHz" + ("" if most is None else f" of {most:,.0f}"))
+    if len(parts) > 1:
+        parts[-1] += " right after the last request"
+    if gpu.power_limit_w is not None:
+        parts.append(f"power limit {gpu.power_limit_w:,.0f} W")
+    return ", ".join(parts)
 
 
 def _charts(comparison: Comparison, figures: Figures, intervals: Intervals, shape: RequestShape) -> list[Chart]:

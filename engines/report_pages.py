@@ -18,6 +18,7 @@ from markupsafe import Markup
 from engines.charts import SERIES_COLORS, STRIP_COLORS, bar_layout
 from engines.intervals import LEAST_ROUNDS, RESAMPLES
 from engines.markdown import Verbatim, code_block, finalized
+from engines.results import LEAST_STEPS
 from engines.structure_strip import Strip, roles_of
 from engines.throughput import DASHES, curves_in_words
 
@@ -58,6 +59,7 @@ def html_page(context: dict[str, Any], strips: Sequence[tuple[str, Strip]], cont
         in_words=curves_in_words,
         resamples=RESAMPLES,
         least_rounds=LEAST_ROUNDS,
+        least_steps=LEAST_STEPS,
         embedded=[(picture.title, _address(light), _address(dark)) for picture, light, dark in context["pictures"]],
         series_count=len(SERIES_COLORS["light"]),
         downloads=[(name, _json_in_html(content)) for name, content in contents.items()],

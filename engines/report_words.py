@@ -32,10 +32,14 @@ def formatted(values: Sequence[float | None], unit: Unit) -> tuple[str, list[str
     elif unit == "parameters":
         divisor, name = (1e9, "billion") if largest >= 1e9 else (1e6, "million") if largest >= 1e6 else (1.0, "")
     scaled = [None if value is None else value / divisor for value in values]
-    decimals = (
-        0 if unit in ("bytes", "parameters") and divisor == 1 else decimals_for([v for v in scaled if v is not None])
-    )
-    return name, [NOTHING if value is None else f"{value:,.{decimals}f}" for value in scaled]
+    if unit in ("bytes", "parameters") and divisor == 1:
+        return name, [NOTHING if value is None else f"{value:,.0f}" for value in scaled]
+    decimals = decimals_for([value for value in scaled if value is not None])
+    # Far below the largest, a value would be left with less than two digits, if any: then it has decimals of its own.
+    return name, [
+        digits(value) if value is None or abs(value) * 10**decimals < 10 else f"{value:,.{decimals}f}"
+        for value in scaled
+    ]
 
 
 def decimals_for(values: Sequence[float]) -> int:
@@ -45,7 +49,11 @@ def decimals_for(values: Sequence[float]) -> int:
 
 
 def digits(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:,.{decimals_for([value])}f}"
+    if value is None:
+        return NOTHING
+    if 0 < abs(value) < 1e-5:  # six decimals would be nothing but zeros, or nearly
+        return f"{value:.2e}"
+    return f"{value:,.{decimals_for([value])}f}"
 
 
 def spread_text(spread: Spread | None) -> tuple[str, str]:
@@ -97,6 +105,8 @@ def is_same(quotient: float, interval: RatioInterval | None = None) -> bool:
 
 
 def ratio_text(quotient: float) -> str:
+    if 0 < quotient < 0.01:
+        return f"{quotient:.2g}"
     return f"{quotient:.2f}" if quotient < 100 else f"{quotient:,.0f}"
 
 

@@ -36,6 +36,7 @@ RESULTS_SCHEMA: Final = 2  # 2: engines may have `stopped`
 READ_SCHEMAS: Final = (1, 2)
 MAX_RESULTS_BYTES = 64 * 2**20
 MAX_TOKENS = 1_000_000  # timed in one benchmark; with three numbers for each the file has some 40 MiB
+LEAST_STEPS: Final = {50: 1, 90: 10, 99: 100}  # percentile -> of how many: beyond it one is expected, p50 aside
 SHOWN_PROBLEMS = 5
 SHOWN_CHARACTERS = 200
 
@@ -45,6 +46,17 @@ Label = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r
 # Of ms, s or GiB. The bounds are far from anything real, and keep finite whatever is computed from such numbers.
 Duration = Annotated[float, Field(ge=1e-12, le=1e15, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
+
+
+class GpuState(Sealed):
+    """A GPU of the machine, as its driver describes it; None is what it does not tell."""
+
+    name: Text
+    driver: Text  # version
+    sm_clock_mhz: Amount | None  # right after the last request
+    max_sm_clock_mhz: Amount | None
+    memory_clock_mhz: Amount | None  # right after the last request
+    power_limit_w: Amount | None
 
 
 class Environment(Sealed):
@@ -59,8 +71,11 @@ class Environment(Sealed):
     threads: Positive | None  # asked of every runtime; None: the runtime's own choice
     pinned_cpus: tuple[Count, ...] | None  # None: not pinned
     warmup_rounds: Count  # before the rounds that were kept, per cell
-    seed: Annotated[int, Field(ge=0, lt=2**64)]  # of the input tokens
-    interleaved: bool = True  # engines took turns, round by round; else they were timed one after the other
+    seed: Annotated[int, Field(ge=0, lt=2**64)] | None  # of the input tokens; None: another program chose them
+    # Engines took turns, round by round, in the orders of `engines.bench.balanced_orders` (in older files each mostly
+    # after the same one); else they were timed one after the other.
+    interleaved: bool = True
+    gpus: tuple[GpuState, ...] = Field(default=(), max_length=100)  # empty: no engine ran on one, or nobody could tell
     utc: AwareDatetime  # when the benchmark began
     command: tuple[Text, ...]  # the exact command line, word by word
 
@@ -248,7 +263,7 @@ class Spread:
 class Statistics:
     """What one cell's samples say. None where output_len is 1: there is no second token to wait for.
 
-    The steps' percentiles are also None where only whole requests were timed.
+    The steps' percentiles are also None where only whole requests were timed, or fewer than LEAST_STEPS.
     """
 
     rounds: int
@@ -263,26 +278,31 @@ class Statistics:
 
 
 def statistics(cell: Cell) -> Statistics:
-    """Summarize a cell; percentiles interpolate linearly between samples."""
+    """Summarize a cell."""
     request = _spread(cell.request_ms)
     inter_token = _spread(cell.inter_token_ms) if cell.output_len > 1 else None
     steps = np.sort(cell.step_ms, axis=None)
-    ranks = np.multiply((0.5, 0.9, 0.99), steps.size - 1)
-    p50, p90, p99 = np.interp(ranks, range(steps.size), steps).tolist() if steps.size else (None, None, None)
     tokens = cell.batch * cell.output_len
     return Statistics(
         rounds=len(cell.ttft_ms),
         ttft_ms=_spread(cell.ttft_ms),
         request_ms=request,
         inter_token_ms=inter_token,
-        step_p50_ms=p50,
-        step_p90_ms=p90,
-        step_p99_ms=p99,
+        step_p50_ms=_percentile(steps, 50),
+        step_p90_ms=_percentile(steps, 90),
+        step_p99_ms=_percentile(steps, 99),
         output_tokens_per_s_per_user=1000 / inter_token.median if inter_token and inter_token.median else None,
         output_tokens_per_s_total=Spread(
             median=1000 * tokens / request.median, low=1000 * tokens / request.high, high=1000 * tokens / request.low
         ),
     )
+
+
+def _percentile(ordered: np.ndarray, percent: int) -> float | None:
+    """Interpolate linearly between samples in ascending order; None where these are too few."""
+    if ordered.size < LEAST_STEPS[percent]:
+        return None
+    return float(np.interp(percent / 100 * (ordered.size - 1), range(ordered.size), ordered))
 
 
 def ratio(value: float | None, baseline: float | None) -> float | None:
@@ -446,6 +466,8 @@ def refuse_incomplete(results: Results, file: Path) -> None:
 def json_from_results(results: Results) -> bytes:
     """Serialize to UTF-8 JSON, one line per engine, evaluated model and cell so that a diff stays readable."""
     document = results.model_dump(mode="json")
+    if not results.environment.gpus:  # a key that older versions, which read this schema, refuse
+        del document["environment"]["gpus"]
     parts = [f'"results_schema": {document["results_schema"]}', f'"environment": {json.dumps(document["environment"])}']
     for key in ("engines", "evaluated", "cells"):
         lines = ",\n".join(f"  {json.dumps(entry, allow_nan=False)}" for entry in document[key])

@@ -115,7 +115,7 @@ def results_from_trtllm_bench(report: Path, requests: Path, model: Path, *, labe
             threads=None,
             pinned_cpus=None,
             warmup_rounds=warmup,
-            seed=0,
+            seed=None,
             utc=datetime.fromtimestamp(report.stat().st_mtime, timezone.utc),
         ),
         engines=(_engine_result(document, model, label),),

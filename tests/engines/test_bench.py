@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import psutil
 import pytest
 
 from engines.base import EngineManifest, Runner
-from engines.bench import bench_engines, python_worker, request_grid
+from engines.bench import balanced_orders, bench_engines, python_worker, request_grid
 from engines.results import Results, json_from_results, refuse_incomplete, results_from_json
 from engines.worker import Close, Closed, Run, Sample, peak_memory_bytes, serve, timed_request, token_ids
 from exporter.errors import CheckpointError, EngineError, FuselageError, IncompleteError
@@ -229,11 +231,39 @@ def test_engines_are_timed_in_turns_and_samples_kept(tmp_path):
     assert 0.01 < baseline.peak_memory_gib < 2
     assert (results.environment.threads, results.environment.pinned_cpus) == (1, (cpu,))
     assert results.environment.command == tuple(sys.orig_argv)
-    # One warm-up and two kept rounds of each shape, the order rotated from round to round.
+    # One warm-up and two kept rounds of each shape, in an order that changes from round to round.
     first_shape = [text.partition(",")[0] for _, _, text in seen[2:8]]
     assert first_shape == ["baseline", "fused", "fused", "baseline", "baseline", "fused"]
     assert [done for done, _, _ in seen] == [*range(2 + 4 * 3 * 2), 26]
     assert {total for _, total, _ in seen} == {26}
+
+
+@pytest.mark.parametrize("count", range(1, 13))
+def test_every_engine_runs_equally_often_in_every_place_and_after_every_other(count: int) -> None:
+    cycle = count * (1 + count % 2)
+    orders = list(itertools.islice(balanced_orders(count), 4 * cycle))
+    for place in range(count):
+        assert Counter(order[place] for order in orders) == dict.fromkeys(range(count), len(orders) // count)
+    others = list(itertools.permutations(range(count), 2))
+    for start in range(0, len(orders), cycle):
+        within = Counter(pair for order in orders[start : start + cycle] for pair in itertools.pairwise(order))
+        assert within == dict.fromkeys(others, cycle // count)
+    # As the machine sees them: round after round, the last engine of one before the first of the next.
+    all_turns = Counter(itertools.pairwise(itertools.chain(*orders)))
+    often = [all_turns[pair] for pair in others] or [0]
+    assert max(often) - min(often) <= 2
+
+
+def test_orders_of_few_engines() -> None:
+    assert list(itertools.islice(balanced_orders(2), 4)) == [(0, 1), (1, 0), (0, 1), (1, 0)]
+    assert list(itertools.islice(balanced_orders(3), 6)) == [
+        (0, 1, 2),
+        (1, 2, 0),
+        (2, 0, 1),
+        (0, 2, 1),
+        (1, 0, 2),
+        (2, 1, 0),
+    ]
 
 
 def test_engines_are_loaded_one_at_a_time_where_asked(tmp_path):
@@ -292,6 +322,49 @@ def test_an_argument_that_is_not_utf8_does_not_cost_the_samples(tmp_path, monkey
     results = bench_engines([engine_folder(tmp_path, "baseline")], GRID, rounds=1, worker=scripted(tmp_path))
     assert results.environment.command == ("bench", "engines/\ufffd")
     assert results_from_json(json_from_results(results)) == results
+
+
+SMI = """#!/bin/sh
+echo "$@" >> {log}
+echo 'NVIDIA H200, 580.95.05, 1965, 1980, 3201, 700.00'
+echo 'a GPU, without quotes, 580.95.05, [N/A], [N/A], [Unknown Error], nan'
+echo '"NVIDIA, made up", 580.95.05, [N/A], [N/A], [Unknown Error], nan'
+exit {status}
+"""
+
+
+@pytest.mark.parametrize(
+    ("device", "status", "names"),
+    [
+        ("H200", 0, ["NVIDIA H200", "NVIDIA, made up"]),
+        ("H200", 9, []),  # "couldn't communicate with the NVIDIA driver"
+        ("H200", None, []),  # no such program
+        ("cpu", 0, []),  # nobody asks
+    ],
+)
+def test_the_state_of_gpus_is_kept(tmp_path, monkeypatch, device, status, names):
+    log = tmp_path / "log"
+    if status is not None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(SMI.format(log=log, status=status))
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin{os.pathsep}/usr/bin")
+
+    def worker(*arguments):
+        return [part.replace('"device": "x"', f'"device": "{device}"') for part in speaking()(*arguments)]
+
+    engine = engine_folder(tmp_path, "baseline")
+    results = bench_engines([engine], TWO_SHAPES, rounds=2, worker=worker)
+    assert [gpu.name for gpu in results.environment.gpus] == names
+    if names:
+        first, second = results.environment.gpus
+        assert (first.driver, first.sm_clock_mhz, first.max_sm_clock_mhz) == ("580.95.05", 1965, 1980)
+        assert (first.memory_clock_mhz, first.power_limit_w) == (3201, 700)
+        assert set(second.model_dump(exclude={"name", "driver"}).values()) == {None}
+    assert log.exists() == (device != "cpu" and status is not None)
+    written = json_from_results(results)
+    assert (b'"gpus": ' in written) == bool(names)
+    assert results_from_json(written) == results
 
 
 def answering(sample: str) -> dict[str, str]:
@@ -427,7 +500,7 @@ def test_what_was_measured_before_a_worker_ended_is_kept(tmp_path, fault, proble
     assert (baseline.peak_memory_gib, last.peak_memory_gib) == (1, 1)
     # It ended in round 3; the others go on to take turns.
     turns = turns[3 + 3 * 3 :]
-    assert turns[:3] == ["baseline", "fused", "last"]
+    assert turns[:3] == ["baseline", "last", "fused"]
     assert turns[3:] == ["baseline", "last", *["baseline", "last", "last", "baseline"] * 2, "baseline", "last", "done"]
     assert results_from_json(json_from_results(results)) == results
     with pytest.raises(IncompleteError, match=r"out.json: .*incomplete.*\n  fused stopped after 2 of 4 rounds at "):

@@ -19,7 +19,7 @@ from engines.regression import (
     compare_results,
     ratio_interval,
 )
-from engines.results import Cell, Results, Stopped, read_results
+from engines.results import Cell, GpuState, Results, Stopped, read_results
 from exporter.errors import EngineError
 
 DEMO = read_results(Path(__file__).parents[2] / "benchmarks" / "results" / "demo_cpu.json")
@@ -175,6 +175,21 @@ def test_a_narrow_terminal_cuts_nothing_short() -> None:
     console = Console(file=io.StringIO(), width=100)
     console.print(changes_table(compare_results(DEMO, DEMO)))
     assert "…" not in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_another_driver_is_said_where_both_are_known() -> None:
+    before = run(np.random.default_rng(4))
+
+    def with_driver(version: str) -> Results:
+        unknown = dict.fromkeys(("sm_clock_mhz", "max_sm_clock_mhz", "memory_clock_mhz", "power_limit_w"))
+        gpu = GpuState(name="H200", driver=version, **unknown)
+        environment = before.environment.model_copy(update={"gpus": (gpu, gpu)})
+        return before.model_copy(update={"environment": environment})
+
+    old, new = with_driver("1"), with_driver("2")
+    assert "The runs differ in gpus: H200, driver 1 before, H200, driver 2 after." in compare_results(old, new).notes
+    for pair in ((old, old), (before, new), (old, before)):
+        assert not [note for note in compare_results(*pair).notes if "gpus" in note]
 
 
 def test_differences_beside_the_figures_are_said() -> None:

@@ -20,7 +20,7 @@ from engines import charts, throughput
 from engines.charts import axis_ticks
 from engines.markdown import markdown_escaped
 from engines.report import report_from_results
-from engines.report_words import formatted
+from engines.report_words import formatted, ratio_text
 from engines.results import EngineResult, Spread
 from engines.structure_strip import FFN_HEIGHT, layers_text, strips_from_structures
 from exporter.errors import EngineError
@@ -420,6 +420,41 @@ def test_engines_that_took_no_turns_are_said_to_have_taken_none(tmp_path):
             assert bool(re.search("take turns|were timed in turns", text)) == interleaved
 
 
+GPU = {
+    "name": "NVIDIA H200",
+    "driver": "580.95.05",
+    "sm_clock_mhz": 1965,
+    "max_sm_clock_mhz": 1980,
+    "memory_clock_mhz": 3201,
+    "power_limit_w": 700.0,
+}
+UNTOLD = dict.fromkeys(("sm_clock_mhz", "max_sm_clock_mhz", "memory_clock_mhz", "power_limit_w"))
+
+
+def test_gpus_are_described_as_far_as_they_are_known(tmp_path):
+    environment = {**ENVIRONMENT, "gpus": [GPU, {**GPU, **UNTOLD}]}
+    text = rendered(tmp_path, with_changes(environment=environment))["report.md"].decode()
+    assert (
+        "- GPU 0: NVIDIA H200, driver 580.95.05, SM clock 1,965 MHz of 1,980, memory clock 3,201 MHz "
+        "right after the last request, power limit 700 W\n- GPU 1: NVIDIA H200, driver 580.95.05\n"
+    ) in text
+
+
+@pytest.mark.parametrize(("key", "value", "differ"), [("driver", "590.1", True), ("sm_clock_mhz", 1700, False)])
+def test_files_with_other_drivers_differ_in_machine_and_those_with_other_clocks_do_not(tmp_path, key, value, differ):
+    engines = [engine_of(label, FUSED, device="NVIDIA H200") for label in ("baseline", "fused")]
+    documents = [
+        with_changes(
+            engines=[engine],
+            cells=[cell for cell in REALISTIC["cells"] if cell["engine"] == engine["label"]],
+            environment={**ENVIRONMENT, "gpus": [gpu]},
+        )
+        for engine, gpu in zip(engines, [GPU, {**GPU, key: value}], strict=True)
+    ]
+    text = rendered(tmp_path, *documents)["report.md"].decode()
+    assert ("differ in machine or settings" in text) == differ
+
+
 def test_several_files_are_said_to_be_several(tmp_path):
     first = with_changes(engines=ENGINES[:2], cells=[cell for cell in REALISTIC["cells"] if cell["engine"] != "fused"])
     second = with_changes(
@@ -697,10 +732,22 @@ def test_layers_text(layers, text):
         ([0, 0], "bytes", ("bytes", ["0", "0"])),
         ([0.0, 0.0], "number", ("", ["0", "0"])),
         ([-0.0123, -1.5], "number", ("", ["-0.012", "-1.500"])),
+        # Three powers of ten apart: the small ones are not rounded away.
+        ([2.67, 1875450.0], "ms", ("ms", ["2.67", "1,875,450"])),
+        ([0.0004, 2.31], "number", ("", ["0.000400", "2.310"])),
+        ([3.75e-10, 5.33e-10], "tokens/s", ("tokens/s", ["3.75e-10", "5.33e-10"])),
     ],
 )
 def test_numbers_of_a_row_share_unit_and_decimals(values, unit, expected):
     assert formatted(values, unit) == expected
+
+
+@pytest.mark.parametrize(
+    ("quotient", "text"),
+    [(0, "0.00"), (1.4e-6, "1.4e-06"), (0.0042, "0.0042"), (0.012, "0.01"), (1.0, "1.00"), (702725.6, "702,726")],
+)
+def test_ratios_are_never_rounded_to_nothing(quotient, text):
+    assert ratio_text(quotient) == text
 
 
 @pytest.mark.parametrize(

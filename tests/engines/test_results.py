@@ -118,14 +118,42 @@ def test_statistics_by_hand():
     assert Cell(**CELL).inter_token_ms == (3.0, 3.0, 7.0)
     assert figures.inter_token_ms is not None
     assert figures.inter_token_ms.median == 3.0
-    # Sorted steps 2 3 3 4 5 9, linear interpolation at rank q * 5: 2.5 -> 3.5, 4.5 -> 7, 4.95 -> 8.8
+    # Sorted steps 2 3 3 4 5 9, linear interpolation at rank 2.5
     assert figures.step_p50_ms == pytest.approx(3.5)
-    assert figures.step_p90_ms == pytest.approx(7.0)
-    assert figures.step_p99_ms == pytest.approx(8.8)
+    assert (figures.step_p90_ms, figures.step_p99_ms) == (None, None)  # of six
     assert figures.output_tokens_per_s_per_user == pytest.approx(1000 / 3)
     # 2 sequences x 3 tokens in 16, 18 and 25 ms
     assert figures.output_tokens_per_s_total.median == pytest.approx(6000 / 18)
     assert (figures.output_tokens_per_s_total.low, figures.output_tokens_per_s_total.high) == pytest.approx((240, 375))
+
+
+@pytest.mark.parametrize(
+    ("steps", "p50", "p90", "p99"),
+    # Steps of 1, 2, 3, ... ms: at rank q * (n - 1) from 0.
+    [
+        (1, 1, None, None),
+        (9, 5, None, None),
+        (10, 5.5, 9.1, None),
+        (99, 50, 89.2, None),
+        (100, 50.5, 90.1, 99.01),
+        (1000, 500.5, 900.1, 990.01),
+    ],
+)
+def test_percentiles_take_enough_steps(steps, p50, p90, p99):
+    figures = statistics(
+        Cell(
+            engine="a",
+            batch=1,
+            input_len=4,
+            output_len=steps + 1,
+            ttft_ms=(1.0,),
+            step_ms=(tuple(float(step) for step in range(steps, 0, -1)),),
+            request_ms=(1e6,),
+        )
+    )
+    assert [figures.step_p50_ms, figures.step_p90_ms, figures.step_p99_ms] == [
+        expected if expected is None else pytest.approx(expected) for expected in (p50, p90, p99)
+    ]
 
 
 def test_one_output_token_has_no_inter_token_latency():

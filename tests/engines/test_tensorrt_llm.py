@@ -526,6 +526,7 @@ def test_conversion(tmp_path: Path) -> None:
     results = converted(tmp_path)
     results = results_from_json(json_from_results(results))
     (engine,), (cell,) = results.engines, results.cells
+    assert (results.environment.seed, results.environment.warmup_rounds) == (None, 2)  # its prompts are not ours
     assert (engine.backend, engine.device, engine.number_format) == ("tensorrt-llm", "8 x NVIDIA H100 80GB HBM3", "FP8")
     assert engine.kv_bytes_per_token == 2 * 2 * 16  # k and v of two heads of 16, a byte each
     assert (cell.shape, cell.ttft_ms, cell.request_ms, cell.step_ms) == ((1, 128, 3), (5.0, 7.0), (25.0, 27.0), ())
@@ -534,8 +535,9 @@ def test_conversion(tmp_path: Path) -> None:
     assert (found.inter_token_ms.median, found.step_p50_ms) == (10.0, None)
     assert found.output_tokens_per_s_per_user == 100.0
     (tmp_path / "a.json").write_bytes(json_from_results(results))
-    names = [name for name, _ in report_from_results([tmp_path / "a.json"], baseline=None)]
-    assert "report.html" in names
+    files = dict(report_from_results([tmp_path / "a.json"], baseline=None))
+    assert "report.html" in files
+    assert "- Seed of the input tokens: not known\n" in files["report.md"].decode()
 
 
 def test_the_pytorch_backend_says_so(tmp_path: Path) -> None:
