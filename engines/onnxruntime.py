@@ -48,6 +48,7 @@ from exporter.network import (
     LOGITS_INDEX,
     NETWORK_FILE,
     NETWORK_KIND,
+    NEXT_TOKENS,
     POSITION_IDS,
     NetworkManifest,
     NetworkVariant,
@@ -392,6 +393,7 @@ def _session(
         actual = {
             tensor.name: (tensor.type, [size if isinstance(size, int) else None for size in tensor.shape])
             for tensor in found
+            if tensor.name != NEXT_TOKENS  # of networks for TensorRT; nobody reads it here
         }
         for name in {**expected, **actual}:
             if expected.get(name) != actual.get(name):

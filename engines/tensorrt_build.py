@@ -164,6 +164,12 @@ def plan_build(network: Path, settings: BuildSettings) -> BuildPlan:
             expected=f"a cache of fixed capacity, and one of {', '.join(DATA_TYPES)}",
             found=f"capacity {variant.capacity}, {variant.dtype}",
         )
+    if not variant.chooses_tokens:
+        raise EngineError(
+            "not a network of this version: it does not choose the next tokens",
+            file=network / variant.file,
+            hint="export it again",
+        )
     for name in (variant.file, *variant.weight_files):
         if name not in folder.files:
             raise EngineError("the network names a file that is not in its folder", file=network, found=name)

@@ -14,6 +14,7 @@ from exporter.network import (
     INPUT_IDS,
     LOGITS,
     LOGITS_INDEX,
+    NEXT_TOKENS,
     POSITION_IDS,
     CacheSlot,
 )
@@ -81,6 +82,7 @@ def tensors_of(cache: Iterable[CacheSlot], *, dtype: str, batch: int | None, cap
     tensors: Tensors = dict.fromkeys((INPUT_IDS, POSITION_IDS), ("input", "INT64", (b, ANY)))
     tensors |= dict.fromkeys((CACHE_WRITE, LOGITS_INDEX), ("input", "INT64", (b,)))
     tensors[LOGITS] = "output", "FLOAT", (b, vocab_size)
+    tensors[NEXT_TOKENS] = "output", "INT64", (b,)
     for slot in cache:
         shape = b, slot.num_key_value_heads, capacity, slot.head_dim
         for past, present in past_and_present(slot):

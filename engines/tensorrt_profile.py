@@ -110,7 +110,7 @@ def profile_requests(
 
     def call(phase: Phase, run: Callable[[], np.ndarray]) -> np.ndarray:
         profiler.times.clear()
-        tokens = run().argmax(axis=-1)
+        tokens = run()
         if not profiler.times:
             raise EngineError("TensorRT reported the time of no layer")
         calls[phase].append([_execution(name, ms, kernels, slot_blocks) for name, ms in profiler.times])
@@ -120,9 +120,9 @@ def profile_requests(
         if request == 1:
             calls = {"prefill": [], "decode": []}
         runner.start(batch, input_len + output_len)
-        tokens = call("prefill", lambda: runner.prefill(input_ids, np.full(batch, input_len)))
+        tokens = call("prefill", lambda: runner.prefill_greedy(input_ids, np.full(batch, input_len)))
         for _ in range(output_len - 1):
-            tokens = call("decode", lambda last=tokens: runner.decode(last))  # type: ignore[misc]
+            tokens = call("decode", lambda last=tokens: runner.decode_greedy(last))  # type: ignore[misc]
     shapes: dict[Phase, tuple[int, int]] = {"prefill": (input_len, 0), "decode": (1, input_len)}
     return tuple(
         profile_of(

@@ -38,7 +38,7 @@ from engines.tensorrt_engine import (
 from engines.tensorrt_library import failure, make_logger, start
 from exporter.dtypes import BY_NAME
 from exporter.errors import EngineError
-from exporter.network import CACHE_WRITE, INPUT_IDS, LOGITS, LOGITS_INDEX, POSITION_IDS
+from exporter.network import CACHE_WRITE, INPUT_IDS, LOGITS, LOGITS_INDEX, NEXT_TOKENS, POSITION_IDS
 
 ALIGNMENT = 256  # bytes: of every address that TensorRT is given
 
@@ -161,28 +161,16 @@ class TensorRtRunner(Runner):
         self._sequences = sequences
 
     def prefill(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        sequences = self._started()
-        sequences.check_prefill(input_ids, lengths)
-        sequences.check_room(input_ids, lengths)
-        sequences.cache_needed(input_ids.shape[1])
-        longest = self._profiles[PREFILL].tokens[2]
-        if input_ids.shape[1] <= longest:
-            return self._step(input_ids, lengths)
-        logits = np.zeros((sequences.batch, self.manifest.vocab_size), np.float32)
-        for first in range(0, input_ids.shape[1], longest):
-            chunk = input_ids[:, first : first + longest]
-            in_chunk = np.clip(lengths - first, 0, chunk.shape[1])
-            found = self._step(chunk, in_chunk)
-            logits[in_chunk > 0] = found[in_chunk > 0]  # the last that a row has a token in stays
-        return logits
+        return self._prefill(LOGITS, input_ids, lengths)
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
-        sequences = self._started()
-        sequences.check_decode(tokens)
-        sequences.cache_needed(1)
-        logits = self._call(1, lambda inputs: sequences.fill_decode(inputs, tokens))
-        sequences.count_decode()
-        return logits
+        return self._decode(LOGITS, tokens)
+
+    def prefill_greedy(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        return self._prefill(NEXT_TOKENS, input_ids, lengths)
+
+    def decode_greedy(self, tokens: np.ndarray) -> np.ndarray:
+        return self._decode(NEXT_TOKENS, tokens).copy()  # who generates keeps the tokens of every step
 
     def report_layers(self, trt: Any, profiler: Any) -> str:
         """Have the time of every layer reported to a `tensorrt.IProfiler` from now on.
@@ -208,15 +196,39 @@ class TensorRtRunner(Runner):
         self._runtime = None
         self._device.release()
 
-    def _step(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Run one call of S tokens that was checked."""
+    def _prefill(self, wanted: str, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Append `input_ids` in as many calls as it takes; returns a copy of the output `wanted`."""
         sequences = self._started()
-        logits = self._call(input_ids.shape[1], lambda inputs: sequences.fill(inputs, input_ids, lengths))
-        sequences.count(lengths)
-        return logits
+        sequences.check_prefill(input_ids, lengths)
+        sequences.check_room(input_ids, lengths)
+        sequences.cache_needed(input_ids.shape[1])
+        longest = self._profiles[PREFILL].tokens[2]
+        found = self._step(wanted, input_ids[:, :longest], np.minimum(lengths, longest)).copy()
+        for first in range(longest, input_ids.shape[1], longest):
+            chunk = input_ids[:, first : first + longest]
+            in_chunk = np.clip(lengths - first, 0, chunk.shape[1])
+            called = self._step(wanted, chunk, in_chunk)
+            found[in_chunk > 0] = called[in_chunk > 0]  # the last that a row has a token in stays
+        return found
 
-    def _call(self, tokens: int, fill: Callable[[StepInputs], None]) -> np.ndarray:
-        """Run one call of S = `tokens` whose inputs `fill` writes."""
+    def _decode(self, wanted: str, tokens: np.ndarray) -> np.ndarray:
+        """Append `tokens`; returns the output `wanted`, valid until the next call."""
+        sequences = self._started()
+        sequences.check_decode(tokens)
+        sequences.cache_needed(1)
+        found = self._call(wanted, 1, lambda inputs: sequences.fill_decode(inputs, tokens))
+        sequences.count_decode()
+        return found
+
+    def _step(self, wanted: str, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Run one call of S tokens that was checked; returns the output `wanted`, valid until the next call."""
+        sequences = self._started()
+        found = self._call(wanted, input_ids.shape[1], lambda inputs: sequences.fill(inputs, input_ids, lengths))
+        sequences.count(lengths)
+        return found
+
+    def _call(self, wanted: str, tokens: int, fill: Callable[[StepInputs], None]) -> np.ndarray:
+        """Run one call of S = `tokens` whose inputs `fill` writes; only its output `wanted` is copied to the host."""
         name: ProfileName = DECODE if tokens == 1 else PREFILL
         with self._device.working():
             call = self._calls.get(name)
@@ -229,12 +241,13 @@ class TensorRtRunner(Runner):
                 self._enqueue(name)
             else:
                 call.replay()
-            call.host_logits.copy_(call.device_logits, non_blocking=True)
+            output = call.outputs[wanted]
+            output.on_host.copy_(output.on_device, non_blocking=True)
             self._device.synchronize()
             # A step must run as it is before it is captured; not later, for a request that warms up may have but one.
             if name == DECODE and call.replay is None and self._is_capturable:
                 call.replay = self._captured(name)
-        return call.logits
+        return output.on_host.numpy()
 
     def _captured(self, name: ProfileName) -> Callable[[], None]:
         try:
@@ -260,7 +273,7 @@ class TensorRtRunner(Runner):
         """Make the buffers of a call with S = `tokens` and bind them, and each cache as both its past and present."""
         call = _make_call(self._device, batch, tokens, self.manifest.vocab_size)
         context = self._contexts[name]
-        addresses = {LOGITS: call.device_logits.data_ptr(), **call.addresses}
+        addresses = {key: output.on_device.data_ptr() for key, output in call.outputs.items()} | call.addresses
         shapes = {key: buffer.shape for key, buffer in call.inputs.named().items()}
         for slot in self.manifest.cache:
             for past, present in past_and_present(slot):
@@ -361,10 +374,16 @@ class _Call:
     host_inputs: Any  # int64: the four inputs one after the other, each from an aligned place on
     device_inputs: Any  # the same on the device: one copy brings all
     addresses: dict[str, int]  # of each input in `device_inputs`
-    host_logits: Any  # float32 [B, V]
-    logits: np.ndarray  # a view of it
-    device_logits: Any
+    outputs: dict[str, _Output]
     replay: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """Where a step writes what may be wanted of it, and where that is copied to."""
+
+    on_device: Any
+    on_host: Any
 
 
 def _make_call(device: Device, batch: int, tokens: int, vocab_size: int) -> _Call:
@@ -377,7 +396,7 @@ def _make_call(device: Device, batch: int, tokens: int, vocab_size: int) -> _Cal
     host, on_device = device.staging((end,), "int64"), device.zeros((end,), "int64")
     flat = host.numpy()
     views = {name: flat[starts[name] : starts[name] + prod(shape)].reshape(shape) for name, shape in shapes.items()}
-    host_logits = device.staging((batch, vocab_size), "float32")
+    outputs = {LOGITS: ((batch, vocab_size), "float32"), NEXT_TOKENS: ((batch,), "int64")}
     return _Call(
         tokens=tokens,
         inputs=StepInputs(
@@ -389,9 +408,10 @@ def _make_call(device: Device, batch: int, tokens: int, vocab_size: int) -> _Cal
         host_inputs=host,
         device_inputs=on_device,
         addresses={name: on_device.data_ptr() + 8 * start for name, start in starts.items()},
-        host_logits=host_logits,
-        logits=host_logits.numpy(),
-        device_logits=device.zeros((batch, vocab_size), "float32"),
+        outputs={
+            name: _Output(on_device=device.zeros(shape, dtype), on_host=device.staging(shape, dtype))
+            for name, (shape, dtype) in outputs.items()
+        },
     )
 
 

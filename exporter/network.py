@@ -3,7 +3,7 @@
 Shape letters: B = sequences side by side, S = tokens of one call, V = vocab_size, C = cache capacity,
 Hkv = num_key_value_heads of one attention, d = head_dim.
 
-One call appends S tokens to each sequence and returns the logits of one token per sequence:
+One call appends S tokens to each sequence and returns the logits of what follows one of them, of each sequence:
 
 | name            | dtype   | shape          | meaning                                                              |
 |-----------------|---------|----------------|----------------------------------------------------------------------|
@@ -13,6 +13,7 @@ One call appends S tokens to each sequence and returns the logits of one token p
 | `logits_index`  | int64   | [B]            | which of the S tokens the logits are wanted of                       |
 | `past_k_i`, `past_v_i`       | network's | [B, Hkv, C, d] | the cache of KV slot i; finite everywhere (zero-filled)  |
 | `logits`        | float32 | [B, V]         |                                                                      |
+| `next_tokens`   | int64   | [B]            | first of the largest of each row of `logits`; see `chooses_tokens`     |
 | `present_k_i`, `present_v_i` | network's | [B, Hkv, C, d] | `past_*` with the S tokens written; the same buffer     |
 
 A token at position p attends to cache positions <= p, so padding needs no mask of its own: it writes behind its row's
@@ -38,6 +39,7 @@ POSITION_IDS = "position_ids"
 CACHE_WRITE = "cache_write"
 LOGITS_INDEX = "logits_index"
 LOGITS = "logits"
+NEXT_TOKENS = "next_tokens"
 
 # A file directly in the folder: network definitions name their weight files by relative path.
 FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$"
@@ -80,6 +82,11 @@ class NetworkVariant(Sealed):
         """Custom ops in place of standard ones, of `exporter.writers.onnx_options.PLUGINS`."""
         return tuple(self.options.get("plugins", ()))
 
+    @property
+    def chooses_tokens(self) -> bool:
+        """Whether there is an output `next_tokens`."""
+        return bool(self.options.get("choose_tokens", False))
+
 
 class NetworkManifest(Sealed):
     """What a network folder says about itself in `network.json`; files' hashes are in the folder's manifest."""
@@ -87,7 +94,7 @@ class NetworkManifest(Sealed):
     network_schema: int = NETWORK_SCHEMA
     vocab_size: Positive
     inputs: tuple[str, ...]  # without the caches
-    outputs: tuple[str, ...]
+    outputs: tuple[str, ...]  # of all networks, without the caches; one that `chooses_tokens` has another
     cache: tuple[CacheSlot, ...]  # in the order of `ModelGraph.kv_slots`
     weight_bytes: Count  # of all tensors in all weight files
     structure: StructureJson

@@ -29,7 +29,7 @@ from exporter.graph import (
     linears,
     map_blocks,
 )
-from exporter.lazy import LazyTensor, array, cast
+from exporter.lazy import LazyTensor, array, cast, concat, slice_rows
 from exporter.rope import Rope
 
 
@@ -170,3 +170,10 @@ def quantized_graph(graph: ModelGraph, format_name: str, *, seed: int = 0) -> Mo
     tokens = np.random.default_rng(seed).integers(0, graph.vocab_size, (4, 64))
     ranges = ranges_of(calibrate(graph, tokens, text="random tokens"), graph)
     return quantize_linears(graph, read_quantization(format_name), ranges)
+
+
+def with_twins(graph: ModelGraph) -> ModelGraph:
+    """Give every token of the lower half of an even vocabulary a twin in the upper half, with the same logit."""
+    assert graph.lm_head is not None
+    lower = slice_rows(graph.lm_head.weight, 0, graph.vocab_size // 2)
+    return replace(graph, lm_head=replace(graph.lm_head, weight=concat([lower, lower], axis=0)))

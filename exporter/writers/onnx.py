@@ -117,6 +117,7 @@ def _lay_out(graph: ModelGraph, options: Options) -> _Layout:
                 "pack_gate_up": form.pack_gate_up,
                 "share_rounded_inputs": form.share_rounded_inputs,
                 "transpose_weight_only": form.transpose_weight_only,
+                "choose_tokens": form.choose_tokens,
                 "plugins": list(network.plugins),
             },
         )
@@ -150,6 +151,7 @@ def _form(graph: ModelGraph, network: Network, max_positions: int) -> Form:
         share_rounded_inputs=network.share_rounded_inputs,
         transpose_weight_only=network.transpose_weight_only,
         zero_points=network.target == "onnxruntime",
+        choose_tokens=network.target == "tensorrt",  # its logits are on the GPU, and megabytes to copy from there
         wide_ffn=WIDE_FFN in network.plugins,
     )
 

@@ -47,7 +47,7 @@ from exporter.graph import (
     RMSNorm,
     members,
 )
-from exporter.network import CACHE_WRITE, INPUT_IDS, LOGITS, LOGITS_INDEX, POSITION_IDS, CacheSlot
+from exporter.network import CACHE_WRITE, INPUT_IDS, LOGITS, LOGITS_INDEX, NEXT_TOKENS, POSITION_IDS, CacheSlot
 from exporter.one_gemm import can_be_one
 from exporter.safetensors_io import Shards
 from exporter.wide_ffn import WideFormat, wide_format
@@ -66,8 +66,8 @@ INT64, FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
 # Every op that a network may contain. All of them are in both runtimes (TensorRT >= 10.15, ONNX Runtime).
 OPS = frozenset(
     {
-        "Add", "And", "Attention", "Cast", "Concat", "Gather", "Gelu", "Gemm", "Greater", "LessOrEqual", "Max", "Mul",
-        "RMSNormalization", "Range", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid", "Split",
+        "Add", "And", "ArgMax", "Attention", "Cast", "Concat", "Gather", "Gelu", "Gemm", "Greater", "LessOrEqual",
+        "Max", "Mul", "RMSNormalization", "Range", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid", "Split",
         "Squeeze", "Sub", "TensorScatter", "Transpose", "Unsqueeze",
     }
 ) | QUANTIZATION_OPS  # fmt: skip
@@ -86,6 +86,7 @@ class Form:
     share_rounded_inputs: bool
     transpose_weight_only: bool
     zero_points: bool
+    choose_tokens: bool
     wide_ffn: bool
 
 
@@ -127,6 +128,11 @@ class NetworkBuilder(Nodes):
         self._logits_index = _input(LOGITS_INDEX, INT64, sizes[:1])
         self._caches = [(self.cache(slot, slot.key), self.cache(slot, slot.value)) for slot in self._slots]
         self._logits = self._model()
+        self._outputs = [self._logits, *self._presents]
+        if form.choose_tokens:
+            tokens = self.op("ArgMax", self._logits, axis=-1, keepdims=0, name=NEXT_TOKENS)
+            tokens.name, tokens.shape, tokens.type = NEXT_TOKENS, ir.Shape(sizes[:1]), ir.TensorType(INT64)
+            self._outputs.insert(1, tokens)
 
     def model_bytes(self, shards: Shards) -> bytes:
         """Serialize, with every initializer pointing to where `shards` put it."""
@@ -140,7 +146,7 @@ class NetworkBuilder(Nodes):
                 self._logits_index,
                 *(cache for pair in self._caches for cache in pair),
             ],
-            outputs=[self._logits, *self._presents],
+            outputs=self._outputs,
             nodes=self.nodes,
             initializers=self.initializers(shards),
             opset_imports={"": OPSET} | ({PLUGIN_DOMAIN: PLUGIN_DOMAIN_VERSION} if self._functions else {}),

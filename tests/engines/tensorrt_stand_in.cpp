@@ -2,7 +2,8 @@
 // of both, made from the public headers. It checks what TensorRT asks of its callers and aborts where they fall short.
 //
 // Its model says as next token the sum of all tokens of the row modulo V, which it reads from the KV cache: a token in the
-// wrong place, an old one left there, or a wrong position changes what comes next.
+// wrong place, an old one left there, or a wrong position changes what comes next. It writes no logits: the program has no
+// use for them.
 //
 // "engine.plan" is text: V, capacity, num_key_value_heads, head_dim, largest batch, largest S of prefill. `pure.h`, which
 // the test makes of the headers, has a class Aborting<T> per interface T, with every function aborting.
@@ -44,7 +45,7 @@ int enqueued = 0, captured = 0, launched = 0, allocated = 0;
 
 Dims shape_of(Plan const& plan, std::string const& name) {
   if (name == "input_ids" || name == "position_ids") return {2, {-1, -1}};
-  if (name == "cache_write" || name == "logits_index") return {1, {-1}};
+  if (name == "cache_write" || name == "logits_index" || name == "next_tokens") return {1, {-1}};
   if (name == "logits") return {2, {-1, plan.vocab_size}};
   return {4, {-1, plan.heads, plan.capacity, plan.head_dim}};
 }
@@ -78,7 +79,7 @@ class ContextImpl : public Aborting<apiv::VExecutionContext> {
     CHECK(stream != nullptr);
     const char* unknown = nullptr;
     CHECK(inferShapes(1, &unknown) == 0);
-    CHECK(addresses_.size() == 9);
+    CHECK(addresses_.size() == 10);
     for (int i = 0; i < 2; ++i) CHECK(addresses_.at(kPast[i]) == addresses_.at(kPresent[i]));
     CHECK(addresses_.at(kPast[0]) != addresses_.at(kPast[1]));
     const int64_t tokens = shapes_.at("input_ids").d[1];
@@ -101,7 +102,7 @@ class ContextImpl : public Aborting<apiv::VExecutionContext> {
     const auto* positions = static_cast<int64_t*>(addresses_.at("position_ids"));
     const auto* write = static_cast<int64_t*>(addresses_.at("cache_write"));
     const auto* index = static_cast<int64_t*>(addresses_.at("logits_index"));
-    auto* logits = static_cast<float*>(addresses_.at("logits"));
+    auto* next = static_cast<int64_t*>(addresses_.at("next_tokens"));
     auto* keys = static_cast<float*>(addresses_.at("past_k_0"));
     const int64_t batch = shapes_.at("input_ids").d[0], tokens = shapes_.at("input_ids").d[1];
     const int64_t row = plan_.heads * plan_.capacity * plan_.head_dim;
@@ -118,7 +119,7 @@ class ContextImpl : public Aborting<apiv::VExecutionContext> {
         CHECK(p <= last || key == 0);  // an earlier request's tokens are gone
         sum += static_cast<int64_t>(key);
       }
-      for (int64_t v = 0; v < plan_.vocab_size; ++v) logits[b * plan_.vocab_size + v] = v == sum % plan_.vocab_size;
+      next[b] = sum % plan_.vocab_size;
     }
   }
 
@@ -141,10 +142,10 @@ class EngineImpl : public Aborting<apiv::VCudaEngine> {
  public:
   explicit EngineImpl(Plan const& plan) : plan_(plan) {}
 
-  int32_t getNbIOTensors() const noexcept override { return 9; }
+  int32_t getNbIOTensors() const noexcept override { return 10; }
   char const* getIOTensorName(int32_t index) const noexcept override {
-    constexpr char const* kNames[] = {kInputs[0], kInputs[1], kInputs[2],  kInputs[3], kPast[0],
-                                      kPast[1],   "logits",   kPresent[0], kPresent[1]};
+    constexpr char const* kNames[] = {kInputs[0], kInputs[1], kInputs[2],    kInputs[3],  kPast[0],
+                                      kPast[1],   "logits",   "next_tokens", kPresent[0], kPresent[1]};
     return kNames[index];
   }
   Dims getTensorShape(char const* name) const noexcept override { return shape_of(plan_, name); }
@@ -152,7 +153,7 @@ class EngineImpl : public Aborting<apiv::VCudaEngine> {
     for (char const* input : kInputs) {
       if (std::strcmp(name, input) == 0) return DataType::kINT64;
     }
-    return DataType::kFLOAT;
+    return std::strcmp(name, "next_tokens") == 0 ? DataType::kINT64 : DataType::kFLOAT;
   }
   char const* getAliasedInputTensor(char const* name) const noexcept override {
     for (int i = 0; i < 2; ++i) {

@@ -105,6 +105,7 @@ def test_both_sides_have_the_same_constants():
         "kCacheWrite": network.CACHE_WRITE,
         "kLogitsIndex": network.LOGITS_INDEX,
         "kLogits": network.LOGITS,
+        "kNextTokens": network.NEXT_TOKENS,
         "kMinOnnxRuntime": ".".join(map(str, onnxruntime.MIN_VERSION)),
         "kCacheStep": onnxruntime.CACHE_STEP,
         "kBufferAlignment": onnxruntime.BUFFER_ALIGNMENT,

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from onnx import ModelProto, helper
 from onnx import load as load_model
 
@@ -38,7 +39,7 @@ from tests.engines import tensorrt_signatures as signatures
 from tests.engines.tensorrt_signatures import Api, Recorder, SignatureError, check_module_uses
 from tests.engines.tensorrt_stand_in import H100, HostDevice, StandIn, memory_at
 from tests.engines.test_onnxruntime import Recorded
-from tests.tiny import quantized_graph, tiny_graph
+from tests.tiny import quantized_graph, tiny_graph, with_twins
 
 ROOT = Path(__file__).parents[2]
 
@@ -578,6 +579,15 @@ def test_a_folder_without_a_network_for_tensorrt(tmp_path: Path) -> None:
         plan_build(tmp_path / "network", BuildSettings())
 
 
+def test_a_network_of_an_earlier_version(tmp_path: Path) -> None:
+    folder = network(tmp_path)
+    contract = json.loads((folder / "network.json").read_text())
+    del contract["networks"][0]["options"]["choose_tokens"]
+    save_again(folder, "network.json", json.dumps(contract).encode())
+    with pytest.raises(EngineError, match="it does not choose the next tokens"):
+        plan_build(folder, BuildSettings())
+
+
 def test_dry_run_without_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan can be had on a machine without TensorRT and GPU; building there says what is missing."""
 
@@ -642,6 +652,35 @@ def test_equals_the_reference(
     runner.close()
     with pytest.raises(AssertionError, match="Bug"):
         runner.decode(np.zeros(batch, np.int64))
+
+
+def test_the_network_chooses_the_first_of_the_most_likely_tokens(
+    machine: list[HostDevice], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As NumPy has it, from logits that stay where they are."""
+    graph = with_twins(tiny_graph("AF AF"))
+    engine = built(tmp_path, BuildSettings(max_input_len=8), graph=graph, batch=3)
+    greedy, plain = (TensorRt().open(engine, threads=None) for _ in range(2))
+    ids, lengths = np.arange(3 * 18).reshape(3, 18), np.array([18, 7, 16])  # in calls of 8, 8, 2
+    plain.start(3, 64)
+    expected = [plain.prefill(ids, lengths).argmax(axis=-1)]
+    for _ in range(2):
+        expected.append(plain.decode(expected[-1]).argmax(axis=-1))
+    copied = []
+    copy = torch.Tensor.copy_
+
+    def copy_(to: torch.Tensor, source: torch.Tensor, **options: Any) -> torch.Tensor:
+        copied.append(source.dtype)
+        return copy(to, source, **options)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+    greedy.start(3, 64)
+    found = [greedy.prefill_greedy(ids, lengths)]
+    for _ in range(2):
+        found.append(greedy.decode_greedy(found[-1]))
+    np.testing.assert_array_equal(found, expected)
+    assert (np.array(found) < graph.vocab_size // 2).all()
+    assert set(copied) == {torch.int64}
 
 
 def test_a_batch_that_is_left_open(machine: list[HostDevice], tmp_path: Path) -> None:

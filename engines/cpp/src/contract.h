@@ -24,6 +24,7 @@ inline constexpr char kPositionIds[] = "position_ids";
 inline constexpr char kCacheWrite[] = "cache_write";
 inline constexpr char kLogitsIndex[] = "logits_index";
 inline constexpr char kLogits[] = "logits";
+inline constexpr char kNextTokens[] = "next_tokens";
 
 // engines/onnxruntime.py
 inline constexpr char kMinOnnxRuntime[] = "1.25";

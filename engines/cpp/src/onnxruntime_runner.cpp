@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "choice.h"
 #include "contract.h"
 #include "error.h"
 #include "onnxruntime_api.h"
@@ -89,8 +90,10 @@ class OnnxRuntimeRunner final : public Runner {
     if (engine_.capacity) make_room(*engine_.capacity);
   }
 
-  const float* prefill(const std::vector<std::int64_t>& input_ids) override { return step(input_ids); }
-  const float* decode(const std::vector<std::int64_t>& tokens) override { return step(tokens); }
+  void prefill(const std::vector<std::int64_t>& input_ids, std::vector<std::int64_t>& next) override {
+    choose(step(input_ids), engine_.vocab_size, next);
+  }
+  void decode(std::vector<std::int64_t>& tokens) override { choose(step(tokens), engine_.vocab_size, tokens); }
   CallTimes times() const override { return {run_, std::nullopt}; }
   std::map<std::string, std::string> versions() const override { return {{"onnxruntime", api_.version()}}; }
   std::string device() const override { return engine_.device(); }
@@ -118,8 +121,9 @@ class OnnxRuntimeRunner final : public Runner {
       const Shape shape{batch, slot.num_key_value_heads, capacity, slot.head_dim};
       inputs[slot.key] = inputs[slot.value] = outputs[slot.present_key] = outputs[slot.present_value] = {type_, shape};
     }
-    if (described<ort::GetInputCount, ort::GetInputName, ort::GetInputTypeInfo>() != inputs ||
-        described<ort::GetOutputCount, ort::GetOutputName, ort::GetOutputTypeInfo>() != outputs) {
+    auto found = described<ort::GetOutputCount, ort::GetOutputName, ort::GetOutputTypeInfo>();
+    found.erase(kNextTokens);  // of networks for TensorRT; nobody reads it here
+    if (described<ort::GetInputCount, ort::GetInputName, ort::GetInputTypeInfo>() != inputs || found != outputs) {
       throw Error(engine_.network.string() + ": the network is not what its manifest says");
     }
   }
@@ -149,6 +153,7 @@ class OnnxRuntimeRunner final : public Runner {
     return tensors;
   }
 
+  // Appends input_ids [B, S]; returns the logits of each row's last token, [B, V], valid until the next call.
   const float* step(const std::vector<std::int64_t>& input_ids) {
     const std::int64_t tokens = static_cast<std::int64_t>(input_ids.size()) / batch_;
     make_room(filled_ + tokens);

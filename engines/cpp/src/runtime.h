@@ -1,4 +1,4 @@
-// What every runtime looks like to the rest of the program; mirrors Runner of engines/base.py.
+// What every runtime looks like to the rest of the program; mirrors the greedy half of Runner in engines/base.py.
 //
 // B = sequences side by side, S = tokens of one call, V = vocab_size. All rows of a benchmark have the same length.
 #pragma once
@@ -29,11 +29,11 @@ class Runner {
   // Begins anew with `batch` empty sequences. How long they may become is checked before, by check_request.
   virtual void start(std::int64_t batch) = 0;
 
-  // Appends input_ids [B, S]; returns the logits of each row's last token, [B, V], valid until the next call.
-  virtual const float* prefill(const std::vector<std::int64_t>& input_ids) = 0;
+  // Appends input_ids [B, S]; writes each row's most likely next token, of several the first, to `next` [B].
+  virtual void prefill(const std::vector<std::int64_t>& input_ids, std::vector<std::int64_t>& next) = 0;
 
-  // Appends one token per sequence, [B]; returns logits [B, V], valid until the next call.
-  virtual const float* decode(const std::vector<std::int64_t>& tokens) = 0;
+  // Appends one token per sequence, [B]; writes the most likely next ones in their place.
+  virtual void decode(std::vector<std::int64_t>& tokens) = 0;
 
   // Of the last prefill or decode.
   virtual CallTimes times() const = 0;

@@ -145,8 +145,10 @@ struct Call {
   // input_ids [B, S], position_ids [B, S], cache_write [B], logits_index [B], int64, each from an aligned place on: one
   // copy brings all to the GPU.
   std::array<std::int64_t, 4> offsets;  // bytes
-  std::int64_t input_bytes, logits_bytes;
-  CudaOwned<void> host_inputs, device_inputs, host_logits, device_logits;
+  std::int64_t input_bytes;
+  CudaOwned<void> host_inputs, device_inputs;
+  CudaOwned<void> logits;  // on the device, [B, V]: TensorRT wants a place for them
+  CudaOwned<void> host_tokens, device_tokens;  // [B] int64
   CudaOwned<CUgraphExec_st> graph;
 
   std::int64_t* input(std::size_t index) const {
@@ -210,21 +212,19 @@ class TensorRtRunner final : public Runner {
     filled_ = 0;
   }
 
-  const float* prefill(const std::vector<std::int64_t>& input_ids) override {
+  void prefill(const std::vector<std::int64_t>& input_ids, std::vector<std::int64_t>& next) override {
     const std::int64_t tokens = static_cast<std::int64_t>(input_ids.size()) / batch_;
-    const float* logits = nullptr;
     run_ = {};
     device_ms_ = 0;
     for (std::int64_t first = 0; first < tokens; first += prefill_.profile.tokens[2]) {
-      logits = step(input_ids, tokens, first, std::min(tokens - first, prefill_.profile.tokens[2]));
+      step(input_ids, tokens, first, std::min(tokens - first, prefill_.profile.tokens[2]), next);
     }
-    return logits;
   }
 
-  const float* decode(const std::vector<std::int64_t>& tokens) override {
+  void decode(std::vector<std::int64_t>& tokens) override {
     run_ = {};
     device_ms_ = 0;
-    return step(tokens, 1, 0, 1);
+    step(tokens, 1, 0, 1, tokens);
   }
 
   CallTimes times() const override { return {run_, device_ms_}; }
@@ -242,9 +242,10 @@ class TensorRtRunner final : public Runner {
     std::size_t bytes;
   };
 
-  // Appends `tokens` of every row from `first` on, of rows that are `row` long.
-  const float* step(const std::vector<std::int64_t>& input_ids, std::int64_t row, std::int64_t first,
-                    std::int64_t tokens) {
+  // Appends `tokens` of every row from `first` on, of rows that are `row` long; writes what follows them to `next` [B],
+  // which may be `input_ids`.
+  void step(const std::vector<std::int64_t>& input_ids, std::int64_t row, std::int64_t first, std::int64_t tokens,
+            std::vector<std::int64_t>& next) {
     if (filled_ + tokens > *engine_.capacity) throw Error("the KV cache is full");  // TensorRT ignores such a write
     Phase& phase = tokens == 1 ? decode_ : prefill_;
     if (!phase.call) phase.call = bind(*phase.context, phase.profile.tokens[2]);
@@ -268,7 +269,7 @@ class TensorRtRunner final : public Runner {
     }
     run_ += Clock::now() - began;
     cuda_.check(cuda_.cudaEventRecord(ended_.get(), stream_.get()), "record an event");
-    copy(call.host_logits.get(), call.device_logits.get(), call.logits_bytes, cudaMemcpyDeviceToHost);
+    copy(call.host_tokens.get(), call.device_tokens.get(), 8 * batch_, cudaMemcpyDeviceToHost);
     synchronize();
     float elapsed_ms = 0;
     cuda_.check(cuda_.cudaEventElapsedTime(&elapsed_ms, began_.get(), ended_.get()), "time a step");
@@ -278,7 +279,7 @@ class TensorRtRunner final : public Runner {
     if (&phase == &decode_ && call.graph == nullptr && is_capturable_) {
       call.graph = capture(cuda_, stream_.get(), [&] { enqueue(phase); });
     }
-    return static_cast<const float*>(call.host_logits.get());
+    std::copy_n(static_cast<const std::int64_t*>(call.host_tokens.get()), batch_, next.begin());
   }
 
   void enqueue(Phase& phase) { must(phase.context->enqueueV3(stream_.get()), "run a step"); }
@@ -291,18 +292,19 @@ class TensorRtRunner final : public Runner {
       call.offsets[index] = call.input_bytes;
       call.input_bytes += aligned(product({8, elements[index]}));
     }
-    call.logits_bytes = product({batch_, engine_.vocab_size, 4});
     call.host_inputs = host_memory(cuda_, call.input_bytes);
     call.device_inputs = device_memory(cuda_, call.input_bytes);
-    call.host_logits = host_memory(cuda_, call.logits_bytes);
-    call.device_logits = device_memory(cuda_, call.logits_bytes);
+    call.logits = device_memory(cuda_, product({batch_, engine_.vocab_size, 4}));
+    call.host_tokens = host_memory(cuda_, 8 * batch_);
+    call.device_tokens = device_memory(cuda_, 8 * batch_);
     const auto bind_tensor = [&](const std::string& name, void* address) {
       must(context.setTensorAddress(name.c_str(), address), "take an address for " + name);
     };
     for (std::size_t index = 0; index < kInputs.size(); ++index) {
       bind_tensor(kInputs[index], static_cast<char*>(call.device_inputs.get()) + call.offsets[index]);
     }
-    bind_tensor(kLogits, call.device_logits.get());
+    bind_tensor(kLogits, call.logits.get());
+    bind_tensor(kNextTokens, call.device_tokens.get());
     for (const CacheSlot& slot : engine_.cache) {
       bind_tensor(slot.key, caches_.at(slot.key).memory.get());
       bind_tensor(slot.value, caches_.at(slot.value).memory.get());
@@ -361,6 +363,7 @@ class TensorRtRunner final : public Runner {
     expected[kInputIds] = expected[kPositionIds] = {nvinfer1::DataType::kINT64, {batch, any}};
     expected[kCacheWrite] = expected[kLogitsIndex] = {nvinfer1::DataType::kINT64, {batch}};
     expected[kLogits] = {nvinfer1::DataType::kFLOAT, {batch, engine_.vocab_size}};
+    expected[kNextTokens] = {nvinfer1::DataType::kINT64, {batch}};
     for (const CacheSlot& slot : engine_.cache) {
       const Tensor cache{data_type(engine_), {batch, slot.num_key_value_heads, *engine_.capacity, slot.head_dim}};
       for (const auto& [past, present] : {std::pair(slot.key, slot.present_key), {slot.value, slot.present_value}}) {

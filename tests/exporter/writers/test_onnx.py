@@ -185,6 +185,9 @@ def test_contract_is_what_the_network_has(graph: ModelGraph, options: Options, f
         outputs: dict[str, tuple[int, list[int | str]]] = {
             "logits": (onnx.TensorProto.FLOAT, [batch, graph.vocab_size])
         }
+        assert variant.chooses_tokens == (network.target == "tensorrt")
+        if variant.chooses_tokens:
+            outputs["next_tokens"] = onnx.TensorProto.INT64, [batch]
         for slot in manifest.cache:
             shape = [batch, slot.num_key_value_heads, capacity, slot.head_dim]
             expected |= {slot.key: (dtype.onnx, shape), slot.value: (dtype.onnx, shape)}
