@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 DEPENDENCIES = {  # as they are imported; pyproject.toml has them as they are installed
@@ -21,11 +22,16 @@ def _say_what_is_missing(error: ModuleNotFoundError) -> None:
         sys.exit(2)
 
 
+# Until the commands are there Ctrl-C just ends the process: an import that it cuts short fails with a puzzling error.
+on_interrupt = signal.getsignal(signal.SIGINT)
+if on_interrupt is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 try:
     from commands.main import main
 except ModuleNotFoundError as missing:
     _say_what_is_missing(missing)
     raise
+signal.signal(signal.SIGINT, on_interrupt)
 
 if __name__ == "__main__":
     try:

@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 1 a bug (with its traceback); 2 bad input, a refused request, or something missing on this machine;
 3 a regression (`report --compare --fail-on-regression`); 4 ended early, with what there is kept: a benchmark whose
-engines were not all timed to the end, an engine whose timings did not get into its cache; 143 SIGTERM.
+engines were not all timed to the end, an engine whose timings did not get into its cache; 130 Ctrl-C; 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -29,8 +29,16 @@ class Commands(click.Group):
         if isinstance(sys.stdout, TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # an encoding without our characters, of rules or of "×", has "?"
         try:
-            with _unwinding_when_terminated():
-                return super().main(*args, **kwargs)
+            with _unwinding_when_terminated(), _interrupts() as interrupts:
+                try:
+                    return super().main(*args, **kwargs)
+                except SystemExit as end:  # click's "Aborted!" has the status of a bug
+                    sys.exit(130 if interrupts and end.code == 1 else end.code)
+                except Exception:
+                    if not interrupts:
+                        raise
+                    click.echo("\nAborted!", err=True)  # an import that was cut short fails with an error of its own
+                    sys.exit(130)
         except OSError:
             reason = _refusal_of_stdout()
             if reason is None:
@@ -69,6 +77,26 @@ def _unwinding_when_terminated() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Remember whether Ctrl-C came: the KeyboardInterrupt may be lost on its way, or turned into another error."""
+    came: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored, in the background of a shell
+        yield came
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _is_somewhere() -> bool:

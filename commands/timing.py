@@ -45,7 +45,7 @@ from commands.terminal import note_printer, say_written, step_progress, wide_con
     help="Program that takes the samples; the C++ one is built on first use.",
 )
 @click.option("--rounds", default=8, show_default=True, type=click.IntRange(1), help="Kept requests per combination.")
-@click.option("--warmup", default=1, show_default=True, type=click.IntRange(0), help="Requests before those.")
+@click.option("--warmup", default=1, show_default=True, type=click.IntRange(0, 1000), help="Requests before those.")
 @click.option(
     "--threads",
     type=click.IntRange(1),
@@ -123,7 +123,9 @@ def bench(
 @click.option("--requests", required=True, type=PATH, help="What its --request_json wrote.")
 @click.option("--model", required=True, type=PATH, help="The engine or Hugging Face folder.")
 @click.option("--label", help="What reports call it; the folder's name if not given.")
-@click.option("--warmup", default=2, show_default=True, type=click.IntRange(0), help="As it was given to trtllm-bench.")
+@click.option(
+    "--warmup", default=2, show_default=True, type=click.IntRange(0, 1000), help="As it was given to trtllm-bench."
+)
 @results_option
 @force_option
 @quiet_option

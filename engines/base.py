@@ -17,7 +17,7 @@ from exporter.errors import EngineError
 from exporter.manifests import Model, manifest_from_json, validated
 from exporter.network import CacheSlot, FileName
 from exporter.safetensors_io import read_json
-from exporter.structure import Count, Positive, Sealed
+from exporter.structure import Count, Positive, Sealed, StructureJson
 from exporter.writers.files import Content, json_bytes, save_folder
 
 ENGINE_KIND = "engine"  # of the folder's manifest
@@ -47,7 +47,7 @@ class EngineManifest(Sealed):
     cache: tuple[CacheSlot, ...]
     kv_bytes_per_token: Count  # in the engine's own cache dtype
     weight_bytes: Count  # as stored in the engine folder
-    structure: dict[str, Any]  # see exporter.graph.structure
+    structure: StructureJson  # see exporter.graph.structure
     options: dict[str, Any]  # of the backend, e.g. session options
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 from click.testing import CliRunner, Result
 
 import build
@@ -19,4 +21,4 @@ def done(*arguments: object) -> Result:
 
 def interrupt(*arguments: object, **options: object) -> None:
     """Stand in for work that the user stops."""
-    raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)

@@ -429,6 +429,13 @@ def test_run_leaves_folders_of_something_else_alone(
     assert (result.exit_code, "folder of something else" in result.output) == ((0, False) if is_taken else (2, True))
 
 
+def test_a_run_with_too_long_a_name_is_one_error(model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {model}\nvariants: [{{name: same}}]\n")
+    result = call("run", recipe, "-o", tmp_path / ("x" * 300))
+    assert (result.exit_code, "its name is too long" in result.output) == (2, True)
+
+
 SMALL_RECIPE = """
 model: {model}
 network: {{max_positions: 64}}
@@ -654,7 +661,7 @@ def test_an_interrupted_command_says_whether_it_can_go_on(
     monkeypatch.setattr(work, interrupt)
     places = {"model": model, "tmp": tmp_path, "text": model.parent / "text.txt", "recipe": ROOT / "recipes/demo.yaml"}
     result = call(*(argument.format(**places) for argument in arguments))
-    assert result.exit_code == 1
+    assert result.exit_code == 130
     assert ("the same command goes on from here" in result.output, "Aborted!" in result.output) == (goes_on, True)
 
 

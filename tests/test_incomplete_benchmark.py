@@ -142,7 +142,7 @@ def test_bench_writes_nothing_before_there_is_a_sample(
     before_turn(monkeypatch, timing, "fused, batch 1, input 5, output 4", 1, act)
     with workers_end():
         result = call("bench", *engines, *GRID, "--runtime", "python", "-o", tmp_path / "out.json")
-    assert result.exit_code == (1 if act is interrupt else 2)
+    assert result.exit_code == (130 if act is interrupt else 2)
     assert ("Aborted!" if act is interrupt else "error: the worker of 'fused' was ended by signal 9") in result.stderr
     assert os.listdir(tmp_path) == []
 

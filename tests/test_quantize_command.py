@@ -176,7 +176,7 @@ def test_interrupted_after_the_calibration_it_does_not_calibrate_again(
     with monkeypatch.context() as patched:
         patched.setattr("exporter.quantize.quantize", interrupt)
         result = call(*command, "-o", tmp_path / "out")
-    assert result.exit_code == 1
+    assert result.exit_code == 130
     assert "the same command goes on from here" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["work"]
     monkeypatch.setattr("exporter.calibration._measured_block", interrupt)

@@ -246,6 +246,7 @@ def refuse_foreign(output: Path, *, deeper: str) -> None:
     It need not exist; if it holds any file, then one of the folders in it, in these, or where the pattern `deeper`
     leads is ours or was to become it.
     """
+    _refuse_long_name(output)
     _refuse_unwritable_parent(output / MANIFEST)
     ours = (f"{folders}/{name}" for folders in ("*", "*/*", deeper) for name in (MANIFEST, MARKER))
     if any(path.is_file() for path in output.rglob("*")) and not any(any(output.glob(pattern)) for pattern in ours):
@@ -263,7 +264,13 @@ def _refuse_unwritable_parent(output: Path) -> None:
         raise OutputError("output cannot be created: not a folder", file=parent)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError("output cannot be created: no write permission", file=parent)
-    if len(os.fsencode(output.name)) > os.pathconf(parent, "PC_NAME_MAX") - len("..partial-12345678"):
+    _refuse_long_name(output)
+
+
+def _refuse_long_name(output: Path) -> None:
+    """Refuse a name that leaves no room for what partial folders are called."""
+    there = next(path for path in output.absolute().parents if os.path.isdir(path))
+    if len(os.fsencode(output.name)) > os.pathconf(there, "PC_NAME_MAX") - len("..partial-12345678"):
         raise OutputError("output cannot be created: its name is too long", file=output)
 
 

@@ -699,6 +699,7 @@ REFUSED = {
     "not an engine": (["nothing"], GRID, {}, "not an engine: no engine.json. Build one"),
     "manifest is no JSON": (["broken"], GRID, {}, "engine.json: "),
     "manifest of later days": (["later"], GRID, {}, "expected engine_schema 1, found 99"),
+    "malformed structure": (["flat"], GRID, {}, r"engine.json: malformed .*structure.*hidden_size"),
     "unusable label": (["two\nlines"], GRID, {}, "malformed: label"),
     "same label": (["a", "a"], GRID, {}, "same label"),
     "another model": (["a", "other"], GRID, {}, "different models"),
@@ -724,6 +725,10 @@ def test_nothing_starts_before_everything_cheap_is_checked(tmp_path, labels, gri
             engines.append(engine_folder(parent, label, **special.get(label, {})))
         if label == "broken":
             (engines[-1] / "engine.json").write_text("{")
+        if label == "flat":
+            manifest = json.loads((engines[-1] / "engine.json").read_text())
+            manifest["structure"]["hidden_size"] = 0
+            (engines[-1] / "engine.json").write_text(json.dumps(manifest))
 
     def never(*_: object) -> list[str]:
         raise AssertionError("a worker was started")

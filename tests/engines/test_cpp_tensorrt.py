@@ -20,7 +20,9 @@ import pytest
 from engines import worker
 from engines.cpp_program import built_program, missing
 from engines.worker import Run, token_ids
+from exporter.graph import structure
 from exporter.writers.files import json_bytes, save_folder
+from tests.tiny import tiny_graph
 
 HEADERS = os.environ.get("TENSORRT_INCLUDE_DIR", "")
 CUDA_HEADERS = os.environ.get("CUDA_INCLUDE_DIR", "/usr/local/cuda/include")
@@ -67,7 +69,7 @@ MANIFEST: dict[str, Any] = {
     ],
     "kv_bytes_per_token": 8 * HEADS * HEAD_DIM,
     "weight_bytes": 1,
-    "structure": {},
+    "structure": structure(tiny_graph("A")),
     "options": OPTIONS,
 }
 

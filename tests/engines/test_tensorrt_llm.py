@@ -398,7 +398,7 @@ def engine_manifest(world_size: int) -> EngineManifest:
     return EngineManifest(
         backend="tensorrt-llm", runtime={}, machine={}, label="x", network_file="config.json", network_sha256="0",
         dtype="bfloat16", vocab_size=100, max_positions=64, capacity=None, cache=(), kv_bytes_per_token=1,
-        weight_bytes=1, structure={}, options={"world_size": world_size, "max_batch_size": 2},
+        weight_bytes=1, structure=structure(PLAIN), options={"world_size": world_size, "max_batch_size": 2},
     )  # fmt: skip
 
 
