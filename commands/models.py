@@ -281,9 +281,13 @@ def quantize(
 @norm_option
 @text_option
 @context_option
-@click.option("--epochs", default=1.0, show_default=True, type=Real(0, min_open=True), help="Passes over the text.")
+@click.option(
+    "--epochs", default=1.0, show_default=True, type=Real(0, 1 << 20, min_open=True), help="Passes over the text."
+)
 @click.option("--steps", type=click.IntRange(1), help="Optimizer steps, instead of --epochs.")
-@click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Windows per step, in all.")
+@click.option(
+    "--batch", default=8, show_default=True, type=click.IntRange(1, 1 << 20), help="Windows per step, in all."
+)
 @click.option(
     "--accumulate",
     default=1,
@@ -301,7 +305,7 @@ def quantize(
 )
 @click.option("--warmup", type=click.IntRange(0), help="Steps until --lr is reached; one in twenty if not given.")
 @click.option("--weight-decay", default=0.0, show_default=True, type=Real(0), help="AdamW's, of matrices.")
-@click.option("--temperature", default=1.0, show_default=True, type=Real(0, min_open=True), help="Divides all logits.")
+@click.option("--temperature", default=1.0, show_default=True, type=Real(1e-3, 1e3), help="Divides all logits.")
 @click.option(
     "--hidden-weight",
     default=0.0,

@@ -65,7 +65,7 @@ from commands.terminal import note_printer, resumable, say_written, step_progres
 @click.option("--max-width", type=click.IntRange(1), help="Widest fused FFN to suggest; any if not given.")
 @click.option(
     "--max-gib-per-gpu",
-    type=Real(min=0, min_open=True),
+    type=Real(0, 1 << 20, min_open=True),
     help="Largest fused FFN to suggest, in GiB of one of --tp GPUs.",
 )
 @click.option(

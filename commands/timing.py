@@ -48,7 +48,7 @@ from commands.terminal import note_printer, say_written, step_progress, wide_con
 @click.option("--warmup", default=1, show_default=True, type=click.IntRange(0, 1000), help="Requests before those.")
 @click.option(
     "--threads",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 1024),
     help="Threads of each runtime; if not given, one for each of --cpus, or its own choice.",
 )
 @click.option(
@@ -302,6 +302,8 @@ def _compare(
 
     if len(results) != 2:
         raise click.UsageError("--compare takes two results files, before and after.")
+    if output is not None and not output.name:
+        raise click.UsageError("-o is the JSON file of a comparison, not a folder.")
     markdown = None if output is None else output.with_suffix(".md")
     if output is not None and markdown is not None:
         if output == markdown:

@@ -8,6 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 
+SHOWN_CHARACTERS = 1000  # of what was expected, and of what was found
+SHOWN_PROBLEMS = 12
+SHOWN_BLOCKS = 4
+
 
 class FuselageError(Exception):
     """Bad input, a refused request, or an environment that lacks something: never a bug in Fuselage itself.
@@ -47,9 +51,9 @@ class FuselageError(Exception):
             head = f"{head} (block {self.block})" if head else f"block {self.block}"
         text = f"{head}: {self.problem}" if head else self.problem
         if self.expected is not None:
-            text += f": expected {self.expected}"
+            text += f": expected {_short(str(self.expected))}"
         if self.found is not None:
-            text += (": " if self.expected is None else ", ") + f"found {_one_line(self.found)}"
+            text += (": " if self.expected is None else ", ") + f"found {_short(_one_line(self.found))}"
         if self.hint:
             text += "" if text.endswith("\n") else ". "
             text += self.hint[0].upper() + self.hint[1:]
@@ -59,6 +63,11 @@ class FuselageError(Exception):
 def _one_line(value: object) -> str:
     """What comes from untrusted files cannot pass for another line of ours."""
     return str(value).replace("\n", "\\n")
+
+
+def _short(text: str) -> str:
+    """A file may hold a list of thousands where there should be one number."""
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def _printable(text: str) -> str:
@@ -92,10 +101,6 @@ class EngineError(FuselageError):
 
 class IncompleteError(EngineError):
     """Work that ended early after a part worth keeping: the file that it names holds that part."""
-
-
-SHOWN_PROBLEMS = 12
-SHOWN_BLOCKS = 4
 
 
 def raise_all(problems: Sequence[FuselageError]) -> None:

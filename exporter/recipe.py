@@ -52,14 +52,14 @@ class DistillRecipe(WindowsRecipe):
     """How a variant is trained on the logits of the recipe's model; see `distill --help`."""
 
     text: Annotated[Path, BeforeValidator(_path)]
-    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    epochs: Annotated[float, Field(gt=0, le=1 << 20)] = 1.0
     steps: Count | None = None  # instead of epochs
     batch: Count = 8
     accumulate: Count = 1
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
     warmup: Annotated[int, Field(ge=0)] | None = None  # steps; None: one in twenty
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     hidden_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     blocks: Annotated[Layers, Field(min_length=1)] | None = None  # source layers; None: everything
     dtype: Literal["float32", "bfloat16"] = "float32"

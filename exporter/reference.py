@@ -192,12 +192,14 @@ class Reference:
 
 def _usable(device: str | torch.device) -> torch.device:
     try:
-        return torch.empty(0, device=device).device
+        value = torch.zeros(1, device=device)
+        value.cpu()  # which the device "meta", without values, refuses
     except (AssertionError, RuntimeError) as error:  # the first: torch was built without CUDA
         reason = str(error).partition("\n")[0]
         raise TargetError(
             f"torch cannot use this device ({reason})", expected="cpu, or cuda where there is a GPU", found=device
         ) from error
+    return value.device
 
 
 @dataclass(frozen=True, slots=True)

@@ -588,7 +588,15 @@ REFUSED = {
     ),
     "endless_epochs": (
         ["distill", "{model}", "--teacher", "{model}", "--text", "{plan}", "--epochs", "inf", "-o", "{tmp}/out"],
-        "'inf' is not a finite number",
+        "inf is not in the range",
+    ),
+    "temperature": (
+        ["distill", "{model}", "--teacher", "{model}", "--text", "{plan}", "--temperature", "1e308", "-o", "{tmp}/out"],
+        "1e+308 is not in the range",
+    ),
+    "gpu_without_bound": (
+        ["analyze", "{model}", "--text", "{plan}", "--max-gib-per-gpu", "1e308", "-o", "{tmp}/out"],
+        "1e+308 is not in the range",
     ),
     "shard_size": (["transform", "{model}", "--shard-size", "many", "-o", "{tmp}/out"], "not a size"),
     "shard_size_without_unit": (["transform", "{model}", "--shard-size", "5", "-o", "{tmp}/out"], "'5' is 5 bytes"),
@@ -607,6 +615,7 @@ REFUSED = {
         ["report", "a", "b", "--compare", "--title", "c"],
         "--title belongs to a report",
     ),
+    "comparison_into_a_folder": (["report", "a", "b", "--compare", "-o", ""], "not a folder"),
     "metric_of_report": (["report", "a", "--metric", "ttft_ms", "-o", "{tmp}/out"], "--metric belongs to --compare"),
 }
 

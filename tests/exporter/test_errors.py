@@ -1,4 +1,4 @@
-"""Several problems in one error."""
+"""What one error says, and several problems in one."""
 
 from __future__ import annotations
 
@@ -41,3 +41,8 @@ def test_one_problem_is_raised_as_it_is_and_none_is_none() -> None:
         raise_all([problem])
     assert raised.value is problem
     assert problem.block == 7
+
+
+def test_what_a_file_has_is_cut() -> None:
+    error = GraphError("odd", expected=list(range(5000)), found="x" * 1001, hint="cut it")
+    assert str(error) == f"odd: expected {str(list(range(5000)))[:1000]}..., found {'x' * 1000}.... Cut it"

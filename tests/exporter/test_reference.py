@@ -138,9 +138,10 @@ def test_a_tensor_of_several_chunks_is_read_whole() -> None:
     np.testing.assert_array_equal(loaded.numpy(), values)
 
 
-def test_a_device_that_torch_does_not_know_is_refused() -> None:
-    with pytest.raises(TargetError, match=r"torch cannot use this device .*found nonsense"):
-        Reference(tiny_graph("AF"), device="nonsense")
+@pytest.mark.parametrize("device", ["nonsense", "meta"])
+def test_a_device_that_torch_cannot_use_is_refused(device: str) -> None:
+    with pytest.raises(TargetError, match=rf"torch cannot use this device .*found {device}"):
+        Reference(tiny_graph("AF"), device=device)
 
 
 def test_decoding_keeps_the_caches_of_parallel_blocks_apart() -> None:
