@@ -498,21 +498,17 @@ def _write_all(
     folder: Path, files: Mapping[str, Content | bytes], progress: Progress | None, workers: int
 ) -> dict[str, FileEntry]:
     stop = threading.Event()
-    with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+    pool = ThreadPoolExecutor(max_workers=max(1, workers))
+    try:
         tasks = {
             name: pool.submit(_write_file, folder / name, content, progress, stop) for name, content in files.items()
         }
-        try:
-            wait(tasks.values(), return_when=FIRST_EXCEPTION)
-        finally:  # also on KeyboardInterrupt: the threads see it at their next chunk
-            failed = [task for task in tasks.values() if task.done() and task.exception()]
-            if failed or not all(task.done() for task in tasks.values()):
-                stop.set()
-                for task in tasks.values():
-                    task.cancel()
-    for task in failed:
-        task.result()
-    return {name: task.result() for name, task in tasks.items()}
+        wait(tasks.values(), return_when=FIRST_EXCEPTION)
+    finally:
+        stop.set()  # after an error, or Ctrl-C at any place above: the threads see it at their next chunk
+        pool.shutdown(cancel_futures=True)
+    # Some are cancelled only where another failed, whose error is raised here.
+    return {name: task.result() for name, task in tasks.items() if not task.cancelled()}
 
 
 def _write_file(
