@@ -15,12 +15,15 @@ from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from exporter.errors import CheckpointError, OutputError
 from exporter.graph import ModelGraph, weights
 from exporter.lazy import is_finite, leaves
+from exporter.manifests import validated
+from exporter.structure import Count
 from exporter.writers.files import size_text, try_lock
 
 DEFAULT_BUDGET_BYTES = 4 << 30  # hidden states beyond this go to files
@@ -38,6 +41,13 @@ class Progress:
 
     next_block: int
     found: dict[str, np.ndarray]  # what all its commits were given, by name
+
+
+class _Described(BaseModel, strict=True):
+    """What progress.json says beside its schema and its key."""
+
+    next_block: Count
+    commits: Count
 
 
 class HiddenStates:
@@ -62,10 +72,11 @@ class HiddenStates:
         """
         if self._folder is None or not (self._folder / PROGRESS_FILE).exists():
             return None
+        path = self._folder / PROGRESS_FILE
         try:
-            saved = json.loads((self._folder / PROGRESS_FILE).read_text())
-        except ValueError as error:
-            raise OutputError("malformed", file=self._folder / PROGRESS_FILE, hint="give another folder") from error
+            saved = json.loads(path.read_text())
+        except (OSError, ValueError, RecursionError) as error:
+            raise OutputError("malformed", file=path, hint="give another folder") from error
         if not isinstance(saved, dict) or saved.get("key") != self._key:
             raise OutputError(
                 "the folder holds hidden states of another measurement", file=self._folder, hint="give another folder"
@@ -76,7 +87,8 @@ class HiddenStates:
                 file=self._folder,
                 hint="remove the folder and measure again, or give another one",
             )
-        self._commits = saved["commits"]
+        described = validated(saved, _Described, "progress", file=path, error=OutputError)
+        self._commits = described.commits
         found: dict[str, np.ndarray] = {}
         for commit in range(1, self._commits + 1):
             path = self._found_file(self._folder, commit)
@@ -85,7 +97,7 @@ class HiddenStates:
             except (OSError, SafetensorError) as error:
                 hint = "remove the folder and measure again"
                 raise OutputError(f"cannot be read ({error})", file=path, hint=hint) from error
-        return Progress(saved["next_block"], found)
+        return Progress(described.next_block, found)
 
     def read(self, name: str, part: slice, device: torch.device) -> torch.Tensor:
         if self._folder is None:

@@ -300,8 +300,24 @@ def first_schema(work: Path) -> None:
     (work / "progress.json").write_text(json.dumps(saved | {"sums": {"0.ffn.norm": [1.0] * 64}}))
 
 
+def a_folder_for_progress(work: Path) -> None:
+    (work / "progress.json").unlink()
+    (work / "progress.json").mkdir()
+
+
+def progress_with(**changes: object) -> Callable[[Path], object]:
+    def change(work: Path) -> None:
+        saved = json.loads((work / "progress.json").read_text())
+        (work / "progress.json").write_text(json.dumps(saved | changes))
+
+    return change
+
+
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "of the version before": (first_schema, "of another version of Fuselage.*Remove the folder"),
+    "a folder for progress": (a_folder_for_progress, r"progress\.json: malformed"),
+    "no count of commits": (progress_with(commits="3"), r"progress\.json: malformed progress \(commits: "),
+    "a block before the first": (progress_with(next_block=-1), r"progress\.json: malformed progress \(next_block: "),
     "ranges are missing": (
         lambda work: (work / "found.2.safetensors").unlink(),
         r"found\.2\.safetensors: cannot be read",
