@@ -47,6 +47,7 @@ MODEL = Path(__file__).resolve().parent.parent / "demo" / "model"
 CAPACITY = 64
 TIMEOUT_S = 300
 HEADS, KV_HEADS, HEAD_SIZE, KEYS = 4, 2, 32, 16  # of the networks that are one attention
+TORCH_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}  # by TensorRT's names
 Outcome = Literal["confirmed", "refuted", "error"]
 Layers = list[dict[str, Any]]
 
@@ -171,9 +172,9 @@ class Laboratory:
             if not (context.set_input_shape(name, tuple(buffer.shape))):
                 raise Refused(f"input shape of {name}: {self._said()}")
         for name, alias in self.aliases(plan).items():
-            dtype = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}[engine.get_tensor_dtype(name).name]
+            dtype = getattr(torch, TORCH_DTYPES[engine.get_tensor_dtype(name).name])
             shape = tuple(context.get_tensor_shape(name))
-            buffers[name] = buffers[alias] if alias else torch.zeros(shape, dtype=getattr(torch, dtype), device="cuda")
+            buffers[name] = buffers[alias] if alias else torch.zeros(shape, dtype=dtype, device="cuda")
         for name, buffer in buffers.items():
             context.set_tensor_address(name, buffer.data_ptr())
         torch.cuda.synchronize()
@@ -420,6 +421,34 @@ def attention(
         (folder / "attention.onnx").write_bytes(model.SerializeToString())
 
     return write
+
+
+def argmax(folder: Path) -> None:
+    """Write a network that is one ArgMax, as the writer ends a network in."""
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, list(tied_logits().shape))
+    tokens = helper.make_tensor_value_info("tokens", TensorProto.INT64, list(tied_logits().shape[:1]))
+    node = helper.make_node("ArgMax", ["logits"], ["tokens"], axis=-1, keepdims=0)
+    model = helper.make_model(
+        helper.make_graph([node], "argmax", [logits], [tokens]),
+        opset_imports=[helper.make_opsetid("", 24)],
+        ir_version=11,
+    )
+    (folder / "argmax.onnx").write_bytes(model.SerializeToString())
+
+
+def tied_logits() -> np.ndarray:
+    """Float32 [4, 2048], a largest value in every row several times."""
+    rng = np.random.default_rng(0)
+    logits = rng.integers(0, 8, (4, 2048)).astype(np.float32)
+    logits[1] = 0.0  # nothing but ties
+    logits[2, [2047, 1023, 1024]] = 9.0
+    return logits
+
+
+def chooses_the_first(laboratory: Laboratory, folder: Path) -> Answer:
+    logits = tied_logits()
+    found = laboratory.run(laboratory.build(folder / "argmax.onnx"), {"logits": logits})["tokens"]
+    return answer(bool((found == logits.argmax(-1)).all()), f"{found} where the first are {logits.argmax(-1)}")
 
 
 # --- what attention gives
@@ -671,6 +700,12 @@ PROBES: dict[str, Probe] = {
         decoder(BFLOAT16, twin=True),
         agrees_with_onnxruntime,
         onnxruntime="network/onnxruntime.onnx",
+    ),
+    "argmax-ties": Probe(
+        "ArgMax gives the first of several largest logits, as ONNX's does and our own choice on the host",
+        argmax,
+        chooses_the_first,
+        onnxruntime="argmax.onnx",
     ),
     "lean": Probe(
         "a version-compatible engine with caches and attention builds, and the lean runtime loads it",
