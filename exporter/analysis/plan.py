@@ -14,13 +14,13 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from exporter.errors import PlanError
 from exporter.graph import FFN, Attention, Block, ModelGraph, ParallelBlocks, linears
+from exporter.passes.find_blocks import check_order
 from exporter.passes.fuse_ffn import WIDTH_MULTIPLE
 
 Kind = Literal["block", "attention", "ffn"]
@@ -127,7 +127,7 @@ def suggest_fusion(graph: ModelGraph, dependency: Measured | None, constraints: 
     Raises:
         PlanError: the measurement belongs to another graph, or has no matrix to use.
     """
-    _check_order(graph)
+    check_order(graph)
     matrix = None if dependency is None else _matrix(graph, dependency, ("ffn", "block"))
     return [
         _group(graph, run, piece, matrix is not None, constraints)
@@ -351,7 +351,7 @@ def suggest_parallel(
     _check_least("window", window, 2)
     _check_least("max_dependency", max_dependency, 0)
     _check_least("count", count, 0)
-    _check_order(graph)
+    check_order(graph)
     matrix = _matrix(graph, dependency, ("block",))
     upper = np.triu_indices(window, 1)
     ranked = []
@@ -477,14 +477,6 @@ def bytes_text(nbytes: int) -> str:
 
 def _layers(graph: ModelGraph, indices: Sequence[int]) -> tuple[int, int]:
     return graph.blocks[indices[0]].source_layers[0], graph.blocks[indices[-1]].source_layers[-1]
-
-
-def _check_order(graph: ModelGraph) -> None:
-    """Ranges of layers mean what they say only where the layers are in order."""
-    layers = [layer for entry in graph.blocks for layer in entry.source_layers]
-    for before, after in pairwise(layers):
-        if after < before:
-            raise PlanError("blocks are not in the order of their source layers", found=f"{after} after {before}")
 
 
 def _check_fits(graph: ModelGraph, dependency: Measured) -> None:

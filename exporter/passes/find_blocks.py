@@ -34,11 +34,13 @@ def blocks_of_range(graph: ModelGraph, layers: tuple[int, int]) -> range:
     """Indices of the blocks that hold the source layers `first` to `last`, both included.
 
     Raises:
-        PlanError: the range is empty or leaves the model, or cuts through a block that holds several layers.
+        PlanError: the range is empty or leaves the model, or cuts through a block that holds several layers; or the
+            model's blocks are not in the order of their layers, which a folder's config may say.
     """
     first, last = layers
     if first > last:
         raise PlanError("a range goes from its lower to its higher layer", found=[first, last])
+    check_order(graph)
     indices = range(block_of_layer(graph, first), block_of_layer(graph, last) + 1)
     held = {layer for index in indices for layer in graph.blocks[index].source_layers}
     if min(held) < first or max(held) > last:
@@ -48,6 +50,14 @@ def blocks_of_range(graph: ModelGraph, layers: tuple[int, int]) -> range:
             found=[first, last],
         )
     return indices
+
+
+def check_order(graph: ModelGraph) -> None:
+    """Raise PlanError unless the layers are in order: ranges of layers mean what they say only there."""
+    layers = [layer for entry in graph.blocks for layer in entry.source_layers]
+    for before, after in pairwise(layers):
+        if after < before:
+            raise PlanError("blocks are not in the order of their source layers", found=f"{after} after {before}")
 
 
 def plain_block(graph: ModelGraph, index: int) -> Block:

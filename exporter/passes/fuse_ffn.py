@@ -35,7 +35,7 @@ def fuse_ffn(
     Args:
         runs: source layers (first, last), both included, disjoint; every block in a run has no attention, and at
             least two have a gated FFN (empty blocks in a run disappear in it).
-        norm: "fold" (exact for equation 5) or "last".
+        norm: "fold" (exact for equation 5) or "last", which is for FFNs that no earlier fusion has made.
 
     Returns:
         A new graph, a run shorter by its length less one. No tensor byte is read; products with norm_i are taken in
@@ -79,6 +79,14 @@ def _fused(blocks: Sequence[Block], span: range, norm: NormRule, multiple: int) 
             raise PlanError(f"the FFNs of a run have different {what}", block=span.start, found=values)
     if any(linear.quantization is not None for ffn in ffns for linear in linears(ffn).values()):
         raise PlanError("a quantized FFN cannot be fused", block=span.start, hint="fuse first, then quantize")
+    if norm == "last" and any(len(ffn.segments) > 1 for ffn in ffns):
+        # It may have norms folded in, which no byte read so far tells: another norm would come on top of them.
+        raise PlanError(
+            "an FFN that is fused already cannot take the norm of the run's last layer",
+            block=span.start,
+            found=f"layers {[list(ffn.source_layers) for ffn in ffns if len(ffn.segments) > 1]}",
+            hint="fold the norms, or fuse the whole run at once, from the model before its first fusion",
+        )
     ffns = [_without_padding(ffn) for ffn in ffns]
     width = sum(ffn.intermediate_size for ffn in ffns)
     padded = -(-width // multiple) * multiple

@@ -21,6 +21,7 @@ from exporter.writers.hf import as_written
 from tests.tiny import tiny_graph
 
 TOKENS = torch.arange(11)[None]
+SWAPPED = replace(tiny_graph("AF AF"), blocks=tiny_graph("AF AF").blocks[::-1])  # a folder's config may say so
 
 
 def logits(graph: ModelGraph) -> torch.Tensor:
@@ -121,6 +122,7 @@ def test_an_ffn_drop_that_breaks_a_rule_is_refused(graph: ModelGraph, layers: li
         pytest.param(tiny_graph("AF - AF"), [(0, 1)], "at least two blocks that do something", id="empty"),
         pytest.param(tiny_graph("(AF AF) AF"), [(0, 2)], "parallel group already", id="nested"),
         pytest.param(tiny_graph("AF AF"), [(0, 2)], "layer 2 is not in the model", id="range"),
+        pytest.param(SWAPPED, [(0, 1)], "not in the order of their source layers: found 0 after 1", id="order"),
     ],
 )
 def test_a_group_that_breaks_a_rule_is_refused(graph: ModelGraph, groups: list, message: str) -> None:

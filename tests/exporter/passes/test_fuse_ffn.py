@@ -131,6 +131,12 @@ def mixed(activation: Activation | None = None, eps: float | None = None, in_flo
     return replace(graph, blocks=(first, replace(second, ffn=ffn)))
 
 
+def reordered(pattern: str, *order: int) -> ModelGraph:
+    """A graph with its blocks in another order than their source layers, as a folder's config may give them."""
+    graph = tiny_graph(pattern)
+    return replace(graph, blocks=tuple(graph.blocks[index] for index in order))
+
+
 @pytest.mark.parametrize(
     ("graph", "runs", "message"),
     [
@@ -149,8 +155,18 @@ def mixed(activation: Activation | None = None, eps: float | None = None, in_flo
         pytest.param(mixed(in_float16="gate_proj"), [(0, 1)], "gate_proj: found .*'float32', 'flo", id="gate_dtypes"),
         pytest.param(mixed(in_float16="down_proj"), [(0, 1)], "different dtypes of down_proj", id="down_dtypes"),
         pytest.param(fuse_ffn(tiny_graph("F F F F"), [(1, 2)]), [(2, 3)], "cuts through a block", id="cut"),
+        pytest.param(reordered("F F F", 1, 0, 2), [(0, 1)], "not in the order .*: found 0 after 1", id="order"),
+        pytest.param(reordered("F F F", 1, 0, 2), [(0, 2)], "not in the order .*: found 0 after 1", id="order_around"),
     ],
 )
 def test_a_run_that_breaks_a_rule_is_refused(graph: ModelGraph, runs: list, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         fuse_ffn(graph, runs)
+
+
+@pytest.mark.parametrize("first", ["fold", "last"])
+@pytest.mark.parametrize("run", [(0, 1), (1, 2)])
+def test_one_norm_for_all_is_not_put_on_top_of_folded_norms(first: str, run: tuple[int, int]) -> None:
+    fused = fuse_ffn(tiny_graph("F F F"), [run], norm=first)
+    with pytest.raises(PlanError, match=rf"fused already.*found layers \[\[{run[0]}, {run[1]}\]\]"):
+        fuse_ffn(fused, [(0, 2)], norm="last")
