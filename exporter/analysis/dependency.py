@@ -309,7 +309,8 @@ def _summed_distance(a: torch.Tensor | float, b: torch.Tensor | float) -> float:
     """
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return math.nan
-    distances = 1 - F.cosine_similarity(a.double(), b.double(), dim=-1)
+    smallest = torch.finfo(torch.float64).tiny  # 1e-8, the library's, makes shorter vectors unlike any other
+    distances = 1 - F.cosine_similarity(a.double(), b.double(), dim=-1, eps=smallest)
     return distances.masked_fill((a == b).all(-1), 0.0).sum().item()
 
 

@@ -125,6 +125,20 @@ def test_the_curves_equal_brute_force(tmp_path: Path) -> None:
 TOKENS = np.arange(40).reshape(4, 10)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e-9, 1e-12])
+def test_dependencies_do_not_go_by_the_size_of_contributions(scale: float) -> None:
+    graph = tiny_graph("AF AF AF")
+    block = graph.flat_blocks[2]
+    whole = measure_dependency(graph, TOKENS, importance=False).matrices
+    for kind, output in (("attention", "o_proj"), ("ffn", "down_proj")):
+        sublayer = getattr(block, kind)
+        weight = scale * getattr(sublayer, output).weight.numpy()
+        quiet = replace(block, **{kind: replace(sublayer, **{output: Linear(weight=array(weight))})})
+        changed = replace(graph, blocks=(*graph.blocks[:2], quiet))
+        found = measure_dependency(changed, TOKENS, importance=False).matrices[kind]
+        np.testing.assert_allclose(found[:2, 2], whole[kind][:2, 2], rtol=1e-4)
+
+
 @torch.inference_mode()
 def test_zeros_have_no_ratio_and_depend_on_nothing() -> None:
     """Of a token whose embedding is zero, as that of padding is, and of a block whose output matrices are."""
