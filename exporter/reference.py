@@ -7,6 +7,7 @@ taken in float32 (float64 if `dtype` is) as in transformers' Llama.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
@@ -129,8 +130,7 @@ class Reference:
 
     def hidden_states(self, input_ids: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """The residual stream after the last block, [B, S, D], before the final norm."""
-        *_, last = self.residuals(input_ids, cache)
-        return last
+        return deque(self.residuals(input_ids, cache), maxlen=1).pop()  # to unpack them would keep all
 
     def residuals(self, input_ids: torch.Tensor, cache: Cache | None) -> Iterator[torch.Tensor]:
         """Yield the residual stream [B, S, D] before the first block and after every entry of `graph.blocks`."""
@@ -157,7 +157,7 @@ class Reference:
         if head is None:
             return F.linear(normed, self._end("embedding", self.graph.embedding))
         if self._lm_head is None:
-            self._lm_head = _loaded_linear(head, self.device, self.dtype)
+            self._lm_head = loaded_linear(head, self.device, self.dtype)
         return apply_linear(self._lm_head, normed)
 
     def span(self, shape: Sequence[int], cache: Cache | None) -> Span:
@@ -366,11 +366,13 @@ def fake_quantized(x: torch.Tensor, dtype: DType, scale: torch.Tensor | None) ->
     if scale is None:
         scale = scale_from_amax(wide.abs().amax(-1, keepdim=True), dtype)
     scale = scale.to(torch.float32)
+    codes = wide / scale  # and from here on in place: of a wide FFN's weight, every copy has gigabytes
     if dtype == INT8:
-        codes = (wide / scale).round().clamp(-128, 127)
+        codes = codes.round_().clamp_(-128, 127)
     else:
-        codes = (wide / scale).clamp(-LARGEST[dtype], LARGEST[dtype]).to(getattr(torch, dtype.torch)).to(torch.float32)
-    return (codes * scale).to(x.dtype)
+        largest = LARGEST[dtype]
+        codes = codes.clamp_(-largest, largest).to(getattr(torch, dtype.torch)).to(torch.float32)
+    return codes.mul_(scale).to(x.dtype)
 
 
 def scale_from_amax(amax: torch.Tensor, dtype: DType) -> torch.Tensor:
@@ -442,7 +444,8 @@ class LoadedKV:
     v_scale: torch.Tensor
 
 
-def _loaded_linear(linear: Linear, device: torch.device, dtype: torch.dtype) -> LoadedLinear:
+def loaded_linear(linear: Linear, device: torch.device, dtype: torch.dtype) -> LoadedLinear:
+    """Read a linear into torch tensors."""
     bias = None if linear.bias is None else torch_from_lazy(linear.bias, device, dtype)
     quantization = linear.quantization
     if quantization is None:
@@ -460,7 +463,7 @@ def _on_device(part: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(part, LazyTensor):
         return torch_from_lazy(part, device, dtype)
     if isinstance(part, Linear):
-        return _loaded_linear(part, device, dtype)
+        return loaded_linear(part, device, dtype)
     if isinstance(part, KVQuantization):
         scales = (torch_from_lazy(scale, device, torch.float32) for scale in (part.k_scale, part.v_scale))
         return LoadedKV(part.dtype, *scales)

@@ -151,6 +151,7 @@ def _last_hidden(model: Reference, tokens: np.ndarray, batch: int, block_done: C
             y = block(states[part].to(model.device), span)
             check_finite(y, model.graph, index)
             states[part] = y.cpu()
+        del block  # before the next one is loaded
         block_done()
     return states
 

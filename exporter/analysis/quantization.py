@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 
 from exporter.dtypes import FLOAT8_E4M3FN, INT8, DType
-from exporter.graph import FFN, ModelGraph, members
+from exporter.graph import FFN, Block, ModelGraph, members
 from exporter.hidden_states import check_finite
+from exporter.lazy import LazyTensor
 from exporter.numerics import LARGEST
 from exporter.passes.smooth_channels import Strengths, smoothable_sites, smoothing_factors
-from exporter.quantization import LinearFormat, QuantizationRecipe, dtype_of, sharing_scale
-from exporter.ranges import DOWN_PROJ, NORM, SITE_OF, Ranges
-from exporter.reference import ACTIVATIONS, LoadedLinear, Reference, fake_quantized, scale_from_amax
+from exporter.quantization import LinearFormat, QuantizationRecipe, WeightFormat, dtype_of, sharing_scale
+from exporter.ranges import DOWN_PROJ, NORM, SITE_OF, Ranges, SublayerRanges
+from exporter.reference import ACTIVATIONS, LoadedLinear, Reference, fake_quantized, loaded_linear, scale_from_amax
 
 ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.65, 0.7, 0.8, 0.9)
 DEFAULT_BATCH = 4  # windows that go through a block at a time
@@ -42,11 +43,14 @@ class Inputs:
     sites: Mapping[tuple[str, str], torch.Tensor]  # (sublayer, site) -> float32 [T, C]; the norm's weight is in it
 
 
-@torch.inference_mode()
 def inputs_of_blocks(
     graph: ModelGraph, tokens: np.ndarray, *, device: str = "cpu", batch: int = DEFAULT_BATCH
 ) -> Iterator[Inputs]:
-    """Walk through a graph on tokens int64 [N, S], block by block."""
+    """Walk through a graph on tokens int64 [N, S], block by block.
+
+    A block is let go when the next one is loaded, if the caller does so, too. Inference mode is the caller's: around a
+    generator its decorator keeps what was yielded last.
+    """
     reference = Reference(graph, device=device)
     parts = [slice(start, start + batch) for start in range(0, len(tokens), batch)]
     states = [reference.embed(torch.from_numpy(tokens[part])) for part in parts]
@@ -74,6 +78,7 @@ def inputs_of_blocks(
             }
             yield Inputs(flat, loaded, sites)
             flat += 1
+        del block, loaded, observe, seen, sites  # before the next block is loaded, which may be as large
 
 
 def readers_of(sublayer: Any, site: str) -> dict[str, LoadedLinear]:
@@ -109,31 +114,42 @@ def search_strengths(
     for inputs in inputs_of_blocks(graph, tokens, device=device):
         if progress is not None:
             progress(inputs.index, len(graph.flat_blocks))
-        for (name, site), x in inputs.sites.items():
-            sublayer = getattr(inputs.block, name)
-            readers = readers_of(sublayer, site)
-            formats = {reader: recipe.format_of(f"blocks.{inputs.index}.{name}.{reader}") for reader in readers}
-            if (inputs.index, name, site) not in smoothable or not any(formats.values()):
-                continue
-            largest = torch.from_numpy(getattr(ranges[inputs.index], name)[site].numpy()).to(x.device)
-            if site == NORM:
-                largest = largest * sublayer.norm.weight.abs()
-            columns = torch.stack([reader.weight.abs().amax(0) for reader in readers.values()]).amax(0)
-            best, least = None, _error(x, readers, formats, largest)
-            for alpha in alphas:
-                found = smoothing_factors(largest.cpu().numpy(), columns.cpu().numpy(), alpha)
-                factors = torch.from_numpy(found).to(x.device)
-                scaled = {
-                    reader: LoadedLinear(linear.weight * factors, linear.bias) for reader, linear in readers.items()
-                }
-                error = _error(x / factors, scaled, formats, largest / factors)
-                if error < least:
-                    best, least = alpha, error
-            if best is not None:
-                strengths[inputs.index, name, site] = best
+        for name, site in inputs.sites:
+            if (inputs.index, name, site) in smoothable:
+                best = _best_alpha(inputs, name, site, getattr(ranges[inputs.index], name)[site], recipe, alphas)
+                if best is not None:
+                    strengths[inputs.index, name, site] = best
+        del inputs  # before the next block is loaded
     if progress is not None:
         progress(len(graph.flat_blocks), len(graph.flat_blocks))
     return strengths
+
+
+def _best_alpha(
+    inputs: Inputs, sublayer: str, site: str, ranges: LazyTensor, recipe: QuantizationRecipe, alphas: Sequence[float]
+) -> float | None:
+    """The alpha with the least error; None: no smoothing has, or nothing that reads the site is quantized."""
+    part, x = getattr(inputs.block, sublayer), inputs.sites[sublayer, site]
+    readers = readers_of(part, site)
+    formats = {reader: recipe.format_of(f"blocks.{inputs.index}.{sublayer}.{reader}") for reader in readers}
+    if not any(formats.values()):
+        return None
+    largest = torch.from_numpy(ranges.numpy()).to(x.device)
+    if site == NORM:
+        largest = largest * part.norm.weight.abs()
+    columns = {name: linear.weight.abs().amax(0) for name, linear in readers.items()}
+    of_all = torch.stack(list(columns.values())).amax(0)
+
+    def error(factors: torch.Tensor) -> float:
+        return _error(x / factors, readers, formats, largest / factors, columns, factors)
+
+    best, least = None, error(torch.ones_like(largest))
+    for alpha in alphas:
+        factors = smoothing_factors(largest.cpu().numpy(), of_all.cpu().numpy(), alpha)
+        found = error(torch.from_numpy(factors).to(x.device))
+        if found < least:
+            best, least = alpha, found
+    return best
 
 
 def _error(
@@ -141,40 +157,48 @@ def _error(
     readers: Mapping[str, LoadedLinear],
     formats: Mapping[str, LinearFormat | None],
     largest: torch.Tensor,
+    columns: Mapping[str, torch.Tensor],
+    factors: torch.Tensor,
 ) -> float:
     """Squared output error of quantized linears of one input, relative to each token's output, mean over tokens.
 
-    Token by token, because a few tokens with huge activations would otherwise decide alone.
+    Token by token, because a few tokens with huge activations would otherwise decide alone. One matrix at a time is
+    smoothed and rounded: of a wide FFN each has gigabytes.
+
+    Args:
+        x, largest: smoothed.
+        columns: largest |weight| of every column of every linear, which `factors` will smooth.
     """
     lost = kept = torch.zeros(len(x), device=x.device)
-    weights = _rounded_weights(readers, formats)
+    known = {name: wanted for name, wanted in formats.items() if wanted is not None}
     for name, linear in readers.items():
-        wanted = formats[name]
-        exact = x @ linear.weight.T
+        weight = linear.weight * factors
+        wanted = known.get(name)
+        exact = x @ weight.T
         rounded = x
         if wanted is not None and wanted.inputs is not None:
             dtype = dtype_of(wanted.inputs)
             static = wanted.inputs.scale == "tensor"
             rounded = fake_quantized(x, dtype, scale_from_amax(largest.max(), dtype) if static else None)
+        if wanted is not None:
+            # Rounding is monotone: the largest of smoothed columns are the smoothed largest, bit for bit.
+            sharing = [columns[other] * factors for other in sharing_scale(name, known)]
+            weight = _as_stored(weight, wanted.weights, sharing)
         kept = kept + exact.square().sum(-1)
-        lost = lost + (rounded @ weights[name].T - exact).square().sum(-1)
+        lost = lost + (rounded @ weight.T - exact).square().sum(-1)
     return (lost / kept.clamp_min(torch.finfo(kept.dtype).tiny)).mean().item()
 
 
-def _rounded_weights(
-    readers: Mapping[str, LoadedLinear], formats: Mapping[str, LinearFormat | None]
-) -> dict[str, torch.Tensor]:
-    """Weights as a recipe would store them, back in float32."""
-    found = {name: linear.weight for name, linear in readers.items()}
-    known = {name: wanted for name, wanted in formats.items() if wanted is not None}
-    for name, wanted in known.items():
-        dtype = dtype_of(wanted.weights)
-        scale = None  # one per row
-        if wanted.weights.scale == "tensor":
-            largest = [readers[other].weight.abs().max() for other in sharing_scale(name, known)]
-            scale = scale_from_amax(torch.stack(largest).max(), dtype)
-        found[name] = fake_quantized(readers[name].weight, dtype, scale)
-    return found
+def _as_stored(weight: torch.Tensor, wanted: WeightFormat, sharing: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A weight as a recipe would store it, back in float32.
+
+    Args:
+        sharing: largest |weight| of every column, of each of the linears that share its scale if that is one.
+    """
+    scale = None  # one per row
+    if wanted.scale == "tensor":
+        scale = scale_from_amax(torch.stack(list(sharing)).max(), dtype_of(wanted))
+    return fake_quantized(weight, dtype_of(wanted), scale)
 
 
 # -- which linears lose most
@@ -206,25 +230,24 @@ def linear_errors(
         quantized: the same structure with codes.
         tokens: int64 [N, S].
     """
-    reference = Reference(quantized, device=device)
-    entries = [(index, member) for index, entry in enumerate(graph.blocks) for member in range(len(members(entry)))]
-    found = []
+    found: list[LinearError] = []
     for inputs in inputs_of_blocks(graph, tokens, device=device):
         if progress is not None:
             progress(inputs.index, len(graph.flat_blocks))
-        entry, member = entries[inputs.index]
-        other = reference.block(entry).members[member]
-        codes = quantized.flat_blocks[inputs.index]
-        for (name, site), x in inputs.sites.items():
-            for reader, linear in readers_of(getattr(inputs.block, name), site).items():
-                if getattr(getattr(codes, name), reader).quantization is None:
-                    continue
-                rounded = getattr(getattr(other, name), reader)
-                full_name = f"blocks.{inputs.index}.{name}.{reader}"
-                found.append(_linear_error(full_name, x, linear.weight, rounded))
+        found += _errors_of(inputs, quantized.flat_blocks[inputs.index])
+        del inputs  # before the next block is loaded
     if progress is not None:
         progress(len(graph.flat_blocks), len(graph.flat_blocks))
     return sorted(found, key=lambda error: -error.relative_error)
+
+
+def _errors_of(inputs: Inputs, quantized: Block) -> Iterator[LinearError]:
+    for (name, site), x in inputs.sites.items():
+        for reader, linear in readers_of(getattr(inputs.block, name), site).items():
+            codes = getattr(getattr(quantized, name), reader)
+            if codes.quantization is not None:
+                rounded = loaded_linear(codes, x.device, x.dtype)
+                yield _linear_error(f"blocks.{inputs.index}.{name}.{reader}", x, linear.weight, rounded)
 
 
 def _linear_error(name: str, x: torch.Tensor, weight: torch.Tensor, rounded: LoadedLinear) -> LinearError:
@@ -300,39 +323,43 @@ def compare_smoothing(
         return []
     total = len(fused) * len(SCHEMES) * len(SMOOTHINGS)
     found: list[SmoothingCell] = []
+    if progress is not None:
+        progress(0, total)
     for inputs in inputs_of_blocks(graph, tokens, device=device):
         ffn = fused.get(inputs.index)
-        if ffn is None:
-            continue
-        loaded = inputs.block.ffn
-        x, inner = inputs.sites["ffn", NORM], inputs.sites["ffn", DOWN_PROJ]
-        known = ranges[inputs.index].ffn
-        outer_range = torch.from_numpy(known[NORM].numpy()).to(x.device) * loaded.norm.weight.abs()
-        inner_range = torch.from_numpy(known[DOWN_PROJ].numpy()).to(x.device)
-        exact = inner @ loaded.down_proj.weight.T
-        for label, dtype, scale in SCHEMES:
-            for smoothing in SMOOTHINGS:
+        if ffn is not None:
+            for cell in _cells_of(inputs, ffn, ranges[inputs.index].ffn, strengths):
+                found.append(cell)
                 if progress is not None:
                     progress(len(found), total)
-                alpha = strengths[scale] if smoothing in ("per channel", "both inputs") else None
-                wide = _WideFFN(loaded, outer_range, inner_range, dtype, scale)
-                if smoothing == "per segment":
-                    wide.divide_inner(_segment_factors(ffn, inner_range))
-                elif alpha is not None:
-                    if smoothing == "both inputs":
-                        wide.smooth_outer(alpha)
-                    wide.smooth_inner(alpha)
-                error = _relative(wide(x) - exact, exact)
-                found.append(
-                    SmoothingCell(
-                        block=inputs.index, scheme=label, smoothing=smoothing, alpha=alpha, relative_error=error
-                    )
-                )
+        del inputs  # before the next block is loaded
         if len(found) == total:
             break
-    if progress is not None:
-        progress(total, total)
     return found
+
+
+def _cells_of(
+    inputs: Inputs, ffn: FFN, ranges: SublayerRanges, strengths: Mapping[str, float]
+) -> Iterator[SmoothingCell]:
+    loaded = inputs.block.ffn
+    x, inner = inputs.sites["ffn", NORM], inputs.sites["ffn", DOWN_PROJ]
+    outer_range = torch.from_numpy(ranges[NORM].numpy()).to(x.device) * loaded.norm.weight.abs()
+    inner_range = torch.from_numpy(ranges[DOWN_PROJ].numpy()).to(x.device)
+    exact = inner @ loaded.down_proj.weight.T
+    for label, dtype, scale in SCHEMES:
+        for smoothing in SMOOTHINGS:
+            alpha = strengths[scale] if smoothing in ("per channel", "both inputs") else None
+            wide = _WideFFN(loaded, outer_range, inner_range, dtype, scale)
+            if smoothing == "per segment":
+                wide.divide_inner(_segment_factors(ffn, inner_range))
+            elif alpha is not None:
+                if smoothing == "both inputs":
+                    wide.smooth_outer(alpha)
+                wide.smooth_inner(alpha)
+            error = _relative(wide(x) - exact, exact)
+            yield SmoothingCell(
+                block=inputs.index, scheme=label, smoothing=smoothing, alpha=alpha, relative_error=error
+            )
 
 
 class _WideFFN:

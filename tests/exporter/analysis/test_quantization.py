@@ -13,7 +13,7 @@ import torch
 from exporter.analysis.quantization import (
     SCHEMES,
     SMOOTHINGS,
-    _rounded_weights,
+    _as_stored,
     compare_smoothing,
     inputs_of_blocks,
     linear_errors,
@@ -28,7 +28,7 @@ from exporter.lazy import array, full
 from exporter.passes.fuse_ffn import fuse_ffn
 from exporter.passes.quantize_linears import quantize_linears
 from exporter.passes.smooth_channels import Strengths, smooth_channels
-from exporter.quantization import QuantizationRecipe, Smoothing, read_quantization, recipe_with
+from exporter.quantization import QuantizationRecipe, Smoothing, read_quantization, recipe_with, sharing_scale
 from exporter.quantize import error_files, quantize, split_windows
 from exporter.ranges import Ranges
 from exporter.reference import LoadedBlock, Reference, apply_linear
@@ -184,10 +184,12 @@ def test_the_search_rounds_weights_as_they_are_stored(override: dict[str, Any]) 
         Reference(one).block(1).members[0].ffn for one in (graph, quantize_linears(graph, recipe, measured(graph)))
     )
     readers = readers_of(plain, "norm")
-    found = _rounded_weights(readers, {name: recipe.format_of(f"blocks.1.ffn.{name}") for name in readers})
-    assert found.keys() == {"gate_proj", "up_proj"}
-    for name, weight in found.items():
-        torch.testing.assert_close(weight, getattr(stored, name).weight)
+    assert readers.keys() == {"gate_proj", "up_proj"}
+    formats = {name: recipe.format_of(f"blocks.1.ffn.{name}") for name in readers}
+    for name, linear in readers.items():
+        sharing = [readers[other].weight.abs().amax(0) for other in sharing_scale(name, formats)]
+        found = _as_stored(linear.weight, formats[name].weights, sharing)
+        torch.testing.assert_close(found, getattr(stored, name).weight, rtol=0, atol=0)
 
 
 def test_the_search_leaves_excluded_linears_alone() -> None:
