@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -226,9 +226,23 @@ def check_finite(y: torch.Tensor, graph: ModelGraph, index: int) -> None:
     """Raise CheckpointError if a block's output is not finite; names the weight to blame if it is one."""
     if torch.isfinite(y).all():
         return
-    for tensor in weights(graph.blocks[index]):
+    if index == 0:
+        _check_weights(graph.embedding, block=None)
+    _check_weights(graph.blocks[index], block=index)
+    raise CheckpointError("the output of this block is NaN or infinite, and its weights are not", block=index)
+
+
+def check_logits(logits: torch.Tensor, graph: ModelGraph) -> None:
+    """Raise CheckpointError if a model's logits are not finite, whose last block's output is."""
+    if torch.isfinite(logits).all():
+        return
+    _check_weights((graph.norm, graph.lm_head or graph.embedding), block=None)
+    raise CheckpointError("the logits are NaN or infinite, and the weights of the final norm and lm_head are not")
+
+
+def _check_weights(part: Any, *, block: int | None) -> None:
+    for tensor in weights(part):
         for leaf in leaves(tensor):
             if not is_finite(leaf):
                 name, path = getattr(leaf, "name", None), getattr(leaf, "path", None)
-                raise CheckpointError("weight is NaN or infinite", file=path, tensor=name, block=index)
-    raise CheckpointError("the output of this block is NaN or infinite, and its weights are not", block=index)
+                raise CheckpointError("weight is NaN or infinite", file=path, tensor=name, block=block)

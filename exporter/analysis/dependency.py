@@ -26,7 +26,14 @@ import torch.nn.functional as F
 
 from exporter.errors import PlanError
 from exporter.graph import ModelGraph, ParallelBlocks, members, structure
-from exporter.hidden_states import DEFAULT_BATCH, DEFAULT_BUDGET_BYTES, HiddenStates, check_finite, states_folder
+from exporter.hidden_states import (
+    DEFAULT_BATCH,
+    DEFAULT_BUDGET_BYTES,
+    HiddenStates,
+    check_finite,
+    check_logits,
+    states_folder,
+)
 from exporter.reference import LOGITS_TOGETHER, LoadedBlock, Reference
 
 Kind = Literal["block", "attention", "ffn"]
@@ -273,7 +280,12 @@ class _Run:
         """Sum over tokens of KL(base || variant), of last hidden states [n, S, D]."""
         together = max(1, LOGITS_TOGETHER // self._graph.vocab_size)
         pairs = zip(base.flatten(0, 1).split(together), variant.flatten(0, 1).split(together), strict=True)
-        return sum(summed_kl(self._reference.head(one), self._reference.head(other)) for one, other in pairs)
+        total = 0.0
+        for one, other in pairs:
+            logits = self._reference.head(one)
+            check_logits(logits, self._graph)
+            total += summed_kl(logits, self._reference.head(other))
+        return total
 
 
 def _rows(values: torch.Tensor | float, rows: slice) -> torch.Tensor | float:

@@ -288,17 +288,31 @@ def test_a_range_that_is_not_in_the_model_is_refused() -> None:
         measure_dependency(tiny_graph("AF AF"), TOKENS, blocks=(1, 2))
 
 
-def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.embed_tokens.weight", "model.embed_tokens.weight: "),
+        ("model.layers.3.mlp.up_proj.weight", r"model.layers.3.mlp.up_proj.weight \(block 3\): "),
+        ("model.norm.weight", "model.norm.weight: "),
+        ("lm_head.weight", "lm_head.weight: "),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_named(name: str, said: str, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
     saved_model(tmp_path, *FAMILIES["llama"])
     weights = load_file(tmp_path / "model.safetensors")
-    weights["model.layers.3.mlp.up_proj.weight"][2, 5] = np.nan
+    weights[name].flat[5] = np.nan
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"model.layers.3.mlp.up_proj.weight \(block 3\): weight is NaN or infinite"
-    ):
-        measure_dependency(open_model(tmp_path, need_weights=True).graph, TOKENS)
+    with pytest.raises(CheckpointError, match=f"{said}weight is NaN or infinite"):
+        measure_dependency(open_model(tmp_path, need_weights=True).graph, TOKENS, kl=True)
+
+
+def test_logits_beyond_float32_are_refused() -> None:
+    graph = tiny_graph("AF AF")
+    weight = np.full((graph.vocab_size, 64), 3e38, np.float32)
+    with pytest.raises(CheckpointError, match="logits are NaN or infinite, and the weights of the final norm and lm_h"):
+        measure_dependency(replace(graph, lm_head=Linear(weight=array(weight))), TOKENS, kl=True)
 
 
 def test_arrays_in_memory_have_no_name_but_are_found() -> None:
