@@ -313,7 +313,7 @@ class _Computed(Derived):
     def rows(self, start: int, stop: int) -> np.ndarray:
         with self._lock:  # one scale can stand for gigabytes: whoever comes second waits and does not read them, too
             if self._values is None:
-                values = np.asarray(self._function(*self.sources), self.dtype.numpy)
+                values = self._rounded(np.asarray(self._function(*self.sources)))
                 if values.shape != self.shape:
                     raise AssertionError(f"Bug: computed {values.shape} instead of {self.shape}")
                 self._values = values

@@ -201,13 +201,25 @@ def test_float16_gets_no_new_infinities(source: str, largest: float) -> None:
             cast(array(values), FLOAT16).numpy()
 
 
-def test_a_product_beyond_float16_names_its_tensor(tmp_path: Path) -> None:
+def doubled(tensor: LazyTensor) -> np.ndarray:
+    return 2 * tensor.numpy().astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda tensor: scale_columns(tensor, array(np.array([1, 2, 1], np.float32))),
+        lambda tensor: computed(tensor.shape, FLOAT16, doubled, tensor),
+    ],
+    ids=["scaled", "computed"],
+)
+def test_a_product_beyond_float16_names_its_tensor(of: Callable[[LazyTensor], LazyTensor], tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"gate": np.full((2, 3), 60000, np.float16)}, path)
     gate = read_safetensors(path)["gate"]
     assert isinstance(gate, LazyTensor)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: gate: a value is beyond float16"):
-        scale_columns(gate, array(np.array([1, 2, 1], np.float32))).numpy()
+        of(gate).numpy()
 
 
 def test_cast_to_int8_rounds_to_even_and_saturates() -> None:
