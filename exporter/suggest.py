@@ -121,6 +121,9 @@ def greedy_drops(
         dependency: of the graph; the same blocks are measured again, and the logits where it has their divergence.
         count: no more attentions than these blocks have.
         device, budget_bytes: as for `measure_dependency`.
+
+    Raises:
+        PlanError: the model's output is not finite without any of the attentions that are left.
     """
     drops: list[Drop] = []
     for step in range(count):
@@ -135,9 +138,16 @@ def greedy_drops(
             device=device,
             budget_bytes=budget_bytes,
         )
-        (best,) = suggest_drops(graph, measured, count=1)
-        drops.append(best)
-        graph = drop_attention(graph, [best.layer])
+        best = suggest_drops(graph, measured, count=1)
+        if not best:
+            raise PlanError(
+                "without any one of the attentions that are left the model's output is NaN or infinite",
+                expected=f"{count} drops",
+                found=f"{len(drops)}",
+                hint="ask for fewer",
+            )
+        drops += best
+        graph = drop_attention(graph, [best[0].layer])
     return drops
 
 

@@ -72,6 +72,21 @@ def test_greedy_drops_are_measured_where_and_as_asked(monkeypatch: pytest.Monkey
     assert asked == [("cuda", 5)] * 2
 
 
+def test_greedy_drops_end_where_every_one_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = tiny_graph("AF AF AF")
+    dependency = measure_dependency(graph, TOKENS)
+
+    def spy(left: ModelGraph, *args: Any, **kwargs: Any) -> Dependency:
+        measured = measure_dependency(left, *args, **kwargs)
+        if len(left.attentions) < 3:  # as it is where a variant's output is infinite
+            measured.importance["attention"][:] = np.nan
+        return measured
+
+    monkeypatch.setattr(module, "measure_dependency", spy)
+    with pytest.raises(PlanError, match=r"NaN or infinite: expected 2 drops, found 1\. Ask for fewer"):
+        suggest(graph, dependency, Wishes(drop=2, greedy=True), tokens=TOKENS)
+
+
 @pytest.mark.parametrize("greedy", [False, True])
 @pytest.mark.parametrize(
     ("graph", "count"),
